@@ -1,0 +1,31 @@
+"""Tensor ops of the hybrid-grained cache, usable without diffusers. The same ops stand under
+`torch.ops.hgc`.
+"""
+
+from hgc_kernels.backend import BackendError, backends, get_backend, set_backend, use_backend
+from hgc_kernels.library import build_info
+from hgc_kernels.map_format import FORMATS, map_bytes, map_probabilities, new_map, padded
+from hgc_kernels.ops.apply_map import apply_map
+from hgc_kernels.ops.apply_map_project import apply_map_project
+from hgc_kernels.ops.attend_and_store import attend_and_store
+from hgc_kernels.ops.gather_blocks import gather_blocks
+from hgc_kernels.ops.scatter_rows import scatter_rows
+
+__all__ = [
+    "FORMATS",
+    "BackendError",
+    "apply_map",
+    "apply_map_project",
+    "attend_and_store",
+    "backends",
+    "build_info",
+    "gather_blocks",
+    "get_backend",
+    "map_bytes",
+    "map_probabilities",
+    "new_map",
+    "padded",
+    "scatter_rows",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,232 @@
+"""Which implementation of an op runs, and why.
+
+Every op of `torch.ops.hgc` is registered on CPU and CUDA with one small router. The router reads
+the choice when the op *runs*, not when it is traced, so a compiled graph obeys a later
+`set_backend` without a recompile, and each thread may choose for itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "reference", "native", "triton")
+DEVICES = ("cpu", "cuda")
+_PREFERENCE = ("native", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot run the op. Explicit choices never fall back."""
+
+
+class Unsupported(Exception):
+    """Raised by an implementation, before it writes anything, for arguments it does not cover."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op on some device types. `target` is "module:function", imported at first
+    use.
+    """
+
+    op: str
+    backend: str
+    devices: tuple[str, ...]
+    target: str
+    available: Callable[[str], str | None] = field(repr=False)  # device type -> reason it is not
+
+
+_implementations: dict[tuple[str, str, str], Implementation] = {}
+_ops: list[str] = []
+_lock = threading.Lock()
+_default: Mapping[str, str] = MappingProxyType({})  # replaced whole, so readers need no lock
+_local = threading.local()
+_resolved: dict[tuple[str, str, str], tuple[str, Callable[..., Any]]] = {}
+_said: set[tuple[str, str, str]] = set()
+
+
+def register(
+    op: str,
+    backend: str,
+    target: str,
+    *,
+    devices: tuple[str, ...] = DEVICES,
+    available: Callable[[str], str | None] = lambda device: None,
+) -> None:
+    """Make `target` ("module:function") the `backend` implementation of `op` on `devices`."""
+    if op not in _ops:
+        _ops.append(op)
+    for device in devices:
+        _implementations[op, backend, device] = Implementation(
+            op, backend, devices, target, available
+        )
+
+
+def triton_available(device: str) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu":
+        return None if interpreted else "Triton runs on CPU tensors only with TRITON_INTERPRET=1"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    return None
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """Why `backend` cannot run `op` on `device`, or None where it can."""
+    implementation = _implementations.get((op, backend, device))
+    if implementation is None:
+        return f"there is no {backend} implementation of {op} on {device}"
+    return implementation.available(device)
+
+
+def _validate(choice: str, ops: tuple[str, ...]) -> None:
+    if choice not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {choice!r}")
+    for op in ops:
+        if op not in _ops:
+            raise ValueError(f"ops: expected names among {', '.join(_ops)}, got {op!r}")
+
+
+def set_backend(backend: str, *ops: str) -> None:
+    """Choose the backend of `ops` (all ops where none is named) for the whole process.
+
+    "auto" takes the best implementation that is there and says so once when the preferred one is
+    missing. "reference", "native" and "triton" never fall back: an op that the chosen backend
+    cannot run raises `BackendError`. Raises ValueError for an unknown backend or op.
+    """
+    global _default
+    _validate(backend, ops)
+    with _lock:
+        _default = MappingProxyType({**_default, **dict.fromkeys(ops or _ops, backend)})
+
+
+@contextmanager
+def use_backend(backend: str, *ops: str) -> Iterator[None]:
+    """Like `set_backend`, for the calling thread and the body of the `with` only; it wins over
+    `set_backend`.
+    """
+    _validate(backend, ops)
+    before: Mapping[str, str] = getattr(_local, "choice", MappingProxyType({}))
+    _local.choice = MappingProxyType({**before, **dict.fromkeys(ops or _ops, backend)})
+    try:
+        yield
+    finally:
+        _local.choice = before
+
+
+def get_backend(op: str) -> str:
+    """The choice in force for `op` in the calling thread: "auto" unless somebody chose."""
+    _validate("auto", (op,))
+    return _choice(op)
+
+
+def _choice(op: str) -> str:
+    local = getattr(_local, "choice", None)
+    if local and op in local:
+        return local[op]
+    return _default.get(op, "auto")
+
+
+def _load(implementation: Implementation) -> Callable[..., Any]:
+    module, _, name = implementation.target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _select(op: str, device: str, choice: str) -> tuple[str, str]:
+    """(backend, why) that `choice` means for `op` on `device`. Raises BackendError for an explicit
+    one that cannot.
+    """
+    if choice != "auto":
+        reason = why_not(op, choice, device)
+        if reason is not None:
+            raise BackendError(
+                f"hgc_kernels.{op}: backend {choice!r} was asked for on {device}, but {reason}"
+            )
+        return choice, "chosen explicitly"
+    # The interpreter is for tests: hundreds of times slower than the reference, so "auto" never
+    # takes it.
+    candidates = [
+        b
+        for b in _PREFERENCE
+        if (op, b, device) in _implementations and not (b == "triton" and device == "cpu")
+    ]
+    missing = []
+    for candidate in candidates:
+        reason = why_not(op, candidate, device)
+        if reason is None:
+            return candidate, "; ".join(missing) if missing else "the preferred one on this device"
+        missing.append(f"no {candidate}: {reason}")
+    raise BackendError(f"hgc_kernels.{op}: no implementation on {device}: {'; '.join(missing)}")
+
+
+def _say_once(op: str, device: str, message: str) -> None:
+    with _lock:
+        if (op, device, message) in _said:
+            return
+        _said.add((op, device, message))
+    warnings.warn(f"hgc_kernels.{op} on {device}: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _resolve(op: str, device: str, choice: str) -> tuple[str, Callable[..., Any]]:
+    key = (op, device, choice)
+    found = _resolved.get(key)
+    if found is None:
+        name, why = _select(op, device, choice)
+        if choice == "auto" and why.startswith("no "):
+            _say_once(op, device, f"running the {name} backend ({why})")
+        found = _resolved[key] = (name, _load(_implementations[op, name, device]))
+    return found
+
+
+def route(op: str, device: str) -> Callable[..., Any]:
+    """The function registered for `op` on `device`: it runs whatever backend is chosen at the
+    moment of the call.
+    """
+
+    def run(*args: Any) -> Any:
+        choice = _choice(op)
+        name, implementation = _resolve(op, device, choice)
+        try:
+            return implementation(*args)
+        except Unsupported as error:
+            if choice != "auto":
+                raise BackendError(
+                    f"hgc_kernels.{op}: backend {name!r} does not cover this call: {error}"
+                ) from None
+            _say_once(
+                op,
+                device,
+                f"running the reference backend ({name} does not cover this call: {error})",
+            )
+            return _load(_implementations[op, "reference", device])(*args)
+
+    run.__name__ = run.__qualname__ = f"{op}_{device}"
+    return run
+
+
+def backends() -> dict[str, dict[str, tuple[str, str]]]:
+    """For every op and device type: the backend that would run now in this thread, and why."""
+    table: dict[str, dict[str, tuple[str, str]]] = {}
+    for op in _ops:
+        table[op] = {}
+        for device in DEVICES:
+            try:
+                table[op][device] = _select(op, device, _choice(op))
+            except BackendError as error:
+                table[op][device] = ("none", str(error))
+    return table

@@ -1,0 +1,110 @@
+"""The `torch.ops.hgc` library, and the compiled libraries that serve it where they were built."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgc_kernels import backend
+
+_FOLDER = Path(__file__).resolve().parent / "lib"
+_hgc = torch.library.Library("hgc", "DEF")
+# The compiled libraries register under a namespace of their own: the router picks among backends by
+# name, and an op in `hgc` keeps one kernel a device whatever is loaded.
+_native = torch.library.Library("hgc_native", "DEF")
+
+_NATIVE_OPS = {
+    "cpu": ("gather_blocks", "scatter_rows", "apply_map"),
+    "cuda": ("gather_blocks", "scatter_rows"),
+}
+
+
+def define(
+    op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Define `hgc::<op>` with its fake and reference, and route CPU and CUDA calls to the chosen
+    backend.
+    """
+    _hgc.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _hgc.impl(op, reference, "CompositeExplicitAutograd")
+    backend.register(op, "reference", f"{reference.__module__}:{reference.__name__}")
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        _hgc.impl(op, backend.route(op, device), key)
+    torch.library.register_fake(f"hgc::{op}", fake, lib=_hgc)
+    if any(op in ops for ops in _NATIVE_OPS.values()):
+        _native.define(op + schema)
+        devices = tuple(device for device, ops in _NATIVE_OPS.items() if op in ops)
+        backend.register(
+            op,
+            "native",
+            f"hgc_kernels.library:native_{op}",
+            devices=devices,
+            available=_native_missing,
+        )
+
+
+def _load_libraries() -> dict[str, str | None]:
+    """Load what was built. Returns, a device type, None where loaded or the reason it is not."""
+    reasons: dict[str, str | None] = {}
+    for device in backend.DEVICES:
+        path = _FOLDER / f"libhgc_{device}.so"
+        if not path.exists():
+            reasons[device] = f"{path.name} was not built with this install"
+        elif device == "cuda" and torch.version.cuda is None:
+            reasons[device] = "this torch has no CUDA"
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                reasons[device] = None
+            except OSError as error:
+                reasons[device] = f"{path.name} does not load: {error.__cause__ or error}"
+    return reasons
+
+
+_missing = _load_libraries()
+
+
+def _native_missing(device: str) -> str | None:
+    return _missing[device]
+
+
+def native_gather_blocks(*args: Any) -> torch.Tensor:
+    return torch.ops.hgc_native.gather_blocks.default(*args)
+
+
+def native_scatter_rows(*args: Any) -> None:
+    torch.ops.hgc_native.scatter_rows.default(*args)
+
+
+def native_apply_map(*args: Any) -> torch.Tensor:
+    return torch.ops.hgc_native.apply_map.default(*args)
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled into this install, and what is loaded in this process.
+
+    Keys: "libraries" (device type -> "loaded" or the reason it is not), "torch", "native" (what the
+    introspection module says: compilers, CUDA version, architectures, flags, commit; {} where it
+    was not built), "left_out" (what the build could not make, and why).
+    """
+    left_out = {}
+    record = _FOLDER / "left_out.json"
+    if record.exists():
+        left_out = json.loads(record.read_text())
+    try:
+        module = importlib.import_module("hgc_kernels._native")
+        native = dict(module.build_info())
+    except ImportError as error:
+        native = {}
+        left_out.setdefault("introspection", str(error))
+    return {
+        "torch": torch.__version__,
+        "libraries": {device: reason or "loaded" for device, reason in _missing.items()},
+        "native": native,
+        "left_out": left_out,
+    }

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import torch
+
+from hgc_kernels import checks
+from hgc_kernels.ops.gather_blocks.reference import gather_blocks as reference
+
+
+def gather_blocks(
+    hidden: torch.Tensor,  # [B, C_h, H, W]
+    skip: torch.Tensor,  # [N, C_s, H, W]
+    residual: torch.Tensor | None = None,  # [N, C_s, H, W]
+    rows: torch.Tensor | None = None,  # [B] int64
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The input of a UNet decoder layer in one pass over memory: [B, C_h + C_s, H, W].
+
+    Equivalent to:
+        if rows is not None:
+            skip, residual = skip[rows], residual[rows]
+        return torch.cat([hidden, skip + scale * residual], dim=1)
+
+    `scale * residual` rounds to the storage dtype before it is added, as in eager PyTorch, so the
+    result is the same bits. `rows` picks the sample of `skip` and `residual` that goes with each
+    sample of `hidden`; without it N == B.
+
+    fp32, fp16 or bf16, one dtype for all; any strides. The result is new memory, channels_last
+    where hidden and skip both are and NCHW otherwise. Where a gradient is wanted the reference
+    runs.
+
+    Raises TypeError (dtype, type), ValueError (shape, device) or IndexError (a row outside [0, N),
+    seen on CPU). On a GPU rows are not looked at by the host: a sample whose row is out of range
+    comes back as NaN, nothing is read for it.
+    """
+    checks.tensor("hidden", hidden, 4, checks.FLOATS)
+    checks.tensor("skip", skip, 4, checks.FLOATS)
+    checks.same_dtype("skip", skip, "hidden", hidden)
+    checks.same_device("skip", skip, "hidden", hidden)
+    checks.number("scale", scale)
+    batch, _, height, width = hidden.shape
+    if skip.shape[2] != height or skip.shape[3] != width:
+        raise ValueError(
+            f"skip: expected the height and width of hidden {tuple(hidden.shape)}, "
+            f"got shape {tuple(skip.shape)}"
+        )
+    if residual is not None:
+        checks.tensor("residual", residual, 4, checks.FLOATS)
+        checks.same_dtype("residual", residual, "skip", skip)
+        checks.same_device("residual", residual, "skip", skip)
+        checks.shape("residual", residual, tuple(skip.shape))
+    if rows is not None:
+        checks.rows("rows", rows, hidden, batch, skip.shape[0])
+    elif skip.shape[0] != batch:
+        raise ValueError(
+            f"skip: expected {batch} samples as in hidden, or rows; got shape {tuple(skip.shape)}"
+        )
+    if checks.wants_grad("gather_blocks", hidden, skip, residual):
+        return reference(hidden, skip, residual, rows, scale)
+    return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, rows, scale)

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import torch
+
+from hgc_kernels.layout import gathered_format
+
+
+def gather_blocks(
+    hidden: torch.Tensor,  # [B, C_h, H, W]
+    skip: torch.Tensor,  # [N, C_s, H, W]
+    residual: torch.Tensor | None,  # [N, C_s, H, W]
+    rows: torch.Tensor | None,  # [B]
+    scale: float,
+) -> torch.Tensor:
+    memory_format = gathered_format(hidden, skip)
+    if rows is not None:
+        skip = skip.index_select(0, rows)
+        residual = residual.index_select(0, rows) if residual is not None else None
+    if residual is not None:
+        skip = skip + scale * residual
+    return torch.cat([hidden, skip], 1).contiguous(memory_format=memory_format)
