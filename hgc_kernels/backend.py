@@ -165,7 +165,7 @@ def _select(op: str, device: str, choice: str) -> tuple[str, str]:
         for b in _PREFERENCE
         if (op, b, device) in _implementations and not (b == "triton" and device == "cpu")
     ]
-    missing = []
+    missing: list[str] = []
     for candidate in candidates:
         reason = why_not(op, candidate, device)
         if reason is None:

@@ -1,0 +1,2 @@
+#define HGC_ISA avx2
+#include "kernels_impl.h"

@@ -1,0 +1,2 @@
+#define HGC_ISA avx512
+#include "kernels_impl.h"

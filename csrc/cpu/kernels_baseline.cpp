@@ -1,0 +1,2 @@
+#define HGC_ISA baseline
+#include "kernels_impl.h"
