@@ -1,0 +1,56 @@
+"""hgc: a hybrid-grained cache that makes diffusers ControlNet pipelines faster.
+
+``hgc.install(pipe.unet, pipe.controlnet)`` and the pipeline reuses between neighbouring steps what
+hardly changes between them. See :class:`Config` for what is reused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning import plan
+
+if TYPE_CHECKING:
+    from hgc.engine import HgcWarning, Installation, install, uninstall
+    from hgc.macs import MacCount, count_macs
+    from hgc.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "HgcWarning",
+    "Installation",
+    "MacCount",
+    "Report",
+    "StepPlan",
+    "count_macs",
+    "install",
+    "plan",
+    "uninstall",
+]
+
+# torch and diffusers take seconds to import; Config and plan need neither.
+_LAZY = {
+    "HgcWarning": "hgc.engine",
+    "Installation": "hgc.engine",
+    "install": "hgc.engine",
+    "uninstall": "hgc.engine",
+    "MacCount": "hgc.macs",
+    "count_macs": "hgc.macs",
+    "Report": "hgc.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hgc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

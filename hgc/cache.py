@@ -1,0 +1,155 @@
+"""What a run keeps between evaluations: key values of named tensors, in buffers the run owns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+
+__all__ = ["Cache", "conditional_half"]
+
+Tensor = torch.Tensor
+
+
+def conditional_half(x: Tensor) -> Tensor:
+    """The second half of a classifier-free guidance batch, a view."""
+    return x[x.shape[0] // 2 :]
+
+
+@dataclasses.dataclass
+class _Value:
+    tensor: Tensor  # owned by the cache; nobody else may write to it
+    half: bool  # the conditional half only
+    evaluation: int
+
+
+class Cache:
+    """Named histories of key values.
+
+    A value is copied in, into a buffer that the cache owns and reuses. What :meth:`read` returns
+    may be such a buffer: it must not be written to.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._entries: dict[str, list[_Value]] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._max_bytes = max_bytes
+        self.bytes = 0
+        self.peak_bytes = 0
+        self.refused = False
+
+    def _grow(self, count: int) -> bool:
+        """Account for ``count`` more bytes; False, and remembered, where they do not fit."""
+        if self._max_bytes is not None and self.bytes + count > self._max_bytes:
+            self.refused = True
+            return False
+        self.bytes += count
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return True
+
+    def write(
+        self, name: str, tensor: Tensor, *, evaluation: int, history: int, half: bool
+    ) -> None:
+        """Copy ``tensor`` in as the newest of at most ``history`` values of ``name``."""
+        values = self._entries.setdefault(name, [])
+        buffer = None
+        while len(values) >= history:
+            old = values.pop().tensor
+            if buffer is None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+                buffer = old
+            else:
+                self.bytes -= old.nbytes
+        if buffer is None:
+            if not self._grow(tensor.nbytes):
+                self.drop([name])
+                return
+            buffer = torch.empty_like(tensor)
+        buffer.copy_(tensor)
+        values.insert(0, _Value(buffer, half, evaluation))
+
+    def has(self, name: str, *, half: bool) -> bool:
+        """Whether ``name`` can be read for the conditional half, or else for the whole batch."""
+        values = self._entries.get(name)
+        return bool(values) and (half or not values[0].half)
+
+    def read(
+        self, name: str, coefficients: Sequence[float] = (1.0,), *, half: bool = False
+    ) -> Tensor:
+        """``sum_i coefficients[i] * value[i]``, newest first; read-only.
+
+        Where fewer values are held than coefficients are given, the newest alone is returned.
+        """
+        usable: list[Tensor] = []
+        for value in self._entries[name]:
+            if not half and value.half:
+                break
+            cut = half and not value.half
+            usable.append(conditional_half(value.tensor) if cut else value.tensor)
+        if not usable:
+            raise KeyError(f"{name} holds the conditional half only")
+        if len(coefficients) == 1 and coefficients[0] == 1.0:
+            return usable[0]
+        if len(usable) < len(coefficients):
+            return usable[0]
+        if len(coefficients) == 2 and abs(sum(coefficients) - 1.0) < 1e-6:
+            # one rounding, in float32 inside the kernel
+            return torch.lerp(usable[0], usable[1], float(coefficients[1]))
+        total = usable[0].float() * coefficients[0]
+        for tensor, coefficient in zip(usable[1:], coefficients[1:], strict=False):
+            total = torch.add(total, tensor.float(), alpha=coefficient)
+        return total.to(usable[0].dtype)
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Hold ``tensor`` itself for the rest of the run, where the byte limit allows it."""
+        if name not in self._kept and self._grow(tensor.nbytes):
+            self._kept[name] = tensor
+        return tensor
+
+    def kept(self, name: str) -> Tensor | None:
+        """What :meth:`keep` holds under ``name``."""
+        return self._kept.get(name)
+
+    def put_buffer(self, name: str, buffer: Tensor, *, evaluation: int, half: bool) -> bool:
+        """Hand a buffer over to the cache as the only value of ``name``; False if it is refused."""
+        self.drop([name])
+        if not self._grow(buffer.nbytes):
+            return False
+        self._entries[name] = [_Value(buffer, half, evaluation)]
+        return True
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the histories of ``names``."""
+        for name in names:
+            for value in self._entries.pop(name, ()):
+                self.bytes -= value.tensor.nbytes
+
+    def names(self) -> list[str]:
+        """Names of the histories held."""
+        return list(self._entries)
+
+    def drop_history(self) -> None:
+        """Forget every history, keeping what :meth:`keep` holds."""
+        self.drop(self.names())
+
+    def drop_kept(self, prefix: str = "") -> None:
+        """Forget what :meth:`keep` holds under names that start with ``prefix``."""
+        for name in [n for n in self._kept if n.startswith(prefix)]:
+            self.bytes -= self._kept.pop(name).nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._kept.clear()
+        self.bytes = 0
+
+    def checksums(self) -> dict[str, list[float]]:
+        """A float64 checksum of each tensor held, by name: unchanged unless somebody wrote to it."""
+        sums = {n: [_checksum(v.tensor) for v in values] for n, values in self._entries.items()}
+        sums.update({n: [_checksum(t)] for n, t in self._kept.items()})
+        return sums
+
+
+def _checksum(x: Tensor) -> float:
+    weights = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
+    return float((x.detach().double().reshape(-1) * weights.remainder(8191)).sum())

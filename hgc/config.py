@@ -1,0 +1,307 @@
+"""What to reuse: :class:`Config`, its presets, and its JSON form.
+
+A ``Config`` is data. :func:`hgc.plan` turns it into one :class:`~hgc.StepPlan` an evaluation, and the
+executor runs those; nothing else in the package decides what is reused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Config", "ConfigError", "StepPlan"]
+
+FULL = "full"
+
+_CONTROL = ("compute", "reuse", "off")
+_ENCODER = ("needed", "reuse")
+_ATTENTION = ("compute", "reuse")
+_GUIDANCE = ("both", "reuse", "off")
+_MAP_FORMATS = ("fp32", "fp16", "bf16", "e4m3")
+
+
+class ConfigError(ValueError):
+    """A value in a :class:`Config` or :class:`StepPlan` is wrong; the message names the field."""
+
+
+def _choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{owner}.{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _integer(owner: str, name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{owner}.{name} must be an integer of at least {minimum}; got {value!r}")
+
+
+def _number(owner: str, name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{owner}.{name} must be a finite number; got {value!r}")
+    if not low <= value <= high:
+        raise ConfigError(f"{owner}.{name} must lie in [{low}, {high}]; got {value!r}")
+
+
+def _unknown_keys(owner: str, data: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(data) - known)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{owner} has no field {unknown[0]!r}{hint} (fields: {sorted(known)})")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What one evaluation computes and what it reads from the cache.
+
+    An evaluation is one call of the ControlNet(s), then of the UNet.
+
+    Attributes:
+        control: ``"compute"`` runs the ControlNet(s), ``"reuse"`` takes their cached residuals,
+            ``"off"`` leaves them out.
+        depth: ``"full"`` computes everything. An integer ``k`` computes the ``k`` outermost decoder
+            layers with the encoder layers they need, on top of the cached input of the first of
+            them; ``0`` computes nothing and takes the output itself from the cache.
+        encoder: ``"needed"`` computes the skips those layers read, ``"reuse"`` takes them from the
+            cache (encoder propagation). Only read where ``depth`` is an integer above 0.
+        attention: ``"reuse"`` takes the output of each cross-attention from the cache, or, where
+            the text changed and maps are kept, applies the cached map to the fresh values.
+        guidance: ``"both"`` halves of a classifier-free guidance batch; ``"reuse"`` computes the
+            conditional half and restores the other from the cached difference; ``"off"`` sets the
+            unconditional half to the conditional one.
+        forecast: A cached feature is ``sum_i forecast[i] * value[i]`` over its last key values,
+            newest first: ``(1.0,)`` is reuse, ``(1 + a, -a)`` extrapolates to first order.
+        guidance_forecast: The same for the cached guidance difference.
+    """
+
+    control: str = "compute"
+    depth: int | str = FULL
+    encoder: str = "needed"
+    attention: str = "compute"
+    guidance: str = "both"
+    forecast: tuple[float, ...] = (1.0,)
+    guidance_forecast: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        _choice("StepPlan", "control", self.control, _CONTROL)
+        _choice("StepPlan", "encoder", self.encoder, _ENCODER)
+        _choice("StepPlan", "attention", self.attention, _ATTENTION)
+        _choice("StepPlan", "guidance", self.guidance, _GUIDANCE)
+        if self.depth != FULL:
+            _integer("StepPlan", "depth", self.depth, 0)
+        for name in ("forecast", "guidance_forecast"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+                value = tuple(value)
+            if not isinstance(value, tuple) or not value:
+                raise ConfigError(f"StepPlan.{name} must be a non-empty tuple; got {value!r}")
+            for coefficient in value:
+                _number("StepPlan", name, coefficient, -100.0, 100.0)
+
+    @property
+    def is_key(self) -> bool:
+        """True where everything is computed, so that later evaluations may read it."""
+        return self.depth == FULL
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from a full evaluation, ready for JSON."""
+        default = StepPlan()
+        fields = dataclasses.asdict(self)
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in fields.items()
+            if v != getattr(default, k)
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StepPlan:
+        """The inverse of :meth:`to_dict`. Raises :class:`ConfigError` naming a wrong field."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"a StepPlan must be an object of fields; got {data!r}")
+        _unknown_keys("StepPlan", data, {f.name for f in dataclasses.fields(cls)})
+        return cls(**data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What HGC reuses, for a run of ``num_evaluations`` evaluations; it scales to other lengths.
+
+    Attributes:
+        name: A label for reports.
+        num_evaluations: The number of evaluations ``key_steps`` is written for, and the number of
+            steps the configuration is meant for.
+        key_steps: The evaluations that compute everything, starting with 0. ``None``: all of them.
+        depth: Decoder layers computed at the other evaluations (see :class:`StepPlan`).
+        encoder: Skips at the other evaluations: ``"needed"`` or ``"reuse"``.
+        control: ControlNet at the other evaluations: ``"reuse"``, ``"compute"`` or ``"off"``.
+        attention: Cross-attention at the other evaluations: ``"compute"`` or ``"reuse"``.
+        attention_gate: Fraction of the run after which key evaluations reuse the cross-attention
+            too. 1.0: never.
+        guidance: Halves computed at the other evaluations: ``"both"``, ``"reuse"`` or ``"off"``.
+        conditional_key_steps: Key steps that compute the conditional half only.
+        forecast: Damping ``a`` of the first-order forecast of cached features. An evaluation ``d``
+            after the last key, the keys before it ``g`` apart, reads
+            ``(1 + a d/g) last - (a d/g) previous``. 0.0 is plain reuse.
+        guidance_forecast: The same for the cached guidance difference.
+        fresh_values: Keep the cross-attention maps, so that a prompt that changes within a run
+            keeps its layout: a cached map is applied to the fresh values.
+        map_format: Storage of those maps: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"e4m3"``.
+        max_cache_bytes: Upper bound of the bytes a run may hold. Past it, evaluations are computed
+            instead of reused, and a warning says so.
+        steps: An explicit plan, one :class:`StepPlan` an evaluation, for exactly
+            ``num_evaluations``. ``key_steps`` and the fields after it are then not used.
+    """
+
+    name: str = "custom"
+    num_evaluations: int = 20
+    key_steps: tuple[int, ...] | None = None
+    depth: int = 1
+    encoder: str = "needed"
+    control: str = "reuse"
+    attention: str = "compute"
+    attention_gate: float = 1.0
+    guidance: str = "both"
+    conditional_key_steps: tuple[int, ...] = ()
+    forecast: float = 0.0
+    guidance_forecast: float = 0.0
+    fresh_values: bool = False
+    map_format: str = "fp16"
+    max_cache_bytes: int | None = None
+    steps: tuple[StepPlan, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("key_steps", "conditional_key_steps", "steps"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"Config.name must be a non-empty string; got {self.name!r}")
+        _integer("Config", "num_evaluations", self.num_evaluations, 1)
+        _integer("Config", "depth", self.depth, 0)
+        _choice("Config", "encoder", self.encoder, _ENCODER)
+        _choice("Config", "control", self.control, _CONTROL)
+        _choice("Config", "attention", self.attention, _ATTENTION)
+        _choice("Config", "guidance", self.guidance, _GUIDANCE)
+        _choice("Config", "map_format", self.map_format, _MAP_FORMATS)
+        _number("Config", "attention_gate", self.attention_gate, 0.0, 1.0)
+        _number("Config", "forecast", self.forecast, -2.0, 2.0)
+        _number("Config", "guidance_forecast", self.guidance_forecast, -2.0, 2.0)
+        if not isinstance(self.fresh_values, bool):
+            raise ConfigError(f"Config.fresh_values must be a bool; got {self.fresh_values!r}")
+        if self.max_cache_bytes is not None:
+            _integer("Config", "max_cache_bytes", self.max_cache_bytes, 0)
+        self._check_keys()
+        if self.steps is not None:
+            if not isinstance(self.steps, tuple) or not all(
+                isinstance(s, StepPlan) for s in self.steps
+            ):
+                raise ConfigError("Config.steps must be a tuple of StepPlan")
+            if len(self.steps) != self.num_evaluations:
+                raise ConfigError(
+                    f"Config.steps must have num_evaluations={self.num_evaluations} entries; "
+                    f"got {len(self.steps)}"
+                )
+
+    def _check_keys(self) -> None:
+        for name in ("key_steps", "conditional_key_steps"):
+            keys = getattr(self, name)
+            if keys is None and name == "key_steps":
+                continue
+            if not isinstance(keys, tuple):
+                raise ConfigError(f"Config.{name} must be a tuple of integers; got {keys!r}")
+            for key in keys:
+                _integer("Config", name, key, 0)
+            if list(keys) != sorted(set(keys)):
+                raise ConfigError(f"Config.{name} must rise without repeats; got {keys!r}")
+            if keys and keys[-1] >= self.num_evaluations:
+                raise ConfigError(
+                    f"Config.{name} must lie below num_evaluations={self.num_evaluations}; "
+                    f"got {keys[-1]}"
+                )
+        if self.key_steps is not None and (not self.key_steps or self.key_steps[0] != 0):
+            raise ConfigError(f"Config.key_steps must start with 0; got {self.key_steps!r}")
+        keys = self.key_steps if self.key_steps is not None else range(self.num_evaluations)
+        stray = sorted(set(self.conditional_key_steps) - set(keys))
+        if stray:
+            raise ConfigError(
+                f"Config.conditional_key_steps must be key steps; {stray[0]} is not in {keys!r}"
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        """True where only loss-free reuse is left: the images are bit-identical."""
+        if self.steps is not None:
+            return all(s == StepPlan() for s in self.steps)
+        every = self.key_steps is None or len(self.key_steps) == self.num_evaluations
+        return every and not self.conditional_key_steps and self.attention_gate >= 1.0
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """The preset called ``name``; raises :class:`ConfigError` (a ValueError) naming them all."""
+        from hgc.presets import PRESETS
+
+        if not isinstance(name, str) or name not in PRESETS:
+            close = difflib.get_close_matches(str(name), PRESETS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"no preset named {name!r}; presets: {', '.join(PRESETS)}.{hint}")
+        return PRESETS[name]
+
+    @classmethod
+    def of(cls, config: Config | str) -> Config:
+        """``config`` itself, or the preset of that name, or the configuration in that JSON file."""
+        if isinstance(config, Config):
+            return config
+        if isinstance(config, Path) or (isinstance(config, str) and config.endswith(".json")):
+            return cls.from_json(Path(config))
+        if isinstance(config, str):
+            return cls.preset(config)
+        raise TypeError(
+            f"config must be an hgc.Config or the name of a preset; got {type(config).__name__}"
+        )
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed, validated again."""
+        _unknown_keys("Config", changes, {f.name for f in dataclasses.fields(self)})
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The configuration as JSON text (fields that differ from the default); also written to
+        ``path`` where one is given."""
+        default = Config()
+        data: dict[str, Any] = {"name": self.name, "num_evaluations": self.num_evaluations}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in data or value == getattr(default, field.name):
+                continue
+            if field.name == "steps":
+                value = [s.to_dict() for s in value]
+            data[field.name] = list(value) if isinstance(value, tuple) else value
+        text = json.dumps(data, indent=1, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Config:
+        """Read what :meth:`to_json` wrote: a :class:`~pathlib.Path`, or the JSON text itself.
+
+        Raises :class:`ConfigError` naming the field where one is unknown or wrong, or where the
+        text is not JSON.
+        """
+        where = str(source) if isinstance(source, Path) else "config"
+        text = source.read_text() if isinstance(source, Path) else source
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where} must hold an object of fields; got {type(data).__name__}")
+        _unknown_keys("Config", data, {f.name for f in dataclasses.fields(cls)})
+        if data.get("steps") is not None:
+            if not isinstance(data["steps"], list):
+                raise ConfigError("Config.steps must be a list of objects")
+            data["steps"] = tuple(StepPlan.from_dict(s) for s in data["steps"])
+        return cls(**data)

@@ -1,0 +1,986 @@
+"""Installing the cache on a UNet and its ControlNets, and running evaluations by the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+from hgc import attention as prompt_grain
+from hgc.cache import conditional_half
+from hgc.config import Config, StepPlan
+from hgc.networks import (
+    Residuals,
+    embed_condition,
+    freeu_active,
+    run_controlnet,
+    run_unet,
+    scale_residuals,
+)
+from hgc.promises import Promise, Terms, fresh, zero_promise
+from hgc.runs import (
+    ControlSlot,
+    Evaluation,
+    Held,
+    Position,
+    Run,
+    Runs,
+    _is_part,
+    position_of,
+    same_signature,
+    signature,
+)
+from hgc.structure import UNetStructure, check_unet, controlnets, known_sources
+
+__all__ = ["HgcWarning", "Installation", "install", "uninstall"]
+
+Tensor = torch.Tensor
+logger = logging.getLogger(__name__)
+
+
+class HgcWarning(UserWarning):
+    """hgc computes something in full that its plan would have reused; the message says why."""
+
+
+_MARK = "_hgc_installation"
+
+
+class _Forward:
+    """Stands in a module's ``forward`` slot while hgc is installed."""
+
+    def __init__(self, module: torch.nn.Module, slot: str, run: Callable[..., Any]) -> None:
+        self.module = module
+        self.slot = slot
+        self.had_own = slot in module.__dict__
+        self.original = getattr(module, slot)
+        self._run = run
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # a copied model is an uninstalled one
+        return types.MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> Any:
+        return (types.MethodType, (type(self.module).forward, self.module))
+
+    def restore(self) -> None:
+        """Put back what was there, in whichever slot now holds this object."""
+        for slot in dict.fromkeys((self.slot, "forward", "_old_forward")):
+            if self.module.__dict__.get(slot) is self:
+                if slot == self.slot and self.had_own:
+                    setattr(self.module, slot, self.original)
+                elif slot == "forward" and self.slot == "_old_forward":
+                    # the hook was removed meanwhile and moved us here: the class has the original
+                    delattr(self.module, slot)
+                elif slot == "_old_forward":
+                    setattr(self.module, slot, self.original)
+                else:
+                    delattr(self.module, slot)
+                return
+        raise RuntimeError(
+            f"{type(self.module).__name__}.forward was replaced by something else after hgc was "
+            "installed: undo that first, then uninstall hgc"
+        )
+
+
+class _EndOfCall:
+    """``_reset_stateful_cache``: diffusers calls it at the end of a pipeline call."""
+
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
+
+    def __call__(self) -> None:
+        last = self._installation._runs.last
+        if last is not None:
+            last.finished = True
+            last.free()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return "_nothing"
+
+
+def _nothing() -> None:
+    """Stands for :class:`_EndOfCall` in a copied model."""
+
+
+class _Mark:
+    """Says on a module which installation holds it; not copied with it."""
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation: Installation | None = installation
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+
+def _lora_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    if getattr(model, "peft_config", None) is None:
+        return []
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+
+
+def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[Any, ...]:
+    """What LoRA adds to ``model`` now: adapters, which are active, their scales."""
+    config = getattr(model, "peft_config", None)
+    if config is None:
+        return ()
+    return (
+        tuple(config),
+        tuple(
+            (
+                tuple(layer.active_adapters),
+                tuple(layer.scaling.items()),
+                bool(layer.merged),
+                bool(layer.disable_adapters),
+            )
+            for layer in layers
+        ),
+    )
+
+
+def _cut(value: Any, batch: int) -> Any:
+    """The conditional half of ``value``, where it has the rows of the batch."""
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+        return conditional_half(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut(v, batch) for v in value)
+    if isinstance(value, dict):
+        return {k: _cut(v, batch) for k, v in value.items()}
+    return value
+
+
+_KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
+
+
+def _can_be_halved(arguments: dict[str, Any], text: Any) -> bool:
+    """Whether every batched argument is one whose rows are known to be samples."""
+    added = arguments.get("added_cond_kwargs") or {}
+    if set(added) - _KNOWN_BATCHED:
+        return False
+    cross = arguments.get("cross_attention_kwargs") or {}
+    simple = all(isinstance(v, (bool, int, float, str, type(None))) for v in cross.values())
+    return simple and isinstance(text, Tensor)
+
+
+class Installation:
+    """The cache on one UNet and its ControlNets. Made by :func:`install`.
+
+    A context manager: leaving the block uninstalls. One installation serves any number of threads,
+    each with pipelines of its own on the shared models.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        nets: tuple[ControlNetModel, ...],
+        config: Config,
+        *,
+        assume_pair: bool | None = None,
+    ) -> None:
+        self.unet = unet
+        self.controlnets = nets
+        self._config = config
+        self._structure = UNetStructure.of(unet)
+        self._assume_pair = assume_pair
+        self._runs = Runs()
+        self._forwards: list[_Forward] = []
+        self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
+        self._said: set[str] = set()
+        self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
+        self._active = known_sources()
+        self._prompt_grain = True
+        self._functions: dict[str, Callable[..., Any]] = {
+            "unet": run_unet,
+            "controlnet": run_controlnet,
+        }
+        self._layers: dict[int | str, frozenset[str] | None] = {}
+
+    # -- public -----------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config:
+        """The configuration installed."""
+        return self._config
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._forwards:
+            self.uninstall()
+
+    def reset(self) -> None:
+        """Forget the calling thread's runs; the next evaluation starts a new one."""
+        self._runs.clear()
+
+    def uninstall(self) -> None:
+        """Give the models back exactly as they were found."""
+        if not self._forwards:
+            raise RuntimeError("hgc is not installed on these models")
+        for forward in self._forwards:
+            forward.restore()
+        self._forwards.clear()
+        self._restore_processors()
+        for module in (self.unet, *self.controlnets):
+            module.__dict__.pop(_MARK, None)
+        self.unet.__dict__.pop("_reset_stateful_cache", None)
+        self._runs.clear()
+
+    def report(self) -> Any:
+        """What the calling thread's last run did: a :class:`hgc.Report`.
+
+        Raises RuntimeError where this thread has made no run yet.
+        """
+        from hgc.report import Report
+
+        run = self._runs.last
+        if run is None or not run.report:
+            raise RuntimeError("no run to report on: call the pipeline first, in this thread")
+        return Report.of(self, run)
+
+    # -- installing -------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        plan_depth = (
+            [s.depth for s in self._config.steps]
+            if self._config.steps is not None
+            else [self._config.depth]
+        )
+        deepest = max((d for d in plan_depth if isinstance(d, int)), default=0)
+        if deepest > self._structure.num_layers:
+            raise ValueError(
+                f"config.depth must be at most {self._structure.num_layers}, the number of decoder "
+                f"layers of this UNet; got {deepest}"
+            )
+        if not self._active:
+            self._say(
+                "sources",
+                "this release of diffusers is not one hgc was tested with: every evaluation is "
+                "computed in full by diffusers itself",
+            )
+        for module in (self.unet, *self.controlnets):
+            setattr(module, _MARK, _Mark(self))
+            slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+            run = self._unet_call if module is self.unet else self._control_call
+            forward = _Forward(module, slot, run)
+            self._forwards.append(forward)
+            setattr(module, slot, forward)
+        self.unet._reset_stateful_cache = _EndOfCall(self)
+        self._adopt_processors()
+
+    def _networks(self) -> list[torch.nn.Module]:
+        return [self.unet, *self.controlnets]
+
+    def _adopt_processors(self) -> None:
+        """Wrap the processors of all cross-attentions, as they are now."""
+        found = [
+            (attn, name) for model in self._networks()
+            for name, attn in prompt_grain.cross_attentions(model).items()
+        ]  # fmt: skip
+        current = {id(attn): wrapped for attn, _, _, wrapped in self._processors}
+        if len(found) == len(self._processors) and all(
+            current.get(id(attn)) is attn.processor for attn, _ in found
+        ):
+            return
+        self._restore_processors()
+        # A processor with weights is a submodule; wrapping it would take them out of the model.
+        self._prompt_grain = not any(isinstance(a.processor, torch.nn.Module) for a, _ in found)
+        if not self._prompt_grain:
+            self._say(
+                "processors",
+                "cross-attention processors with weights of their own (an IP-Adapter) are in "
+                "place: cross-attention is computed, everything else follows the plan",
+            )
+            return
+        for attn, name in found:
+            wrapped = prompt_grain.wrap(name, attn.processor)
+            self._processors.append((attn, name, attn.processor, wrapped))
+            attn.processor = wrapped
+
+    def _restore_processors(self) -> None:
+        for attn, _, original, wrapped in self._processors:
+            if attn.processor is wrapped:
+                attn.processor = original
+        self._processors.clear()
+
+    def _say(self, key: str, message: str) -> None:
+        """Warn once an installation."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, HgcWarning, stacklevel=2)
+
+    # -- runs -------------------------------------------------------------------------------
+
+    def _run_of(
+        self, text: Tensor, position: Position, batch: int, cond: Any = None
+    ) -> tuple[Run, Evaluation]:
+        """The run an evaluation belongs to, with that evaluation begun."""
+        run = self._runs.find(text, position, batch, cond)
+        if run is None:
+            self._adopt_processors()
+            self._collect_lora()
+            run = self._runs.add(
+                Run(
+                    self._config,
+                    self._structure.num_layers,
+                    text,
+                    position,
+                    self._assume_pair,
+                )
+            )
+        else:
+            self._runs.use(run)
+            if run.now is None and run.completed == position.index and run.broken is None:
+                run.broken = "one timestep was evaluated more than once"
+        now = run.begin(position)
+        if run.broken is not None and not run.warned:
+            run.warned = True
+            self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
+        if not run.text.is_(text) and not _is_part(text, run.text):
+            if not (isinstance(run.text.value, Tensor) and _is_part(run.text.value, Held(text))):
+                self._text_changed(run, now)
+            run.text = Held(text)
+        return run, now
+
+    def _text_changed(self, run: Run, now: Evaluation) -> None:
+        planned = run.plan[now.index]
+        run.change("the text changed")
+        if planned.attention == "reuse":
+            if self._config.fresh_values and self._prompt_grain:
+                now.plan = dataclasses.replace(now.plan, attention="reuse")
+            else:
+                self._say(
+                    "fresh_values",
+                    "the text changed within a run: its cross-attention is computed; "
+                    "Config(fresh_values=True) keeps the maps and applies them to the new values",
+                )
+
+    def _collect_lora(self) -> None:
+        for model in self._networks():
+            config = getattr(model, "peft_config", None)
+            self._lora[id(model)] = (config and tuple(config), _lora_layers(model))
+
+    def _lora_now(self, model: torch.nn.Module) -> tuple[Any, ...]:
+        config = getattr(model, "peft_config", None)
+        known, layers = self._lora.get(id(model), (None, []))
+        if (config and tuple(config)) != known:
+            self._collect_lora()
+            _, layers = self._lora[id(model)]
+        return _lora_state(model, layers)
+
+    def _fail(self, run: Run) -> None:
+        """An exception left the evaluation unfinished: keep nothing of the run."""
+        self._runs.forget(run)
+
+    # -- ControlNet -------------------------------------------------------------------------
+
+    def _original(self, module: torch.nn.Module) -> Callable[..., Any]:
+        return next(f.original for f in self._forwards if f.module is module)
+
+    def _control_call(
+        self,
+        net: ControlNetModel,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float | Tensor = 1.0,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        arguments = {
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "added_cond_kwargs": added_cond_kwargs,
+            "cross_attention_kwargs": cross_attention_kwargs,
+        }
+
+        def compute_fresh() -> list[Tensor]:
+            """The whole batch, by diffusers, with the hooks that stand before its forward."""
+            self._runs.forced += 1
+            try:
+                down, mid = net(
+                    sample,
+                    timestep,
+                    encoder_hidden_states=encoder_hidden_states,
+                    controlnet_cond=controlnet_cond,
+                    conditioning_scale=conditioning_scale,
+                    guess_mode=guess_mode,
+                    return_dict=False,
+                    **arguments,
+                )
+            finally:
+                self._runs.forced -= 1
+            return [*down, mid]
+
+        position = None if self._runs.forced else self._position(timestep)
+        if position is None:
+            return self._original(net)(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                controlnet_cond,
+                conditioning_scale,
+                guess_mode=guess_mode,
+                return_dict=return_dict,
+                **arguments,
+            )
+        start = self._runs.clock()
+        run, now = self._run_of(encoder_hidden_states, position, sample.shape[0], controlnet_cond)
+        try:
+            slot = run.slot(net, controlnet_cond)
+            if slot.called_at == position.index:
+                run.broken = "a ControlNet was called twice in one evaluation"
+                run.promote(run.broken)
+            slot.called_at = position.index
+            run.factor = controlnet_cond.shape[-1] // sample.shape[-1]
+            found = signature(
+                conditioning_scale, guess_mode, sample.shape, sample.dtype, sample.device,
+                class_labels, timestep_cond, attention_mask, cross_attention_kwargs,
+                self._lora_now(net),
+            )  # fmt: skip
+            if slot.signature and not same_signature(slot.signature, found):
+                run.change("a ControlNet's scale or arguments changed")
+            elif not slot.signature and now.plan != StepPlan():
+                run.change("a ControlNet joined the run")
+            slot.signature = found
+            residuals = self._control_residuals(
+                run, now, slot, sample, timestep, encoder_hidden_states, controlnet_cond,
+                conditioning_scale, guess_mode, arguments, compute_fresh,
+            )  # fmt: skip
+        except BaseException:
+            self._fail(run)
+            raise
+        now.milliseconds += (self._runs.clock() - start) * 1e3
+        if not return_dict:
+            return residuals[:-1], residuals[-1]
+        return ControlNetOutput(
+            down_block_res_samples=tuple(residuals[:-1]), mid_block_res_sample=residuals[-1]
+        )
+
+    def _position(self, timestep: Any) -> Position | None:
+        if not self._active:
+            return None
+        position = position_of(timestep)
+        if position is None:
+            self._say(
+                "timestep",
+                "the timestep is not an element of a tensor of timesteps, so where an evaluation "
+                "stands in its run is not known: evaluations are computed in full",
+            )
+        return position
+
+    def _residual_shapes(self, net: ControlNetModel, sample: Tensor) -> list[tuple[int, ...]]:
+        """Shapes of the residuals of ``net``, the middle block's last."""
+        batch, _, height, width = sample.shape
+        shapes = [(batch, net.config.block_out_channels[0], height, width)]
+        for block, channels in zip(net.down_blocks, net.config.block_out_channels, strict=True):
+            shapes += [(batch, channels, height, width)] * len(block.resnets)
+            if block.downsamplers is not None:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((batch, channels, height, width))
+        shapes.append((batch, net.config.block_out_channels[-1], height, width))
+        if net.config.global_pool_conditions:
+            shapes = [(*shape[:2], 1, 1) for shape in shapes]
+        return shapes
+
+    def _control_residuals(
+        self,
+        run: Run,
+        now: Evaluation,
+        slot: ControlSlot,
+        sample: Tensor,
+        timestep: Any,
+        text: Tensor,
+        cond: Tensor,
+        scale: float | Tensor,
+        guess_mode: bool,
+        arguments: dict[str, Any],
+        compute_fresh: Callable[[], list[Tensor]],
+    ) -> list[Tensor]:
+        net, index = slot.net, now.index
+        shapes = self._residual_shapes(net, sample)
+        names = [*(f"residual/{j}" for j in range(len(shapes) - 1)), "residual/mid"]
+        is_zero = isinstance(scale, (int, float)) and scale == 0.0
+        if is_zero or now.plan.control == "off":
+            now.control.append("off")
+            return [zero_promise(shape, sample.dtype, sample.device) for shape in shapes]
+
+        # guess_mode hands over the conditional half itself: there is nothing to cut
+        is_part = _is_part(text, run.text)
+        values: dict[str, Tensor] = {}
+        if now.plan.control == "reuse":
+            needed = run.residual_names(slot, now.plan)
+            rows = now.half and not is_part
+            if not all(run.cache.has(name, half=rows) for name in needed):
+                run.promote("residuals are not cached")
+        reused = now.plan.control == "reuse"
+        if reused:
+            now.control.append("reused")
+        else:
+            half = now.half and not is_part
+            outputs = self._compute_control(
+                run, slot, sample, timestep, text, cond, arguments, index, half
+            )
+            self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
+            now.control.append("computed")
+            if not half:
+                return scale_residuals(net, outputs, scale, guess_mode)
+            values = dict(zip(names, scale_residuals(net, outputs, scale, guess_mode), strict=True))
+
+        held: list[Tensor] = []
+
+        def fresh_value(j: int) -> Tensor:
+            if not held:
+                held.extend(compute_fresh())
+                slot.called_at = index
+            return held[j]
+
+        def planned(name: str, j: int, half: bool) -> Terms | None:
+            if values:
+                return [(values[name], 1.0)] if half else None
+            entry = slot.prefix + name
+            # promoted after the ControlNet's turn: what was reused then is not wanted any more
+            if now.plan.control != "reuse" or not run.cache.has(entry, half=half):
+                return None
+            value = run.cache.read(entry, now.plan.forecast, half=half)
+            return [_scaled(net, value, j, len(shapes), scale, guess_mode)]
+
+        return [
+            Promise(
+                shape,
+                sample.dtype,
+                sample.device,
+                functools.partial(planned, name, j),
+                functools.partial(fresh_value, j),
+            )
+            for j, (name, shape) in enumerate(zip(names, shapes, strict=True))
+        ]
+
+    def _compute_control(
+        self,
+        run: Run,
+        slot: ControlSlot,
+        sample: Tensor,
+        timestep: Any,
+        text: Tensor,
+        cond: Tensor,
+        arguments: dict[str, Any],
+        index: int,
+        half: bool,
+    ) -> list[Tensor]:
+        net = slot.net
+        hint = run.cache.kept(slot.prefix + "hint")
+        if hint is None:
+            hint = run.cache.keep(slot.prefix + "hint", embed_condition(net, cond))
+        if half:
+            batch = sample.shape[0]
+            sample, text, hint = (conditional_half(x) for x in (sample, text, hint))
+            arguments = _cut(arguments, batch)
+        cross = arguments["cross_attention_kwargs"]
+        lora_scale = 1.0
+        if cross is not None:
+            cross = dict(cross)
+            lora_scale = cross.pop("scale", 1.0)
+        wrap = self._text_wrapper(run, slot.prefix, half, run.now)
+        scale_lora_layers(net, lora_scale)
+        try:
+            return self._functions["controlnet"](
+                net, sample, timestep, text, hint, wrap,
+                **{**arguments, "cross_attention_kwargs": cross},
+            )  # fmt: skip
+        finally:
+            unscale_lora_layers(net, lora_scale)
+
+    def _write_residuals(
+        self, run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool
+    ) -> None:
+        wanted, half_only = run.will_read(after=index)
+        is_whole_condition = slot.cond.value.shape[0] != run.text.value.shape[0]
+        cut = half_only and not half and not is_whole_condition and run.pair.confirmed()
+        for name, value in values.items():
+            if name in wanted:
+                run.cache.write(
+                    slot.prefix + name,
+                    conditional_half(value) if cut else value,
+                    evaluation=index,
+                    history=run.history,
+                    half=half or cut,
+                )
+            else:
+                run.cache.drop([slot.prefix + name])
+
+    def _text_wrapper(
+        self, run: Run, prefix: str, half: bool, now: Evaluation | None
+    ) -> Callable[[Any], Any] | None:
+        """What makes the text of a network carry what its cross-attentions reuse."""
+        if not self._prompt_grain or now is None:
+            return None
+        step = now.plan
+        wanted, _ = run.will_read(after=now.index)
+        mode, store, map_format = "compute", None, None
+        if step.attention == "reuse":
+            held = run.cache.names()
+            outputs = any(n.startswith(f"{prefix}attention/") for n in held)
+            maps = any(n.startswith(f"{prefix}map/") for n in held)
+            mode = "output" if outputs else "map" if maps else "compute"
+        if step.is_key and mode != "output" and "attention" in wanted:
+            layers = self._layers_read(run, now.index) if prefix == "unet/" else None
+            store = (lambda name: True) if layers is None else layers.__contains__
+        if step.is_key and mode == "compute" and self._config.fresh_values:
+            if any(s.attention == "reuse" for s in run.plan[now.index + 1 :]):
+                map_format = self._config.map_format
+
+        def wrap(text: Any) -> Any:
+            if not isinstance(text, Tensor):
+                return text
+            return prompt_grain.Text(
+                hidden=text,
+                cache=run.cache,
+                prefix=prefix,
+                evaluation=now.index,
+                half=half,
+                mode=mode,
+                store=store,
+                map_format=map_format,
+            )
+
+        return wrap
+
+    def _layers_read(self, run: Run, index: int) -> frozenset[str] | None:
+        """UNet cross-attentions whose output an evaluation after ``index`` reads; None: all."""
+        depths: set[int] = set()
+        for step in run.plan[index + 1 :]:
+            if step.attention == "reuse":
+                if not isinstance(step.depth, int):
+                    return None
+                depths.add(step.depth)
+            if step.is_key and step.attention == "compute":
+                break
+        depth = max(depths, default=0)
+        if depth not in self._layers:
+            blocks = [
+                f"up_blocks.{b}.attentions.{layer}."
+                for b, layer in self._structure.decoder[self._structure.num_layers - depth :]
+            ]
+            blocks += [
+                f"down_blocks.{b}.attentions.{layer}."
+                for b, layer in self._structure.encoder[:depth]
+            ]
+            self._layers[depth] = frozenset(
+                name
+                for name in prompt_grain.cross_attentions(self.unet)
+                if name.startswith(tuple(blocks))
+            )
+        return self._layers[depth]
+
+    # -- UNet -------------------------------------------------------------------------------
+
+    def _unet_call(
+        self,
+        unet: UNet2DConditionModel,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        down_block_additional_residuals: Any = None,
+        mid_block_additional_residual: Any = None,
+        down_intrablock_additional_residuals: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        position = self._position(timestep)
+        legacy = down_block_additional_residuals is not None and (
+            mid_block_additional_residual is None
+        )
+        if position is None or legacy:
+            return self._original(unet)(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                class_labels=class_labels,
+                timestep_cond=timestep_cond,
+                attention_mask=attention_mask,
+                cross_attention_kwargs=cross_attention_kwargs,
+                added_cond_kwargs=added_cond_kwargs,
+                down_block_additional_residuals=fresh(down_block_additional_residuals),
+                mid_block_additional_residual=fresh(mid_block_additional_residual),
+                down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=return_dict,
+            )
+        start = self._runs.clock()
+        arguments = {
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "added_cond_kwargs": added_cond_kwargs,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        run, now = self._run_of(encoder_hidden_states, position, sample.shape[0])
+        try:
+            self._check_unet_signature(
+                run, now, sample, arguments, down_block_additional_residuals,
+                down_intrablock_additional_residuals,
+            )  # fmt: skip
+            wants_pair = any(s.guidance != "both" for s in run.plan)
+            if wants_pair and not _can_be_halved(arguments, encoder_hidden_states):
+                run.pair.refute()
+                if now.half:
+                    run.promote("an argument cannot be cut into halves")
+            if wants_pair and run.pair.wants:
+                run.pair.compare(sample)
+            now.batch = sample.shape[0]
+            run.latent_size = (sample.shape[-2], sample.shape[-1])
+            if now.plan.depth == 0:
+                out = run.cache.read("output", now.plan.forecast)
+                out = out.clone() if len(now.plan.forecast) == 1 else out
+            else:
+                out = self._compute_unet(
+                    run, now, sample, timestep, encoder_hidden_states, arguments,
+                    down_block_additional_residuals, mid_block_additional_residual,
+                    down_intrablock_additional_residuals,
+                )  # fmt: skip
+        except BaseException:
+            self._fail(run)
+            raise
+        run.end((self._runs.clock() - start) * 1e3)
+        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _check_unet_signature(
+        self,
+        run: Run,
+        now: Evaluation,
+        sample: Tensor,
+        arguments: dict[str, Any],
+        residuals: Any,
+        intrablock: Any,
+    ) -> None:
+        freeu = [
+            tuple(getattr(block, n, None) for n in ("s1", "s2", "b1", "b2"))
+            for block in self.unet.up_blocks
+        ]
+        found = signature(
+            sample.shape, sample.dtype, sample.device, arguments, freeu,
+            residuals is not None, intrablock is not None, self._lora_now(self.unet),
+            [slot.index for slot in run.slots if slot.called_at == now.index],
+        )  # fmt: skip
+        if run.unet_signature is not None and not same_signature(run.unet_signature, found):
+            run.change("the UNet's arguments changed")
+        run.unet_signature = found
+
+    def _terms(self, value: Any, half: bool) -> Terms:
+        """What to add to a skip for the residual ``value``."""
+        if isinstance(value, Promise):
+            terms = value.planned(half)
+            if terms is not None:
+                return terms
+            value = value.fresh()
+        return [(conditional_half(value) if half else value, 1.0)]
+
+    def _compute_unet(
+        self,
+        run: Run,
+        now: Evaluation,
+        sample: Tensor,
+        timestep: Any,
+        text: Tensor,
+        arguments: dict[str, Any],
+        down: Any,
+        mid: Any,
+        intrablock: Any,
+    ) -> Tensor:
+        step, half, batch = now.plan, now.half, sample.shape[0]
+        depth = step.depth if isinstance(step.depth, int) else None
+        count = self._structure.num_layers if depth is None else depth
+        residuals = None
+        if down is not None:
+            residuals = Residuals(
+                [self._terms(value, half) for value in down[:count]],
+                self._terms(mid, half) if depth is None or depth == len(down) else [],
+            )
+        hidden = skips = None
+        if depth is not None:
+            hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
+            block, _ = self._structure.boundary(depth)
+            if depth == self._structure.num_layers and residuals is not None:
+                for value, scale in residuals.mid:
+                    hidden = hidden + value * scale
+            if freeu_active(self.unet.up_blocks[block]):
+                hidden = hidden.clone()  # FreeU writes into its input
+            if step.encoder == "reuse":
+                skips = [
+                    run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
+                ]
+        wanted, half_only = run.will_read(after=now.index)
+        capture = tuple(
+            sorted(n for n in wanted if n.startswith(("feature/", "skip/"))) if step.is_key else ()
+        )
+        if half:
+            sample, text = conditional_half(sample), conditional_half(text)
+            arguments = _cut(arguments, batch)
+            intrablock = _cut(intrablock, batch)
+        cross = arguments["cross_attention_kwargs"]
+        lora_scale = 1.0
+        if cross is not None:
+            cross = dict(cross)
+            lora_scale = cross.pop("scale", 1.0)
+        scale_lora_layers(self.unet, lora_scale)
+        try:
+            out, captured = self._functions["unet"](
+                self.unet, self._structure, sample, timestep, text,
+                self._text_wrapper(run, "unet/", half, now),
+                depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
+                intrablock_residuals=intrablock,
+                **{**arguments, "cross_attention_kwargs": cross},
+            )  # fmt: skip
+        finally:
+            unscale_lora_layers(self.unet, lora_scale)
+        if step.is_key:
+            self._write_features(run, now, captured, out, wanted, half_only)
+        if not half:
+            return out
+        if step.guidance == "off":
+            return torch.cat([out, out])
+        difference = run.cache.read("guidance", step.guidance_forecast)
+        return torch.cat([out - difference, out])
+
+    def _write_features(
+        self,
+        run: Run,
+        now: Evaluation,
+        captured: dict[str, Tensor],
+        out: Tensor,
+        wanted: set[str],
+        half_only: bool,
+    ) -> None:
+        half = now.half
+        cut = half_only and not half and run.pair.confirmed()
+        index, history = now.index, run.history
+        for name, value in captured.items():
+            value = conditional_half(value) if cut else value
+            run.cache.write(name, value, evaluation=index, history=history, half=half or cut)
+        if "output" in wanted and not half:
+            run.cache.write("output", out, evaluation=index, history=history, half=False)
+        if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
+            unconditional, conditional = out.chunk(2)
+            run.cache.write(
+                "guidance", conditional - unconditional, evaluation=index, history=history,
+                half=False,
+            )  # fmt: skip
+        stale = [
+            n
+            for n in run.cache.names()
+            if n.startswith(("feature/", "skip/", "guidance", "output")) and n not in wanted
+        ]
+        run.cache.drop(stale)
+        if run.cache.refused:
+            self._say(
+                "max_cache_bytes",
+                f"Config.max_cache_bytes={self._config.max_cache_bytes} is too small for this "
+                "plan: evaluations are computed instead of reused",
+            )
+
+
+def _scaled(
+    net: ControlNetModel,
+    value: Tensor,
+    j: int,
+    count: int,
+    scale: float | Tensor,
+    guess_mode: bool,
+) -> tuple[Tensor, float]:
+    """A cached residual with its scale, as :func:`hgc.networks.scale_residuals` scales it."""
+    if net.config.global_pool_conditions:
+        return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
+    factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0
+    if isinstance(scale, (int, float)):
+        return value, float(scale) * factor
+    return value * (scale * factor), 1.0
+
+
+def _installation_of(module: Any) -> Installation | None:
+    mark = getattr(module, "__dict__", {}).get(_MARK)
+    return None if mark is None else mark.installation
+
+
+def install(
+    unet: UNet2DConditionModel,
+    controlnet: Any = None,
+    *,
+    config: Config | str = "balanced",
+) -> Installation:
+    """Make a UNet and its ControlNets reuse features between the steps of a run.
+
+    Args:
+        unet: ``pipe.unet``.
+        controlnet: ``pipe.controlnet``: a ControlNetModel, a list of them, a MultiControlNetModel,
+            or None for a pipeline without one.
+        config: A :class:`~hgc.Config`, the name of a preset, or the path of a JSON file.
+
+    Returns:
+        The :class:`Installation`; ``with hgc.install(...):`` uninstalls at the end of the block.
+
+    Raises:
+        TypeError: a model is not supported, or is compiled already; its class is named.
+        ValueError: ``config`` names no preset, or does not fit the model.
+        RuntimeError: hgc is installed on one of the models already.
+    """
+    config = Config.of(config)
+    check_unet(unet)
+    nets = controlnets(controlnet)
+    for module in (unet, *nets):
+        if _installation_of(module) is not None:
+            raise RuntimeError(
+                f"hgc is already installed on this {type(module).__name__}; call "
+                "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first"
+            )
+    installation = Installation(unet, nets, config)
+    installation._install()
+    return installation
+
+
+def uninstall(unet: UNet2DConditionModel, controlnet: Any = None) -> None:
+    """Undo :func:`install`: both models are exactly as they were.
+
+    Args:
+        unet: The UNet hgc was installed on.
+        controlnet: Its ControlNets; they are uninstalled with the UNet whether given or not.
+
+    Raises:
+        RuntimeError: hgc is not installed on ``unet``, or its forward was replaced since.
+    """
+    installation = _installation_of(unet)
+    if installation is None:
+        raise RuntimeError(f"hgc is not installed on this {type(unet).__name__}")
+    installation.uninstall()

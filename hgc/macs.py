@@ -1,0 +1,329 @@
+"""Multiply-accumulates of a run, counted by running its plan on the meta device.
+
+One multiply-accumulate is one MAC. Two conventions: all of them, and without the two matmuls of
+scaled dot-product attention (the paper's: 18.22T for 20 steps of SD1.5 + ControlNet at 512x512).
+Norms, activations and elementwise work are not counted in either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import hgc_kernels  # noqa: F401  defines torch.ops.hgc
+from hgc.config import Config, StepPlan
+from hgc.engine import Installation
+from hgc.planning import plan
+from hgc.runs import PairCheck
+from hgc.structure import check_unet, controlnets
+
+__all__ = ["MacCount", "Macs", "count_macs", "flop_counter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Macs:
+    """MACs in both conventions.
+
+    Attributes:
+        total: All multiply-accumulates of convolutions and matmuls.
+        paper: The same without the two attention matmuls.
+    """
+
+    total: int = 0
+    paper: int = 0
+
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.total + other.total, self.paper + other.paper)
+
+    def __mul__(self, times: int) -> Macs:
+        return Macs(self.total * times, self.paper * times)
+
+
+@dataclasses.dataclass(frozen=True)
+class MacCount:
+    """MACs of a run under a configuration, and of the same run computed in full.
+
+    Attributes:
+        config: Name of the configuration.
+        evaluations: One entry an evaluation.
+        plan: The plan they follow.
+        full_evaluation: One evaluation without hgc.
+        num_evaluations: Of the run.
+    """
+
+    config: str
+    evaluations: tuple[Macs, ...]
+    plan: tuple[StepPlan, ...]
+    full_evaluation: Macs
+    num_evaluations: int
+
+    @property
+    def total(self) -> int:
+        """MACs of the run, attention matmuls counted."""
+        return sum(e.total for e in self.evaluations)
+
+    @property
+    def paper(self) -> int:
+        """MACs of the run in the paper's convention, attention matmuls left out."""
+        return sum(e.paper for e in self.evaluations)
+
+    @property
+    def full(self) -> Macs:
+        """MACs of as many evaluations without hgc."""
+        return self.full_evaluation * self.num_evaluations
+
+
+def _sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attend(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    batch, length, heads, dim = q
+    return 4 * batch * length * heads * dim * k[1]
+
+
+def _apply(stored: Any, v: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    batch, length, heads = stored[:3]
+    return 2 * batch * length * heads * v[1] * v[3]
+
+
+def _apply_project(
+    stored: Any, v: Any, weight: Any, *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
+    batch, length = stored[:2]
+    return _apply(stored, v) + 2 * batch * length * math.prod(weight)
+
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+    torch.ops.hgc.attend_and_store: _attend,
+    torch.ops.hgc.apply_map: _apply,
+}
+_MAPPING = {**_ATTENTION, torch.ops.hgc.apply_map_project: _apply_project}
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's FLOP counter, taught the ops of hgc and attention on CPU, which it does not know."""
+    return FlopCounterMode(display=False, custom_mapping=_MAPPING)
+
+
+def macs_of(counter: FlopCounterMode) -> Macs:
+    """What ``counter`` counted. In UNets and ControlNets only attention uses batched matmuls."""
+    counts = counter.get_flop_counts().get("Global", {})
+    total = sum(counts.values()) // 2
+    attention = sum(
+        flops
+        for op, flops in counts.items()
+        if op in _ATTENTION
+        or op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        or "scaled_dot_product" in str(op)
+    )
+    return Macs(total, total - attention // 2)
+
+
+def _meta(model: Any) -> Any:
+    with torch.device("meta"):
+        return type(model).from_config(model.config).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a pipeline hands to the models, without the values.
+
+    Attributes:
+        batch: Rows of the batch: twice the images under classifier-free guidance.
+        height: Of the latents.
+        width: Of the latents.
+        tokens: Length of the text.
+        condition: Pixels of the condition a latent pixel, along a side.
+        dtype: Of everything.
+    """
+
+    batch: int
+    height: int
+    width: int
+    tokens: int = 77
+    condition: int = 8
+    dtype: torch.dtype = torch.float32
+
+
+def _count(
+    unet: Any,
+    nets: Sequence[Any],
+    steps: Sequence[StepPlan],
+    shapes: Shapes,
+    pair: bool,
+    off: Sequence[Sequence[bool]],
+) -> list[Macs]:
+    """MACs of each evaluation of a run that follows ``steps``.
+
+    Evaluations of one kind cost the same but for the first of them, which may project the text or
+    embed the condition for the whole run: two of each kind are run, the others take over the
+    second one's count. The first two evaluations are always run, since only after them a batch is
+    known to be a guidance pair.
+    """
+    kinds = [
+        (dataclasses.replace(s, forecast=(1.0,), guidance_forecast=(1.0,)), tuple(o))
+        for s, o in zip(steps, off, strict=True)
+    ]
+    chosen: list[int] = []
+    seen: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        if i < PairCheck.EVALUATIONS or len(seen.get(kind, ())) < 2:
+            chosen.append(i)
+            if i >= PairCheck.EVALUATIONS:
+                seen.setdefault(kind, []).append(i)
+    counted = dict(
+        zip(
+            chosen,
+            _run(unet, nets, [steps[i] for i in chosen], shapes, pair, [off[i] for i in chosen]),
+            strict=True,
+        )
+    )
+    return [counted[i] if i in counted else counted[seen[kinds[i]][-1]] for i in range(len(steps))]
+
+
+def _run(
+    unet: Any,
+    nets: Sequence[Any],
+    steps: Sequence[StepPlan] | None,
+    shapes: Shapes,
+    pair: bool,
+    off: Sequence[Sequence[bool]],
+) -> list[Macs]:
+    """Run meta models through ``steps``, or once without hgc where there are none."""
+    with torch.device("meta"), torch.no_grad():
+        text = torch.empty(shapes.batch, shapes.tokens, unet.config.cross_attention_dim)
+        sample = torch.empty(shapes.batch, unet.config.in_channels, shapes.height, shapes.width)
+        side = shapes.condition
+        conds = [
+            torch.empty(shapes.batch, 3, shapes.height * side, shapes.width * side) for _ in nets
+        ]
+        added = None
+        if unet.config.addition_embed_type == "text_time":
+            pooled = (
+                unet.config.projection_class_embeddings_input_dim
+                - 6 * unet.config.addition_time_embed_dim
+            )
+            added = {
+                "text_embeds": torch.empty(shapes.batch, pooled),
+                "time_ids": torch.empty(shapes.batch, 6),
+            }
+        timestep_cond = None
+        if unet.config.time_cond_proj_dim is not None:
+            timestep_cond = torch.empty(shapes.batch, unet.config.time_cond_proj_dim)
+    count = 1 if steps is None else len(steps)
+    schedule = torch.arange(max(count, 2))
+    installation = None
+    if steps is not None:
+        padded = (*steps, *([StepPlan()] * (len(schedule) - count)))
+        config = Config(name="counted", num_evaluations=len(padded), steps=padded)
+        installation = Installation(unet, tuple(nets), config, assume_pair=pair)
+        installation._install()
+    counted = []
+    try:
+        with torch.no_grad():
+            for i in range(count):
+                counter = flop_counter()
+                with counter:
+                    down, mid = None, None
+                    for j, (net, cond) in enumerate(zip(nets, conds, strict=True)):
+                        scale = 0.0 if off[i][j] else 1.0
+                        outputs = net(
+                            sample, schedule[i], encoder_hidden_states=text, controlnet_cond=cond,
+                            conditioning_scale=scale, added_cond_kwargs=added, return_dict=False,
+                        )  # fmt: skip
+                        if down is None:
+                            down, mid = outputs
+                        else:
+                            down = [a + b for a, b in zip(down, outputs[0], strict=True)]
+                            mid = mid + outputs[1]
+                    unet(
+                        sample, schedule[i], encoder_hidden_states=text,
+                        added_cond_kwargs=added, timestep_cond=timestep_cond,
+                        down_block_additional_residuals=down, mid_block_additional_residual=mid,
+                        return_dict=False,
+                    )  # fmt: skip
+                counted.append(macs_of(counter))
+    finally:
+        if installation is not None:
+            installation.uninstall()
+    return counted
+
+
+def _condition_factor(nets: Sequence[ControlNetModel]) -> int:
+    if not nets:
+        return 8
+    return 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1)
+
+
+def count_macs(
+    unet: UNet2DConditionModel,
+    controlnet: Any = None,
+    config: Config | str = "balanced",
+    *,
+    num_evaluations: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    images: int = 1,
+    guidance: bool = True,
+    tokens: int = 77,
+) -> MacCount:
+    """Count the MACs of a run, before any weight is loaded: only the models' configs are read.
+
+    Args:
+        unet: The UNet; on the meta device will do. LoRA and the like are not counted.
+        controlnet: As :func:`hgc.install` takes it.
+        config: As :func:`hgc.install` takes it.
+        num_evaluations: Evaluations of the run; default: the number the configuration is meant for.
+        height: Of the image, pixels; default: the size of the UNet's config.
+        width: Of the image, pixels; default: the same as ``height``.
+        images: Images of the batch.
+        guidance: Classifier-free guidance: a batch of two rows an image.
+        tokens: Length of the text.
+
+    Returns:
+        A :class:`MacCount`.
+
+    Raises:
+        TypeError: a model is not supported.
+        ValueError: ``config`` does not fit, or the size is no multiple of the latents' pixel.
+    """
+    config = Config.of(config)
+    check_unet(unet)
+    nets = controlnets(controlnet)
+    factor = _condition_factor(nets)
+    size = unet.config.sample_size
+    default = (size if isinstance(size, int) else size[0]) * factor if size else 512
+    height = default if height is None else height
+    width = height if width is None else width
+    for name, value in (("height", height), ("width", width)):
+        if value <= 0 or value % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}; got {value}")
+    count = config.num_evaluations if num_evaluations is None else num_evaluations
+    steps = plan(config, count)
+    shapes = Shapes(
+        images * (2 if guidance else 1), height // factor, width // factor, tokens, factor
+    )
+    meta_unet, meta_nets = _meta(unet), [_meta(net) for net in nets]
+    off = [[False] * len(nets)] * count
+    full = _run(meta_unet, meta_nets, None, shapes, guidance, off)[0]
+    done = _count(meta_unet, meta_nets, steps, shapes, guidance, off)
+    return MacCount(config.name, tuple(done), tuple(steps), full, count)
+
+
+def count_performed(
+    installation: Installation, steps: Sequence[StepPlan], shapes: Shapes, off: list[list[bool]]
+) -> tuple[list[Macs], Macs]:
+    """MACs of evaluations that were performed, and of one made in full, for the report."""
+    unet = _meta(installation.unet)
+    nets = [_meta(net) for net in installation.controlnets][: len(off[0])]
+    on = [[False] * len(nets)]
+    full = _run(unet, nets, None, shapes, False, on)[0]
+    return _count(unet, nets, steps, shapes, True, off), full

@@ -1,0 +1,389 @@
+"""The pure functions the executor calls: tensors in, tensors out, no state.
+
+:func:`run_unet` is one evaluation of a UNet at any depth, :func:`run_controlnet` one of a
+ControlNet before its scale. Whole blocks are called as diffusers has them; only the partially run
+blocks are stepped through by layer. Both equal diffusers' own forwards bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.utils.torch_utils import apply_freeu
+
+import hgc_kernels
+from hgc.structure import UNetStructure
+
+__all__ = ["Residuals", "embed_condition", "run_controlnet", "run_unet", "scale_residuals"]
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass
+class Residuals:
+    """ControlNet residuals as the UNet adds them: ``skip + scale * value``.
+
+    Attributes:
+        down: For each skip from the outermost on, the tensors to add, each with its scale, in the
+            order in which they are added.
+        mid: The same for the middle block's output.
+    """
+
+    down: list[list[tuple[Tensor, float]]]
+    mid: list[tuple[Tensor, float]]
+
+
+def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
+    """``x`` plus the sum of ``terms``, rounded as diffusers rounds: each term, their sum, then x."""
+    if not terms:
+        return x
+    total = None
+    for value, scale in terms:
+        term = value if scale == 1.0 else value * scale
+        total = term if total is None else total + term
+    return x + total
+
+
+def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
+    """A decoder layer's input: ``cat([hidden, skip + terms])``, in one pass where it can be."""
+    if len(terms) > 1 or (terms and terms[0][0].shape != skip.shape):
+        return hgc_kernels.gather_blocks(hidden, _add(skip, terms))
+    if terms:
+        value, scale = terms[0]
+        return hgc_kernels.gather_blocks(hidden, skip, value, scale=scale)
+    return hgc_kernels.gather_blocks(hidden, skip)
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A 0/1 mask [B, keys] as diffusers' additive bias [B, 1, keys]."""
+    return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
+
+
+def _has_attention(block: torch.nn.Module) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
+
+
+def freeu_active(block: torch.nn.Module) -> bool:
+    """Whether FreeU is enabled on an up block (it then writes into its input)."""
+    return all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+
+
+def run_unet(
+    unet: UNet2DConditionModel,
+    structure: UNetStructure,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Any,
+    wrap_text: Any = None,
+    *,
+    depth: int | None = None,
+    hidden: Tensor | None = None,
+    skips: list[Tensor] | None = None,
+    residuals: Residuals | None = None,
+    capture: tuple[str, ...] = (),
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    intrablock_residuals: list[Tensor] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One evaluation of the UNet.
+
+    Args:
+        unet: The model.
+        structure: Its layers.
+        sample: [B, C, H, W].
+        timestep: As diffusers takes it.
+        text: ``encoder_hidden_states``, [B, S, D].
+        wrap_text: Called with the projected text; its result is handed to the cross-attentions.
+        depth: ``None`` computes everything; ``k >= 1`` the ``k`` outermost decoder layers.
+        hidden: The cached input of the first of them, where ``depth`` is given.
+        skips: Cached encoder skips from the outermost on; ``None`` computes them.
+        residuals: Of the ControlNets; only those of skips that are read are used.
+        capture: Names of the intermediate tensors to return, ``feature/k`` and ``skip/j``.
+        intrablock_residuals: Of T2I-Adapters; consumed from the front, as diffusers does.
+
+    Returns:
+        The output, [B, C, H, W], and the captured tensors by name. None of them is written to
+        afterwards by this function.
+    """
+    full = depth is None
+    count = structure.num_layers if depth is None else depth
+    captured: dict[str, Tensor] = {}
+
+    up_factor = 2**unet.num_upsamplers
+    forward_size = any(dim % up_factor != 0 for dim in sample.shape[-2:])
+    attention_mask = _bias(attention_mask, sample.dtype)
+    encoder_attention_mask = _bias(encoder_attention_mask, sample.dtype)
+    if unet.config.center_input_sample:
+        sample = 2 * sample - 1.0
+
+    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
+    class_emb = unet.get_class_embed(sample=sample, class_labels=class_labels)
+    if class_emb is not None:
+        concat = unet.config.class_embeddings_concat
+        emb = torch.cat([emb, class_emb], dim=-1) if concat else emb + class_emb
+    aug_emb = unet.get_aug_embed(
+        emb=emb, encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
+    )
+    emb = emb + aug_emb if aug_emb is not None else emb
+    if unet.time_embed_act is not None:
+        emb = unet.time_embed_act(emb)
+    text = unet.process_encoder_hidden_states(
+        encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
+    )
+    if wrap_text is not None:
+        text = wrap_text(text)
+    if cross_attention_kwargs is not None and cross_attention_kwargs.get("gligen") is not None:
+        cross_attention_kwargs = dict(cross_attention_kwargs)
+        gligen = cross_attention_kwargs.pop("gligen")
+        cross_attention_kwargs["gligen"] = {"objs": unet.position_net(**gligen)}
+    attention = {
+        "encoder_hidden_states": text,
+        "cross_attention_kwargs": cross_attention_kwargs,
+        "attention_mask": attention_mask,
+        "encoder_attention_mask": encoder_attention_mask,
+    }
+
+    if skips is None:
+        sample, skips = _encode(
+            unet, structure, sample, emb, attention, count, intrablock_residuals, full
+        )
+    for name in capture:
+        kind, _, index = name.partition("/")
+        if kind == "skip":
+            captured[name] = skips[int(index)]
+
+    down = residuals.down if residuals is not None else [[] for _ in range(count)]
+    if full:
+        if unet.mid_block is not None:
+            if _has_attention(unet.mid_block):
+                sample = unet.mid_block(sample, emb, **attention)
+            else:
+                sample = unet.mid_block(sample, emb)
+            # T2I-Adapter-XL; adds into a tensor nobody else holds yet
+            if intrablock_residuals and sample.shape == intrablock_residuals[0].shape:
+                sample = sample + intrablock_residuals.pop(0)
+        hidden = _add(sample, residuals.mid) if residuals is not None else sample
+    assert hidden is not None
+    out = _decode(
+        unet, structure, hidden, skips, down, emb, attention, count, forward_size, capture, captured
+    )
+    if unet.conv_norm_out is not None:
+        out = unet.conv_act(unet.conv_norm_out(out))
+    return unet.conv_out(out), captured
+
+
+def _layer(attentions: Any, index: int, sample: Tensor, attention: dict[str, Any]) -> Tensor:
+    if attentions is None:
+        return sample
+    return attentions[index](sample, **attention, return_dict=False)[0]
+
+
+def _encode(
+    unet: UNet2DConditionModel,
+    structure: UNetStructure,
+    sample: Tensor,
+    emb: Tensor,
+    attention: dict[str, Any],
+    count: int,
+    intrablock: list[Tensor] | None,
+    full: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The ``count`` outermost skips, and the encoder's last output where everything is run."""
+    sample = unet.conv_in(sample)
+    skips = [sample]
+    for b, block in enumerate(unet.down_blocks):
+        if len(skips) >= count and not full:
+            break
+        with_attention = _has_attention(block)
+        extra = intrablock.pop(0) if intrablock else None
+        last = len(block.resnets) - 1
+        whole = full or count - len(skips) > last + (block.downsamplers is not None)
+        if whole:
+            if with_attention:
+                more = {} if extra is None else {"additional_residuals": extra}
+                sample, outputs = block(sample, temb=emb, **attention, **more)
+            else:
+                sample, outputs = block(sample, temb=emb)
+                if extra is not None:
+                    # diffusers adds in place, so that the last skip of the block changes too
+                    sample += extra
+            skips += list(outputs)
+            continue
+        attentions = block.attentions if with_attention else None
+        for i, resnet in enumerate(block.resnets):
+            if len(skips) >= count:
+                break
+            sample = _layer(attentions, i, resnet(sample, emb), attention)
+            if i == last and extra is not None:
+                sample = sample + extra
+            skips.append(sample)
+    if intrablock and not full:
+        intrablock.clear()
+    return sample, skips
+
+
+def _decode(
+    unet: UNet2DConditionModel,
+    structure: UNetStructure,
+    hidden: Tensor,
+    skips: list[Tensor],
+    residuals: list[list[tuple[Tensor, float]]],
+    emb: Tensor,
+    attention: dict[str, Any],
+    count: int,
+    forward_size: bool,
+    capture: tuple[str, ...],
+    captured: dict[str, Tensor],
+) -> Tensor:
+    """The ``count`` outermost decoder layers on ``hidden``."""
+    wanted: dict[tuple[int, int], str] = {}
+    for name in capture:
+        kind, _, index = name.partition("/")
+        if kind == "feature":
+            wanted[structure.boundary(int(index))] = name
+    first_block, first_layer = structure.boundary(count)
+    remaining = count
+    for b in range(first_block, len(unet.up_blocks)):
+        block = unet.up_blocks[b]
+        layers = len(block.resnets)
+        start = first_layer if b == first_block else 0
+        here = skips[remaining - (layers - start) : remaining]
+        terms = residuals[remaining - (layers - start) : remaining]
+        remaining -= layers - start
+        size = None
+        if forward_size and remaining > 0:
+            size = skips[remaining - 1].shape[2:]
+        freeu = freeu_active(block)
+        with_attention = _has_attention(block)
+        inside = any(pb == b and layer > 0 for pb, layer in wanted)
+        if (b, start) in wanted:
+            # FreeU writes into the block's input, which is the tensor we are asked for
+            captured[wanted[(b, start)]] = hidden.clone() if freeu else hidden
+        if start == 0 and not inside:
+            summed = tuple(_add(skip, t) for skip, t in zip(here, terms, strict=True))
+            if with_attention:
+                hidden = block(hidden, summed, temb=emb, upsample_size=size, **attention)
+            else:
+                hidden = block(hidden, summed, temb=emb, upsample_size=size)
+            continue
+        attentions = block.attentions if with_attention else None
+        for layer in range(start, layers):
+            if layer > start and (b, layer) in wanted:
+                captured[wanted[(b, layer)]] = hidden.clone() if freeu else hidden
+            skip, added = here[layers - 1 - layer], terms[layers - 1 - layer]
+            if freeu:
+                hidden, skip = apply_freeu(
+                    block.resolution_idx,
+                    hidden,
+                    _add(skip, added),
+                    s1=block.s1,
+                    s2=block.s2,
+                    b1=block.b1,
+                    b2=block.b2,
+                )
+                added = []
+            joined = _join(hidden, skip, added)
+            hidden = _layer(attentions, layer, block.resnets[layer](joined, emb), attention)
+        for upsampler in block.upsamplers or ():
+            hidden = upsampler(hidden, size)
+    return hidden
+
+
+def embed_condition(net: ControlNetModel, controlnet_cond: Tensor) -> Tensor:
+    """The condition image's embedding, [B, C, H, W]: the same at every evaluation of a run."""
+    order = net.config.controlnet_conditioning_channel_order
+    if order == "bgr":
+        controlnet_cond = torch.flip(controlnet_cond, dims=[1])
+    elif order != "rgb":
+        raise ValueError(f"unknown `controlnet_conditioning_channel_order`: {order}")
+    return net.controlnet_cond_embedding(controlnet_cond)
+
+
+def run_controlnet(
+    net: ControlNetModel,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Any,
+    hint: Tensor,
+    wrap_text: Any = None,
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """One evaluation of a ControlNet, before its scale.
+
+    Args:
+        hint: :func:`embed_condition`'s result.
+
+    Returns:
+        The residual of each skip from the outermost on, and the middle block's last.
+    """
+    if attention_mask is not None:
+        attention_mask = _bias(attention_mask, sample.dtype)
+    if not torch.is_tensor(timestep):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
+    elif timestep.dim() == 0:
+        timestep = timestep[None].to(sample.device)
+    t_emb = net.time_proj(timestep.expand(sample.shape[0])).to(dtype=sample.dtype)
+    emb = net.time_embedding(t_emb, timestep_cond)
+    if net.class_embedding is not None:
+        if class_labels is None:
+            raise ValueError("class_labels should be provided when num_class_embeds > 0")
+        if net.config.class_embed_type == "timestep":
+            class_labels = net.time_proj(class_labels)
+        emb = emb + net.class_embedding(class_labels).to(dtype=net.dtype)
+    if net.config.addition_embed_type == "text":
+        emb = emb + net.add_embedding(text)
+    elif net.config.addition_embed_type == "text_time":
+        pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+        time_embeds = net.add_time_proj(ids.flatten()).reshape((pooled.shape[0], -1))
+        emb = emb + net.add_embedding(torch.concat([pooled, time_embeds], dim=-1).to(emb.dtype))
+    if wrap_text is not None:
+        text = wrap_text(text)
+    attention = {
+        "encoder_hidden_states": text,
+        "attention_mask": attention_mask,
+        "cross_attention_kwargs": cross_attention_kwargs,
+    }
+    sample = net.conv_in(sample) + hint
+    outputs = [sample]
+    for block in net.down_blocks:
+        if _has_attention(block):
+            sample, more = block(sample, temb=emb, **attention)
+        else:
+            sample, more = block(sample, temb=emb)
+        outputs += list(more)
+    if net.mid_block is not None:
+        if _has_attention(net.mid_block):
+            sample = net.mid_block(sample, emb, **attention)
+        else:
+            sample = net.mid_block(sample, emb)
+    residuals = [
+        zero_conv(output)
+        for output, zero_conv in zip(outputs, net.controlnet_down_blocks, strict=True)
+    ]
+    return [*residuals, net.controlnet_mid_block(sample)]
+
+
+def scale_residuals(
+    net: ControlNetModel, residuals: list[Tensor], scale: float | Tensor, guess_mode: bool
+) -> list[Tensor]:
+    """Residuals as a ControlNet returns them: scaled, and pooled where its config says so."""
+    pooled = net.config.global_pool_conditions
+    if guess_mode and not pooled:
+        scales = torch.logspace(-1, 0, len(residuals), device=residuals[0].device) * scale
+        out = [r * s for r, s in zip(residuals, scales, strict=True)]
+    else:
+        out = [r * scale for r in residuals]
+    return [torch.mean(r, dim=(2, 3), keepdim=True) for r in out] if pooled else out

@@ -1,0 +1,129 @@
+"""What a run did, evaluation by evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from hgc.macs import Macs, Shapes, count_performed
+
+if TYPE_CHECKING:
+    from hgc.engine import Installation
+    from hgc.runs import Run
+
+__all__ = ["Report", "Row"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One evaluation.
+
+    Attributes:
+        index: Position in the run's schedule.
+        why: ``"plan"``, or why the plan was not followed.
+        control: What each ControlNet called did: ``"computed"``, ``"reused"`` or ``"off"``.
+        depth: Decoder layers computed, ``"full"`` for everything.
+        encoder: ``"needed"`` or ``"reuse"``.
+        attention: ``"compute"`` or ``"reuse"``.
+        guidance: ``"both"``, ``"reuse"`` or ``"off"``.
+        macs: MACs done.
+        milliseconds: Host time inside hgc and the models. On a GPU it is the time to launch.
+        held_bytes: Bytes the run held at the end of the evaluation.
+    """
+
+    index: int
+    why: str
+    control: tuple[str, ...]
+    depth: int | str
+    encoder: str
+    attention: str
+    guidance: str
+    macs: Macs
+    milliseconds: float
+    held_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The last run of a thread. ``print(report)`` gives a table.
+
+    Attributes:
+        config: Name of the configuration.
+        rows: One an evaluation.
+        full_evaluation: MACs of one evaluation without hgc.
+        peak_bytes: The most bytes the run held at once.
+    """
+
+    config: str
+    rows: tuple[Row, ...]
+    full_evaluation: Macs
+    peak_bytes: int
+
+    @property
+    def macs(self) -> Macs:
+        """MACs done."""
+        return sum((row.macs for row in self.rows), Macs())
+
+    @property
+    def full_macs(self) -> Macs:
+        """MACs of the same run without hgc."""
+        return self.full_evaluation * len(self.rows)
+
+    @property
+    def milliseconds(self) -> float:
+        """Host time of all evaluations."""
+        return sum(row.milliseconds for row in self.rows)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'':>3}  {'ControlNet':<18}{'depth':<7}{'attention':<11}{'guidance':<10}"
+            f"{'GMACs':>9}{'(paper)':>9}{'ms':>9}  why"
+        ]
+        for row in self.rows:
+            control = ",".join(row.control) or "-"
+            lines.append(
+                f"{row.index:>3}  {control:<18}{row.depth!s:<7}{row.attention:<11}"
+                f"{row.guidance:<10}{row.macs.total / 1e9:>9.2f}{row.macs.paper / 1e9:>9.2f}"
+                f"{row.milliseconds:>9.1f}  {row.why}"
+            )
+        done, full = self.macs, self.full_macs
+        lines.append(
+            f"{self.config}: {done.total / 1e12:.4g}T of {full.total / 1e12:.4g}T MACs "
+            f"({done.total / max(full.total, 1):.1%}); paper's convention {done.paper / 1e12:.4g}T "
+            f"of {full.paper / 1e12:.4g}T ({done.paper / max(full.paper, 1):.1%}); "
+            f"at most {self.peak_bytes / 2**20:.1f} MiB held"
+        )
+        return "\n".join(lines)
+
+    @classmethod
+    def of(cls, installation: Installation, run: Run) -> Report:
+        """The report on ``run``."""
+        first = run.report[0]
+        shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
+        steps = [row.plan for row in run.report]
+        off = [[state == "off" for state in row.control] for row in run.report]
+        macs, full = count_performed(installation, steps, shapes, off)
+        rows = tuple(
+            Row(
+                index=row.index,
+                why=row.why,
+                control=tuple(row.control),
+                depth=row.plan.depth,
+                encoder=row.plan.encoder,
+                attention=row.plan.attention,
+                guidance=row.plan.guidance,
+                macs=counted,
+                milliseconds=row.milliseconds,
+                held_bytes=row.held_bytes,
+            )
+            for row, counted in zip(run.report, macs, strict=True)
+        )
+        return cls(installation.config.name, rows, full, run.cache.peak_bytes)
+
+    def __repr__(self) -> str:
+        return f"Report(config={self.config!r}, evaluations={len(self.rows)})"

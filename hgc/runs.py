@@ -1,0 +1,470 @@
+"""Which run is this? Runs are told apart by the identity of what a pipeline call builds once.
+
+A pipeline call makes one text tensor (``encoder_hidden_states``), one condition tensor a
+ControlNet and one tensor of timesteps, and passes the first two, and views of the third, at every
+evaluation. They are held by strong reference, so that no address can be given to another tensor
+while a run lives, and compared by identity. Nothing here reads a value on the device.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from typing import Any
+
+import torch
+
+from hgc.cache import Cache
+from hgc.config import Config, StepPlan
+from hgc.planning import plan, reads
+
+__all__ = ["ControlSlot", "Evaluation", "Position", "Run", "Runs", "position_of", "same_tensor"]
+
+Tensor = torch.Tensor
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def same_tensor(x: Any, y: Any) -> bool:
+    """Whether two values are the same tensor, or the same view of one. For values that are held."""
+    if x is y:
+        return True
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or type(x) is not type(y):
+        return False
+    return (
+        x.shape == y.shape
+        and x.dtype == y.dtype
+        and x.layout == y.layout == torch.strided
+        and _storage(x) == _storage(y)
+        and x.storage_offset() == y.storage_offset()
+        and x.stride() == y.stride()
+    )
+
+
+class Held:
+    """A value as it was when it was taken: compares unequal once it was written to."""
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.version = _version(value) if isinstance(value, Tensor) else 0
+
+    def is_(self, other: Any) -> bool:
+        """Whether ``other`` is the value, and nobody has written to it since."""
+        if isinstance(self.value, Tensor):
+            return same_tensor(self.value, other) and _version(other) == self.version
+        if isinstance(self.value, (list, tuple)):
+            return (
+                type(other) is type(self.value)
+                and len(other) == len(self.value)
+                and all(Held(a).is_(b) for a, b in zip(self.value, other, strict=True))
+            )
+        if self.value is other:
+            return True
+        plain = (bool, int, float, str, torch.Size, torch.dtype, torch.device)
+        return isinstance(other, plain) and type(other) is type(self.value) and other == self.value
+
+
+def signature(*values: Any) -> tuple[Held, ...]:
+    """Values that features depend on, flattened, to be compared with :func:`same_signature`."""
+    out: list[Held] = []
+    for value in values:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                out.append(Held(str(key)))
+                out.extend(signature(value[key]))
+        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            out.append(Held(len(value)))
+            out.extend(signature(*value))
+        else:
+            out.append(Held(value))
+    return tuple(out)
+
+
+def same_signature(x: tuple[Held, ...], y: tuple[Held, ...]) -> bool:
+    """Whether two signatures hold the same values, none of them written to in between."""
+    return len(x) == len(y) and all(a.is_(b.value) for a, b in zip(x, y, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where an evaluation stands in its run, read off the timestep tensor without a sync."""
+
+    timestep: Tensor
+    index: int
+    total: int
+
+    def same_schedule(self, other: Position) -> bool:
+        """Whether both timesteps are views of one tensor."""
+        return _storage(self.timestep) == _storage(other.timestep)
+
+
+def position_of(timestep: Any) -> Position | None:
+    """The position, or None where ``timestep`` is not an element of a tensor of timesteps."""
+    if not isinstance(timestep, Tensor) or timestep.dim() != 0 or timestep.is_meta:
+        return None
+    total = timestep.untyped_storage().nbytes() // timestep.element_size()
+    if total < 2:
+        return None
+    return Position(timestep, timestep.storage_offset(), total)
+
+
+class PairCheck:
+    """Whether the batch is a classifier-free guidance pair: its halves equal at two evaluations.
+
+    Two images made from one seed without guidance look like a pair at the first evaluation and
+    then part, hence two. The comparison runs on the device and is read an evaluation later.
+    """
+
+    EVALUATIONS = 2
+
+    def __init__(self, assume: bool | None = None) -> None:
+        self._assume = assume
+        self._pending: list[tuple[Tensor | bool, Any]] = []
+        self._agreed = 0
+        self._refuted = False
+
+    @property
+    def wants(self) -> bool:
+        """Whether another evaluation is to be compared."""
+        return not self._refuted and len(self._pending) + self._agreed < self.EVALUATIONS
+
+    def refute(self) -> None:
+        """The batch is not, or may not be, a pair."""
+        self._refuted = True
+
+    def compare(self, sample: Tensor) -> None:
+        """Start the comparison of the two halves of ``sample``."""
+        batch = sample.shape[0]
+        if batch % 2:
+            self._refuted = True
+        elif self._assume is not None:
+            self._pending.append((self._assume, None))
+        elif sample.device.type == "cpu":
+            first, second = sample.chunk(2)
+            self._pending.append((torch.equal(first, second), None))
+        else:
+            first, second = sample.chunk(2)
+            equal = torch.eq(first, second).all()
+            flag = torch.empty((), dtype=torch.bool, pin_memory=sample.is_cuda)
+            flag.copy_(equal, non_blocking=True)
+            event = None
+            if sample.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+            self._pending.append((flag, event))
+
+    def confirmed(self) -> bool:
+        """Whether enough evaluations agreed. Waits for a copy started an evaluation ago."""
+        for flag, event in self._pending:
+            if event is not None:
+                event.synchronize()
+            if bool(flag):
+                self._agreed += 1
+            else:
+                self._refuted = True
+        self._pending.clear()
+        return not self._refuted and self._agreed >= self.EVALUATIONS
+
+
+@dataclasses.dataclass
+class ControlSlot:
+    """One ControlNet with one condition, in a run."""
+
+    net: Any
+    cond: Held
+    index: int
+    called_at: int = -1
+    signature: tuple[Held, ...] = ()
+    rank: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """Before the names of its cache entries."""
+        return f"control{self.index}/"
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """A row of the report: what one evaluation did.
+
+    Attributes:
+        index: Position in the run.
+        plan: What was done, as a step plan.
+        why: ``"plan"``, or why the plan was not followed.
+        control: For each ControlNet called, ``"computed"``, ``"reused"`` or ``"off"``.
+        milliseconds: Host time spent in hgc and the models; on a GPU, the time to launch.
+        batch: Rows of the batch.
+        half: Whether only the conditional half was computed.
+    """
+
+    index: int
+    plan: StepPlan
+    why: str = "plan"
+    control: list[str] = dataclasses.field(default_factory=list)
+    milliseconds: float = 0.0
+    batch: int = 0
+    half: bool = False
+    held_bytes: int = 0
+
+
+_FULL_STEP = StepPlan()
+
+
+class Run:
+    """The evaluations of one pipeline call, and everything kept for them."""
+
+    def __init__(
+        self, config: Config, num_layers: int, text: Tensor, position: Position, assume: bool | None
+    ) -> None:
+        self.config = config
+        self.num_layers = num_layers
+        self.text = Held(text)
+        self.position = position
+        self.first = position.index
+        self.cache = Cache(config.max_cache_bytes)
+        self.pair = PairCheck(assume)
+        self.slots: list[ControlSlot] = []
+        self.report: list[Evaluation] = []
+        self.unet_signature: tuple[Held, ...] | None = None
+        self.lora: tuple[Any, ...] = ()
+        self.broken: str | None = None
+        self.completed = -1  # last index whose UNet evaluation was finished
+        self.now: Evaluation | None = None  # the evaluation under way
+        self.changed: str | None = None
+        self.text_changed = False
+        self.finished = False
+        self.warned = False
+        # for the report, which is asked for when the tensors are gone
+        self.latent_size = (0, 0)
+        self.tokens = text.shape[1]
+        self.factor = 8
+        if config.steps is not None and config.num_evaluations != position.total:
+            self.broken = (
+                f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
+                f"run has {position.total}"
+            )
+            self.plan = [_FULL_STEP] * position.total
+        else:
+            self.plan = plan(config, position.total)
+        self.history = max(max(len(s.forecast), len(s.guidance_forecast)) for s in self.plan)
+
+    # -- what an evaluation does ------------------------------------------------------------
+
+    def begin(self, position: Position) -> Evaluation:
+        """Start the evaluation at ``position``, or return it where it is under way."""
+        if self.now is not None and self.now.index == position.index:
+            self.position = position
+            return self.now
+        previous = self.position.index if self.now is not None or self.completed >= 0 else None
+        self.position = position
+        step, why = self.plan[position.index], "plan"
+        if self.broken is not None:
+            step, why = _FULL_STEP, self.broken
+        elif previous is None:
+            step, why = _FULL_STEP, "first evaluation" if not step.is_key else "plan"
+        elif position.index != previous + 1:
+            step, why = _FULL_STEP, "evaluations were left out"
+            self.cache.drop_history()
+        if self.completed != (previous if previous is not None else -1):
+            # the last evaluation never reached its UNet: an exception, or a ControlNet on its own
+            step, why = _FULL_STEP, "the evaluation before this one did not end"
+            self.cache.drop_history()
+        self.now = Evaluation(position.index, step, why)
+        self._settle()
+        return self.now
+
+    def _settle(self) -> None:
+        """Fit the planned step to what is known and held: the pair, the cache."""
+        assert self.now is not None
+        step = self.now.plan
+        if step.guidance != "both" and not self.pair.confirmed():
+            step = dataclasses.replace(step, guidance="both", guidance_forecast=(1.0,))
+        half = step.guidance != "both"
+        needed = reads(step, self.num_layers) - {"guidance"}
+        for name in sorted(needed):
+            if name == "attention" or name.startswith("residual/"):
+                continue
+            if not self.cache.has(name, half=half):
+                self.promote(f"{name} is not cached")
+                return
+        if step.guidance == "reuse" and not self.cache.has("guidance", half=False):
+            self.promote("guidance is not cached")
+            return
+        self.now.plan = step
+        self.now.half = half
+
+    def residual_names(self, slot: ControlSlot, step: StepPlan) -> list[str]:
+        """Cache names of the residuals of ``slot`` that ``step`` reads."""
+        return [
+            slot.prefix + name
+            for name in sorted(reads(step, self.num_layers))
+            if name.startswith("residual/")
+        ]
+
+    def promote(self, why: str) -> None:
+        """Compute the evaluation under way in full."""
+        assert self.now is not None
+        if self.now.plan != _FULL_STEP or self.now.half:
+            self.now.plan = _FULL_STEP
+            self.now.half = False
+            self.now.why = why
+
+    def change(self, why: str) -> None:
+        """Something that features depend on has changed: drop them and compute in full."""
+        assert self.now is not None
+        keep = [n for n in self.cache.names() if "map/" in n]
+        self.cache.drop(n for n in self.cache.names() if n not in keep)
+        self.cache.drop_kept("unet/")
+        self.cache.drop_kept("control")
+        self.promote(why)
+        self.now.why = why
+
+    def will_read(self, *, after: int) -> tuple[set[str], bool]:
+        """Names that evaluations after ``after`` read before they fall out of the history, and
+        whether all of those need the conditional half only."""
+        names: set[str] = set()
+        half_only = True
+        keys = 0
+        for step in self.plan[after + 1 :]:
+            if keys >= self.history:
+                break
+            found = reads(step, self.num_layers)
+            names |= found
+            if found and step.guidance == "both":
+                half_only = False
+            keys += step.is_key
+        return names, half_only and bool(names)
+
+    def end(self, milliseconds: float) -> None:
+        """The UNet evaluation under way is done."""
+        assert self.now is not None
+        self.now.milliseconds += milliseconds
+        self.now.held_bytes = self.cache.bytes
+        self.report.append(self.now)
+        self.completed = self.now.index
+        self.now = None
+        if self.completed == self.position.total - 1:
+            self.finished = True
+            self.free()
+
+    def free(self) -> None:
+        """Give back every tensor, the pipeline's own too."""
+        self.cache.clear()
+        self.unet_signature = None
+        self.text = Held(None)
+        for slot in self.slots:
+            slot.signature = ()
+            slot.cond = Held(None)
+
+    # -- ControlNets ------------------------------------------------------------------------
+
+    def slot(self, net: Any, cond: Any) -> ControlSlot:
+        """The slot of ``net`` with the condition ``cond``, made at its first call."""
+        for slot in self.slots:
+            if slot.net is net and slot.cond.is_(cond):
+                return slot
+        slot = ControlSlot(net, Held(cond), len(self.slots))
+        self.slots.append(slot)
+        return slot
+
+
+class Runs(threading.local):
+    """The runs of one thread, newest last; the least recently used goes first."""
+
+    LIMIT = 4
+
+    def __init__(self) -> None:
+        self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
+        self.last: Run | None = None
+        self.forced = 0
+        self.clock = time.perf_counter
+
+    def add(self, run: Run) -> Run:
+        """Take in a new run."""
+        while len(self.runs) >= self.LIMIT:
+            self.runs.popitem(last=False)[1].free()
+        self.runs[id(run)] = run
+        self.last = run
+        return run
+
+    def use(self, run: Run) -> Run:
+        """Mark ``run`` as the last used."""
+        self.runs.move_to_end(id(run))
+        self.last = run
+        return run
+
+    def forget(self, run: Run) -> None:
+        """Drop ``run`` and what it holds."""
+        run.free()
+        self.runs.pop(id(run), None)
+
+    def clear(self) -> None:
+        """Drop all runs."""
+        for run in list(self.runs.values()):
+            self.forget(run)
+        self.last = None
+
+    def _usable(self, position: Position) -> list[Run]:
+        """Runs on the same schedule that have not gone past ``position``, newest first."""
+        return [
+            run
+            for run in reversed(self.runs.values())
+            if not run.finished and run.position.same_schedule(position)
+        ]
+
+    def find(self, text: Tensor, position: Position, batch: int, cond: Any = None) -> Run | None:
+        """The run that an evaluation belongs to, or None where it starts a new one.
+
+        Args:
+            text: ``encoder_hidden_states`` of the call.
+            position: Of its timestep.
+            batch: Rows of its sample.
+            cond: The condition, for a ControlNet.
+        """
+        candidates = self._usable(position)
+        for run in candidates:
+            if run.text.is_(text) or _is_part(text, run.text):
+                return self._resume(run, position)
+        # The text is not known. The same condition and schedule, one step on: the text changed.
+        for run in candidates:
+            at = run.now.index if run.now is not None else run.completed
+            under_way = run.now is not None and position.index == at
+            if not under_way and position.index != at + 1:
+                continue
+            known_cond = cond is None or any(s.cond.is_(cond) for s in run.slots)
+            if not known_cond or (cond is None and run.slots and not under_way):
+                continue
+            if under_way and cond is not None:
+                continue
+            return run
+        return None
+
+    def _resume(self, run: Run, position: Position) -> Run | None:
+        at = run.completed
+        if position.index == at and run.now is None:
+            return run  # called twice at one position: the caller marks it
+        if position.index < at:
+            self.forget(run)  # the loop was started again with the same objects
+            return None
+        return run
+
+
+def _is_part(text: Tensor, whole: Held) -> bool:
+    """Whether ``text`` is the conditional half of ``whole``, as guess_mode hands it over."""
+    held = whole.value
+    if not isinstance(held, Tensor) or held.dim() != text.dim() or held.dim() == 0:
+        return False
+    if _storage(text) != _storage(held) or _version(text) != whole.version:
+        return False
+    rows = text.shape[0]
+    return 2 * rows == held.shape[0] and same_tensor(text, held[rows:])

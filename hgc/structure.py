@@ -1,0 +1,162 @@
+"""Which layers a UNet or ControlNet has, read once at install, and which models are supported."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.models.unets import unet_2d_blocks as blocks
+
+__all__ = ["UNetStructure", "check_unet", "controlnets", "known_sources"]
+
+_DOWN = (blocks.CrossAttnDownBlock2D, blocks.DownBlock2D)
+_UP = (blocks.CrossAttnUpBlock2D, blocks.UpBlock2D)
+_MID = (blocks.UNetMidBlock2DCrossAttn, blocks.UNetMidBlock2D, type(None))
+
+# hgc steps through parts of these forwards itself, so it must know them: the first 16 hex digits
+# of the SHA-256 of their source, one set a diffusers release that the bitwise tests passed on.
+_STEPPED_THROUGH = (
+    UNet2DConditionModel,
+    ControlNetModel,
+    blocks.CrossAttnDownBlock2D,
+    blocks.DownBlock2D,
+    blocks.CrossAttnUpBlock2D,
+    blocks.UpBlock2D,
+)
+_KNOWN_cf6f840691e54b9f: frozenset[str] = frozenset(
+    {
+        "cf6f840691e54b9f",  # diffusers 0.42.1
+    }
+)
+
+
+def source_fingerprint() -> str:
+    """A hash of the diffusers forwards that hgc steps through."""
+    digest = hashlib.sha256()
+    for cls in _STEPPED_THROUGH:
+        digest.update(inspect.getsource(cls.forward).encode())
+    return digest.hexdigest()[:16]
+
+
+def known_sources() -> bool:
+    """Whether the installed diffusers is one whose forwards hgc was tested to reproduce."""
+    try:
+        return source_fingerprint() in _KNOWN_cf6f840691e54b9f
+    except OSError:  # no source files: a frozen application
+        return False
+
+
+def _is_compiled(module: Any) -> bool:
+    return (
+        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def _refuse_compiled(name: str, module: Any) -> None:
+    if _is_compiled(module):
+        raise TypeError(
+            f"{name} is already compiled by torch.compile: install hgc on the plain module first, "
+            "then call Installation.compile()"
+        )
+
+
+def check_unet(unet: Any) -> None:
+    """Raise TypeError, naming the class and the supported ones, where hgc cannot run ``unet``."""
+    _refuse_compiled("unet", unet)
+    if not isinstance(unet, UNet2DConditionModel):
+        hint = ""
+        if hasattr(unet, "unet"):
+            hint = " Pass pipe.unet and pipe.controlnet, not the pipeline."
+        raise TypeError(
+            f"unet must be a diffusers UNet2DConditionModel; got {type(unet).__name__}.{hint}"
+        )
+    for kind, found, supported in (
+        ("down block", unet.down_blocks, _DOWN),
+        ("up block", unet.up_blocks, _UP),
+        ("mid block", [unet.mid_block], _MID),
+    ):
+        for block in found:
+            if type(block) not in supported:
+                names = ", ".join(c.__name__ for c in supported if c is not type(None))
+                raise TypeError(
+                    f"unet has a {kind} of class {type(block).__name__}; supported: {names}"
+                )
+    if unet.config.addition_embed_type == "image_hint":
+        raise TypeError("unet has addition_embed_type='image_hint', which hgc does not support")
+
+
+def controlnets(controlnet: Any) -> tuple[ControlNetModel, ...]:
+    """The single ControlNets in ``controlnet``: None, a model, a list, or a MultiControlNetModel.
+
+    Raises TypeError naming the class of what is not a ControlNetModel.
+    """
+    if controlnet is None:
+        return ()
+    _refuse_compiled("controlnet", controlnet)
+    if isinstance(controlnet, MultiControlNetModel):
+        nets: Iterable[Any] = controlnet.nets
+    elif isinstance(controlnet, (list, tuple)):
+        nets = controlnet
+    else:
+        nets = [controlnet]
+    unique: list[ControlNetModel] = []
+    for net in nets:
+        _refuse_compiled("controlnet", net)
+        if type(net) is not ControlNetModel:
+            raise TypeError(
+                "controlnet must be a diffusers ControlNetModel, a list of them, or a "
+                f"MultiControlNetModel; got {type(net).__name__}"
+            )
+        if all(net is not seen for seen in unique):
+            unique.append(net)
+    return tuple(unique)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetStructure:
+    """Positions in a UNet, counted from the outside: decoder layer ``k`` of depth ``k``.
+
+    Attributes:
+        decoder: For each decoder layer from the innermost on, its (up block, layer in it).
+        encoder: For each skip from the outermost on, its (down block, layer in it); the layer
+            equals the number of layers where the skip is the downsampler's output. Skip 0 is
+            ``conv_in``'s output and has block -1.
+    """
+
+    decoder: tuple[tuple[int, int], ...]
+    encoder: tuple[tuple[int, int], ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, and skips: 12 on SD1.5, 9 on SDXL."""
+        return len(self.decoder)
+
+    def boundary(self, depth: int) -> tuple[int, int]:
+        """(up block, layer in it) of the first decoder layer computed at ``depth``."""
+        return self.decoder[self.num_layers - depth]
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> UNetStructure:
+        """Read the structure of ``unet``."""
+        decoder = tuple(
+            (b, layer)
+            for b, block in enumerate(unet.up_blocks)
+            for layer in range(len(block.resnets))
+        )
+        encoder = [(-1, 0)]
+        for b, block in enumerate(unet.down_blocks):
+            count = len(block.resnets) + (block.downsamplers is not None)
+            encoder += [(b, layer) for layer in range(count)]
+        if len(encoder) != len(decoder):
+            raise TypeError(
+                f"unet has {len(encoder)} encoder skips and {len(decoder)} decoder layers that "
+                "read one; hgc needs them to be equal"
+            )
+        return cls(decoder, tuple(encoder))

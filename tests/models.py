@@ -1,0 +1,168 @@
+"""Real diffusers classes at small configurations, with random weights."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+
+TEXT = 16  # width of the text
+TOKENS = 7
+
+
+def _seeded(seed: int, make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+def sd15_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    """SD1.5's topology: four levels, 12 skips, 16 cross-attentions."""
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 4,
+        "cross_attention_dim": TEXT,
+        "attention_head_dim": 2,
+        **changes,
+    }
+    return _seeded(seed, lambda: UNet2DConditionModel(**config))
+
+
+def sd15_controlnet(seed: int = 1, **changes) -> ControlNetModel:
+    config = {
+        "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 4,
+        "cross_attention_dim": TEXT,
+        "attention_head_dim": 2,
+        "conditioning_embedding_out_channels": (4, 4),
+        **changes,
+    }
+
+    def make() -> ControlNetModel:
+        net = ControlNetModel(**config)
+        # a new ControlNet adds exactly nothing; give it something to say
+        for module in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(module.weight, std=0.3)
+        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.3)
+        return net
+
+    return _seeded(seed, make)
+
+
+_SDXL = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "norm_num_groups": 4,
+    "cross_attention_dim": TEXT,
+    "attention_head_dim": (1, 2, 2),
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 8,
+}
+
+
+def sdxl_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    """SDXL's topology: three levels, 9 skips."""
+    config = {
+        **_SDXL,
+        "sample_size": 16,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **changes,
+    }
+    return _seeded(seed, lambda: UNet2DConditionModel(**config))
+
+
+def sdxl_controlnet(seed: int = 1, **changes) -> ControlNetModel:
+    return sd15_controlnet(seed, **{**_SDXL, **changes})
+
+
+def vae(seed: int = 2) -> AutoencoderKL:
+    return _seeded(
+        seed,
+        lambda: AutoencoderKL(
+            block_out_channels=(4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+        ),
+    )
+
+
+def scheduler(cls=UniPCMultistepScheduler, **changes):
+    return cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
+
+
+def sd15_pipeline(
+    unet=None, controlnet=None, scheduler_class=UniPCMultistepScheduler, cls=None
+) -> StableDiffusionControlNetPipeline:
+    pipe = (cls or StableDiffusionControlNetPipeline)(
+        vae=vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet if unet is not None else sd15_unet(),
+        controlnet=controlnet if controlnet is not None else sd15_controlnet(),
+        scheduler=scheduler(scheduler_class),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sdxl_pipeline(unet=None, controlnet=None) -> StableDiffusionXLControlNetPipeline:
+    pipe = StableDiffusionXLControlNetPipeline(
+        vae=vae(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet if unet is not None else sdxl_unet(),
+        controlnet=controlnet if controlnet is not None else sdxl_controlnet(),
+        scheduler=scheduler(),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text(seed: int, batch: int = 1) -> torch.Tensor:
+    """[batch, TOKENS, TEXT]"""
+    return torch.randn(batch, TOKENS, TEXT, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(seed: int, size: int = 32, width: int | None = None) -> torch.Tensor:
+    """A condition image [1, 3, size, width] in [0, 1]."""
+    return torch.rand(
+        1, 3, size, width or size, generator=torch.Generator().manual_seed(1000 + seed)
+    )
+
+
+def draw(pipe, seed: int = 0, steps: int = 6, size: int = 32, **changes) -> torch.Tensor:
+    """The latents of one call of ``pipe``, [1, 4, size / 2, size / 2]."""
+    arguments = {
+        "prompt_embeds": text(seed),
+        "negative_prompt_embeds": text(seed + 500),
+        "image": picture(seed, size),
+        "num_inference_steps": steps,
+        "guidance_scale": 5.0,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "height": size,
+        "width": size,
+        **changes,
+    }
+    if "XL" in type(pipe).__name__:
+        pooled = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(seed + 9))
+        arguments.setdefault("pooled_prompt_embeds", pooled[0])
+        arguments.setdefault("negative_pooled_prompt_embeds", pooled[1])
+    return pipe(**arguments).images
