@@ -1,0 +1,153 @@
+"""The stages in order, each resumed from its checkpoint, and the export after every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.testbed_training import diffusion, judge, loop, models, vae
+from benchmarks.testbed_training.data import Scenes, load_scenes
+from benchmarks.testbed_training.export import export, rebuild
+from hgc.testbed.judges import Judge
+
+SHIPPED = models.Sizes()
+STAGES = ("vae", "judge", "diffusion")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What `train` does. Steps or minutes, whichever ends first; minutes of None means steps only.
+
+    The defaults made the shipped model.
+    """
+
+    scenes: int = 12000
+    rebuilt: int = 4000
+    sizes: models.Sizes = SHIPPED
+    vae_steps: int = 6000
+    vae_minutes: float | None = None
+    judge_steps: int = 1500
+    judge_minutes: float | None = None
+    steps: int = 3000
+    minutes: float | None = None
+    batch: int = 64
+    peak: float = 1e-3
+    split_at: float = 0.55
+    save_minutes: float = 4.0
+    compiled: bool = False
+
+
+def _trained_vae(recipe: Recipe, work: Path, device: torch.device) -> Any:
+    saved = loop.load_checkpoint(work / "vae_done.pt", device)
+    if saved is None:
+        raise FileNotFoundError(f"{work / 'vae_done.pt'}: train the stage 'vae' first")
+    model = models.make_vae(recipe.sizes).to(device)
+    model.load_state_dict(saved["model"])
+    model.register_to_config(scaling_factor=saved["scaling_factor"])
+    return model.eval().requires_grad_(False)
+
+
+def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    if not path.exists():
+        part = path.with_suffix(".part.npy")
+        np.save(part, make())
+        part.rename(path)
+    return np.load(path)
+
+
+def _rebuilt(model: Any, scenes: Scenes, count: int, device: torch.device) -> np.ndarray:
+    parts = []
+    for start in range(0, min(count, len(scenes)), 50):
+        x = rebuild(model, vae.pixels(scenes.image[start : min(start + 50, count)], device))
+        x = ((x + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+        parts.append(x.permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def finished_judge(work: Path, device: torch.device) -> Judge | None:
+    """The judge as its last checkpoint has it, or None."""
+    saved = loop.load_checkpoint(work / "judge.pt", device)
+    if saved is None:
+        return None
+    model = Judge().to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(False)
+
+
+def train(
+    recipe: Recipe,
+    work: Path,
+    out: Path,
+    *,
+    stages: tuple[str, ...] = STAGES,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Run `stages`, with checkpoints in `work` and the shipped folder at `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    scenes = load_scenes(recipe.scenes, work)
+    if "vae" in stages:
+        model = vae.train_vae(
+            scenes,
+            work,
+            sizes=recipe.sizes,
+            steps=recipe.vae_steps,
+            minutes=recipe.vae_minutes,
+            device=device,
+            log=log,
+        )
+        loop.save_checkpoint(
+            work / "vae_done.pt",
+            {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor},
+        )
+    if "judge" in stages:
+        model = _trained_vae(recipe, work, device)
+        rebuilt = _cached(
+            work / "rebuilt.npy", lambda: _rebuilt(model, scenes, recipe.rebuilt, device)
+        )
+        judge.train_judge(
+            scenes,
+            rebuilt,
+            work,
+            steps=recipe.judge_steps,
+            minutes=recipe.judge_minutes,
+            device=device,
+            log=log,
+        )
+    if "diffusion" in stages:
+        model = _trained_vae(recipe, work, device)
+        latents = _cached(
+            work / "latents.npy", lambda: diffusion.encode_latents(model, scenes, device).numpy()
+        )
+
+        def on_save(trained: diffusion.Trained, tokenizer: Any, step: int) -> None:
+            export(
+                out,
+                vae=model,
+                trained=trained,
+                tokenizer=tokenizer,
+                judge=finished_judge(work, torch.device("cpu")),
+            )
+            log(f"exported step {step} to {out}")
+
+        diffusion.train_diffusion(
+            scenes,
+            torch.from_numpy(latents),
+            work,
+            sizes=recipe.sizes,
+            steps=recipe.steps,
+            minutes=recipe.minutes,
+            batch=recipe.batch,
+            peak=recipe.peak,
+            split_at=recipe.split_at,
+            save_minutes=recipe.save_minutes,
+            compiled=recipe.compiled,
+            device=device,
+            on_save=on_save,
+            log=log,
+        )

@@ -1,0 +1,90 @@
+"""Stage 1: the VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.testbed_training import loop, models
+from benchmarks.testbed_training.data import Scenes
+
+
+def pixels(image: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] in [-1, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def train_vae(
+    scenes: Scenes,
+    work: Path,
+    *,
+    sizes: models.Sizes,
+    steps: int,
+    minutes: float | None = None,
+    batch: int = 16,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+) -> Any:
+    """Train (or resume) the VAE; sets `scaling_factor` to one over the latents' deviation."""
+    torch.manual_seed(1)
+    vae = models.make_vae(sizes).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    clock = loop.Clock(steps, minutes)
+    saved = loop.load_checkpoint(work / "vae.pt", device)
+    if saved is not None:
+        vae.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        clock.load(saved["clock"])
+
+    def save() -> None:
+        state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+        loop.save_checkpoint(work / "vae.pt", {**state, "clock": clock.state()})
+
+    vae.train()
+    for index in loop.batches(len(scenes), batch, seed=1 + clock.step):
+        if clock.progress() >= 1:
+            break
+        # Most of training is on quarters of pictures, many small steps for the price of a few; the
+        # last part sees whole ones, because group norms look at all of a picture.
+        if clock.progress() < 0.7:
+            top, left = np.random.default_rng(clock.step).integers(0, 33, 2)
+            window = scenes.image[index.numpy()][:, top : top + 32, left : left + 32]
+        else:
+            window = scenes.image[index.numpy()[: batch // 2]]
+        x = pixels(window, device)  # [B, 3, 32, 32] or [B // 2, 3, 64, 64]
+        posterior = vae.encode(x).latent_dist
+        z = posterior.sample()
+        y = vae.decode(z, return_dict=False)[0]
+        difference = y - x
+        # The KL term only keeps the latents bounded: reconstruction is what the judge needs.
+        loss = difference.abs().mean() + 2 * difference.square().mean()
+        loss = loss + 1e-5 * posterior.kl().mean() / z[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        loop.set_rate(optimizer, clock.rate(2e-3, warm_up=60))
+        optimizer.step()
+        clock.step += 1
+        if clock.step % 50 == 0:
+            error = difference.detach().abs().mean().item() * 127.5
+            log(
+                f"vae {clock.step} loss {loss.item():.4f} L1 {error:.2f}/255 "
+                f"z {z.std().item():.2f} {clock.seconds():.0f}s"
+            )
+        if clock.step % 150 == 0:
+            save()
+    save()
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        z = vae.encode(pixels(scenes.image[:256], device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
+    log(
+        f"vae done: {clock.step} steps, {clock.seconds():.0f} s, "
+        f"scaling factor {vae.config.scaling_factor}"
+    )
+    return vae

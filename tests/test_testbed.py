@@ -1,0 +1,299 @@
+"""The testbed: scenes, conditions, judges, the shipped model, and its training."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("skimage")
+pytest.importorskip("torchmetrics")
+
+from hgc import testbed  # noqa: E402
+from hgc.testbed import judges  # noqa: E402
+from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
+
+# The training code is not installed; appended, so that an installed hgc is the one tested.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[testbed.Scene]:
+    return testbed.held_out(32)
+
+
+@pytest.fixture(scope="module")
+def segmentation_pipe():
+    return testbed.load_pipeline("segmentation")
+
+
+def _pictures(pipe, scenes, images, steps=10, scale=1.0) -> np.ndarray:
+    out = pipe(
+        [s.caption for s in scenes],
+        image=images,
+        num_inference_steps=steps,
+        guidance_scale=testbed.GUIDANCE_SCALE,
+        controlnet_conditioning_scale=scale,
+        generator=[torch.Generator().manual_seed(s.seed) for s in scenes],
+        output_type="np",
+    ).images
+    return (out * 255 + 0.5).astype(np.uint8)
+
+
+# Scenes
+
+
+def test_a_seed_gives_the_same_scene_twice():
+    first, second = testbed.render(7), testbed.render(7)
+    for name in ("image", "segmentation", "depth"):
+        assert np.array_equal(getattr(first, name), getattr(second, name))
+    assert first.caption == second.caption
+    assert not np.array_equal(first.image, testbed.render(8).image)
+
+
+def test_scene_fields_have_the_documented_types_and_ranges(scenes):
+    for scene in scenes:
+        assert scene.image.shape == (64, 64, 3) and scene.image.dtype == np.uint8
+        assert scene.segmentation.shape == (64, 64) and scene.segmentation.dtype == np.uint8
+        assert scene.depth.shape == (64, 64) and scene.depth.dtype == np.float32
+        assert scene.segmentation.max() < len(testbed.CLASSES)
+        assert scene.depth.min() >= 0 and scene.depth.max() <= 1
+
+
+def test_captions_name_what_is_there(scenes):
+    for scene in scenes:
+        words = scene.caption.replace(",", "").split()
+        assert scene.light in words and scene.ground in words
+        for material, shape in scene.solids:
+            assert f"a {material} {shape}" in scene.caption
+            assert (scene.segmentation == testbed.CLASSES.index(material)).sum() >= 40
+            assert shape in SHAPES
+
+
+def test_every_class_and_light_occurs(scenes):
+    seen = set(np.concatenate([np.unique(s.segmentation) for s in scenes]))
+    assert seen == set(range(len(testbed.CLASSES)))
+    assert {s.light for s in scenes} == set(LIGHTS)
+
+
+def test_held_out_scenes_are_not_training_scenes():
+    from benchmarks.testbed_training.run import Recipe
+
+    assert Recipe().scenes < HELD_OUT_SEED
+    first = testbed.held_out(3)
+    assert [s.seed for s in first] == [HELD_OUT_SEED, HELD_OUT_SEED + 1, HELD_OUT_SEED + 2]
+    assert np.array_equal(testbed.held_out(1, start=2)[0].image, first[2].image)
+
+
+# Conditions
+
+
+@pytest.mark.parametrize("condition", testbed.CONDITIONS)
+def test_conditions_are_rgb_pictures_and_differ_between_scenes(condition, scenes):
+    first, second = (testbed.condition_image(s, condition) for s in scenes[:2])
+    assert first.mode == "RGB" and first.size == (64, 64)
+    assert np.array_equal(first, testbed.condition_image(scenes[0], condition))
+    assert not np.array_equal(first, second)
+
+
+def test_segmentation_colours_can_be_read_back(scenes):
+    from hgc.testbed.scenes import PALETTE
+
+    rgb = np.asarray(testbed.condition_image(scenes[0], "segmentation")).astype(int)
+    nearest = np.abs(rgb[:, :, None] - PALETTE.astype(int)).sum(-1).argmin(-1)
+    assert np.array_equal(nearest, scenes[0].segmentation)
+
+
+# Judges
+
+
+def test_judge_reads_real_renders(scenes):
+    real = np.stack([s.image for s in scenes])
+    assert testbed.mean_iou(real, scenes) >= 0.90
+    assert testbed.fidelity("depth", real, scenes).mean() >= -0.10
+
+
+@pytest.mark.parametrize("condition", testbed.CONDITIONS)
+def test_fidelity_of_the_right_picture_beats_that_of_another(condition, scenes):
+    real = np.stack([s.image for s in scenes[:8]])
+    right = testbed.fidelity(condition, real, scenes[:8])
+    wrong = testbed.fidelity(condition, np.roll(real, 1, axis=0), scenes[:8])
+    assert right.shape == (8,)
+    assert (right > wrong).all()
+    if condition in ("canny", "softedge"):
+        assert right == pytest.approx(1.0, abs=1e-5)
+
+
+def test_fidelity_takes_arrays_floats_and_pil(scenes):
+    from PIL import Image
+
+    real = np.stack([s.image for s in scenes[:2]])
+    expected = testbed.fidelity("canny", real, scenes[:2])
+    pil = [Image.fromarray(x) for x in real]
+    assert np.array_equal(testbed.fidelity("canny", pil, scenes[:2]), expected)
+    floats = real.astype(np.float32) / 255
+    assert np.array_equal(testbed.fidelity("canny", floats, scenes[:2]), expected)
+
+
+def test_corpus_iou_by_hand(scenes):
+    matrix = np.zeros((10, 10), np.int64)
+    matrix[0, 0], matrix[0, 1], matrix[1, 1] = 3, 1, 4
+    # Class 0: 3 of 4; class 1: 4 of 5; the others do not occur.
+    assert judges.corpus_iou(matrix) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    real = np.stack([s.image for s in scenes[:4]])
+    whole = judges.confusion(real, scenes[:4])
+    parts = sum(judges.confusion(real[i : i + 2], scenes[i : i + 2]) for i in (0, 2))
+    assert np.array_equal(whole, parts) and whole.sum() == 4 * 64 * 64
+
+
+# The shipped model
+
+
+def test_shipped_files_are_small_and_hold_no_pickle():
+    files = [f for f in testbed.path().rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 48e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".txt"}
+
+
+def test_model_has_the_topology_of_sd15(segmentation_pipe):
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    unet, controlnet = segmentation_pipe.unet, segmentation_pipe.controlnet
+    assert type(unet) is UNet2DConditionModel and type(controlnet) is ControlNetModel
+    assert type(segmentation_pipe.vae) is AutoencoderKL
+    assert type(segmentation_pipe.text_encoder) is CLIPTextModel
+    assert len(controlnet.controlnet_down_blocks) == 12
+    cross = [name for name in unet.attn_processors if ".attn2." in name]
+    assert len(cross) == 16
+    for module in (unet, controlnet, segmentation_pipe.vae, segmentation_pipe.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_plain_from_pretrained_loads_fp32():
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    folder = testbed.path()
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet_depth")
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=controlnet)
+    for module in (pipe.unet, pipe.controlnet, pipe.vae, pipe.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert pipe.vae_scale_factor == 4
+
+
+def test_each_caption_word_is_one_token(segmentation_pipe, scenes):
+    for scene in scenes[:8]:
+        ids = segmentation_pipe.tokenizer(scene.caption).input_ids
+        assert len(ids) == 2 + len(scene.caption.replace(",", " ,").split())
+        assert len(ids) <= segmentation_pipe.tokenizer.model_max_length
+
+
+def test_pictures_keep_to_their_condition_and_not_to_another(segmentation_pipe, scenes):
+    some = scenes[:8]
+    images = [testbed.condition_image(s, "segmentation") for s in some]
+    right = testbed.mean_iou(_pictures(segmentation_pipe, some, images), some)
+    wrong = testbed.mean_iou(_pictures(segmentation_pipe, some, images[1:] + images[:1]), some)
+    none = testbed.mean_iou(_pictures(segmentation_pipe, some, images, scale=0.0), some)
+    assert right >= 0.70
+    assert wrong <= right - 0.3 and none <= right - 0.3
+
+
+def test_two_conditions_and_another_scheduler(scenes):
+    from diffusers import DDIMScheduler, MultiControlNetModel
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    pipe = testbed.load_pipeline(["canny", "depth"], scheduler=scheduler)
+    assert isinstance(pipe.controlnet, MultiControlNetModel)
+    assert pipe.scheduler is scheduler
+    images = [testbed.condition_image(scenes[0], c) for c in ("canny", "depth")]
+    image = pipe(scenes[0].caption, image=images, num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, hgc; before = set(sys.modules); import hgc.testbed as t; t.held_out(1); "
+        "heavy = {'diffusers', 'transformers', 'skimage', 'torchmetrics', 'PIL'}; "
+        "print(sorted(heavy & (set(sys.modules) - before)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: testbed.load_pipeline("segmentaton"), ValueError, "segmentation, canny"),
+        (lambda: testbed.load_pipeline([]), TypeError, "non-empty list"),
+        (lambda: testbed.load_pipeline(3), TypeError, "int"),
+        (lambda: testbed.held_out(-1), ValueError, "n: expected 0 or more"),
+        (lambda: testbed.held_out(1.5), TypeError, "float"),
+        (lambda: testbed.render("a"), TypeError, "str"),
+        (lambda: testbed.fidelity("hed", [], []), ValueError, "got 'hed'"),
+        (lambda: testbed.fidelity("canny", [], []), TypeError, "non-empty"),
+        (
+            lambda: testbed.fidelity("canny", np.zeros((1, 32, 32, 3), np.uint8), [None]),
+            ValueError,
+            "this size only",
+        ),
+        (
+            lambda: testbed.fidelity("canny", np.zeros((2, 64, 64, 3), np.uint8), [None]),
+            ValueError,
+            "one picture a scene",
+        ),
+        (
+            lambda: testbed.fidelity("canny", np.full((1, 64, 64, 3), 3.0), [None]),
+            ValueError,
+            "in [0, 1]",
+        ),
+    ],
+)
+def test_wrong_use_says_what_is_wrong(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value)
+
+
+# Training
+
+
+def test_training_resumes_from_its_checkpoints(tmp_path):
+    from benchmarks.testbed_training import loop, models, run
+
+    device = torch.device("cpu")
+    recipe = run.Recipe(
+        scenes=48,
+        rebuilt=32,
+        sizes=models.TINY,
+        vae_steps=2,
+        judge_steps=2,
+        steps=2,
+        batch=16,
+        split_at=0.5,
+    )
+    lines: list[str] = []
+    run.train(recipe, tmp_path, tmp_path / "model", device=device, log=lines.append)
+    before = loop.load_checkpoint(tmp_path / "diffusion.pt", device)
+    longer = dataclasses.replace(recipe, steps=4)
+    run.train(
+        longer, tmp_path, tmp_path / "model", stages=("diffusion",), device=device, log=lines.append
+    )
+    after = loop.load_checkpoint(tmp_path / "diffusion.pt", device)
+    assert any("resumes at step 2, 4 trunk(s)" in line for line in lines)
+    assert (before["clock"]["step"], after["clock"]["step"]) == (2, 4)
+    # The optimizer's moments were carried on, not started anew.
+    assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {4}
+    assert (tmp_path / "model" / "controlnet_canny" / "config.json").exists()
+    assert (tmp_path / "model" / "judge" / "judge.safetensors").exists()
