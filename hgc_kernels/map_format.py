@@ -1,15 +1,14 @@
 """How attention maps are stored: layout, formats and the complement form.
 
-A map is a contiguous tensor [B, S_q, H, S_kv padded to a multiple of 16]. It holds the
-probabilities of tokens 1 .. S_kv - 1; slot 0 and the padding are zero and never read. The first
-token, which takes most of the probability in text attention, is the complement, p_0 = 1 -
-sum_{i>=1} p_i, so that
+A map M is a contiguous tensor [B, S_q, H, S_kv padded to a multiple of 16]. Slots 1 .. S_kv - 1 hold
+the probabilities of those tokens, slot 0 holds one, the padding zero. The first token, which takes
+most of the probability in text attention, is the complement, p_0 = 1 - sum_{i>=1} p_i, so that
 
-    out = v_0 + sum_{i>=1} p_i (v_i - v_0)
+    out = v_0 + sum_{i>=1} p_i (v_i - v_0) = M U,   U_0 = v_0,  U_i = v_i - v_0
 
-Whatever rounding the storage does, the weights sum to one: nothing needs renormalising, neither
-here nor in a matrix product that sums over heads. Format "e4m3" holds 448 * p (torch.float8_e4m3fn,
-whose largest value is 448); the others hold p itself.
+Whatever rounding the storage does, the weights of the values sum to one: nothing needs
+renormalising, neither here nor in a matrix product that sums over heads. Format "e4m3" holds 448
+times all this (torch.float8_e4m3fn, whose largest value is 448); the others hold it as it is.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def new_map(
 ) -> torch.Tensor:
     """Allocate a map [batch, s_q, heads, s_kv padded to 16] for `attend_and_store` to fill.
 
-    A fresh map is all zero: every query attends to token 0. Raises ValueError for an unknown format
+    A fresh map lets every query attend to token 0. Raises ValueError for an unknown format
     or a size below zero (s_kv below one). The caller owns the memory.
     """
     if format not in FORMATS:
@@ -68,7 +67,9 @@ def new_map(
     ):
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
-    return torch.zeros(batch, s_q, heads, padded(s_kv), dtype=FORMATS[format], device=device)
+    map = torch.zeros(batch, s_q, heads, padded(s_kv), dtype=FORMATS[format], device=device)
+    map[..., :1] = scale_of(map.dtype)
+    return map
 
 
 def check_map(map: object, like_name: str, like: torch.Tensor, s_kv: int) -> torch.Tensor:
@@ -90,6 +91,7 @@ def encode(probabilities: torch.Tensor, map: torch.Tensor) -> None:
     """Write fp32 probabilities [B, S_q, H, S_kv] into `map` in its storage format."""
     s_kv = probabilities.shape[3]
     map.zero_()
+    map[..., :1] = scale_of(map.dtype)
     map[..., 1:s_kv] = probabilities.detach()[..., 1:] * scale_of(map.dtype)
 
 

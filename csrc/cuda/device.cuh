@@ -1,4 +1,4 @@
-// What the kernels share: 16-byte vectors, division by a run-time constant, row indices.
+// What the kernels share: the shape of a launch, division by a run-time constant, row indices.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,11 +14,6 @@ inline constexpr int kThreads = 256;
 // Vectors a thread has in flight: enough loads outstanding to cover the latency of memory.
 inline constexpr int kUnroll = 4;
 inline constexpr int kVectorBytes = 16;
-
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Vector {
-  T lane[kWidth];
-};
 
 // n / divisor for n below 2^31, by one multiplication (Granlund and Montgomery, "Division by invariant integers using
 // multiplication", 1994, with the shift folded in).

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace hgc::cuda {
@@ -8,6 +10,49 @@ template <typename T>
 __device__ __forceinline__ T blend(T skip, T residual, float scale) {
   const float scaled = to_float(from_float<T>(__fmul_rn(scale, to_float(residual))));
   return from_float<T>(__fadd_rn(to_float(skip), scaled));
+}
+
+// kWidth elements of T as the registers that one load fills. Plain words rather than an array of T, which the compiler
+// keeps in local memory on some targets.
+template <typename T, int kWidth>
+struct Packed {
+  using Word = std::conditional_t<kWidth == 1, T, uint4>;
+  static_assert(kWidth == 1 || sizeof(T) * kWidth == sizeof(uint4), "one element or 16 bytes");
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t blend_word(uint32_t skip, uint32_t residual, float scale) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(blend<float>(__uint_as_float(skip), __uint_as_float(residual), scale));
+  } else {
+    T a[2], r[2];
+    memcpy(a, &skip, 4);
+    memcpy(r, &residual, 4);
+    a[0] = blend(a[0], r[0], scale);
+    a[1] = blend(a[1], r[1], scale);
+    memcpy(&skip, a, 4);
+    return skip;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 blend_packed(uint4 skip, uint4 residual, float scale) {
+  return make_uint4(blend_word<T>(skip.x, residual.x, scale), blend_word<T>(skip.y, residual.y, scale),
+                    blend_word<T>(skip.z, residual.z, scale), blend_word<T>(skip.w, residual.w, scale));
+}
+template <typename T>
+__device__ __forceinline__ T blend_packed(T skip, T residual, float scale) {
+  return blend(skip, residual, scale);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ typename Packed<T, kWidth>::Word not_a_number() {
+  if constexpr (kWidth == 1) {
+    return from_float<T>(__int_as_float(0x7fc00000));
+  } else {
+    const uint32_t word = sizeof(T) == 4 ? 0x7fc00000u : std::is_same_v<T, __half> ? 0x7e007e00u : 0x7fc07fc0u;
+    return make_uint4(word, word, word, word);
+  }
 }
 
 template <typename Size>
@@ -24,7 +69,7 @@ template <typename T, int kWidth, bool kResidual, typename Size>
 __global__ void __launch_bounds__(kThreads)
     gather_blocks_dense_kernel(const GatherDense args, const GatherDivisors<Size> divisors) {
   using Index = typename Size::Index;
-  using Vec = Vector<T, kWidth>;
+  using Vec = typename Packed<T, kWidth>::Word;
   const Index first = static_cast<Index>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
   Vec value[kUnroll];
   Vec residual[kUnroll];
@@ -44,8 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t row = row_of(args.rows, sample);
     if (!in_range(args.rows, row)) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) value[u].lane[j] = from_float<T>(__int_as_float(0x7fc00000));
+      value[u] = not_a_number<T, kWidth>();
       continue;
     }
     const int64_t offset =
@@ -61,9 +105,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kUnroll; ++u) {
     const Index i = first + u * kThreads;
     if (i >= divisors.total) continue;
-    if (kResidual && is_skip[u]) {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) value[u].lane[j] = blend(value[u].lane[j], residual[u].lane[j], args.scale);
+    if constexpr (kResidual) {
+      if (is_skip[u]) value[u] = blend_packed<T>(value[u], residual[u], args.scale);
     }
     *reinterpret_cast<Vec*>(static_cast<T*>(args.out_ptr) + static_cast<int64_t>(i) * kWidth) = value[u];
   }

@@ -1,0 +1,54 @@
+"""Choices that every Triton launch makes: how a head size is tiled and how many warps work on a tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hgc_kernels.backend import Unsupported
+
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class HeadTiles:
+    """A head of any size as one or two powers of two: 40 is 32 + 16, not 64; 160 is 128 + 32."""
+
+    first: int
+    second: int  # 0: none
+
+    @property
+    def padded(self) -> int:
+        return self.first + self.second
+
+
+def next_power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `least`."""
+    power = least
+    while power < n:
+        power *= 2
+    return power
+
+
+def head_tiles(size: int) -> HeadTiles:
+    """Tiles for a head size. Matrix instructions want 16 and Triton powers of two. Raises Unsupported above 256."""
+    if size > MAX_HEAD_SIZE:
+        raise Unsupported(f"head size {size} is above {MAX_HEAD_SIZE}")
+    whole = next_power_of_two(size)
+    half = whole // 2
+    if half >= 16:
+        rest = next_power_of_two(size - half)
+        if half + rest < whole:
+            return HeadTiles(half, rest)
+    return HeadTiles(whole, 0)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products stay fp32: TF32 would lose to eager PyTorch, whose default is full precision."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def as_bytes(map: torch.Tensor) -> torch.Tensor:
+    """An e4m3 map as the bytes that the kernels read and write; others as they are."""
+    return map.view(torch.uint8) if map.dtype == torch.float8_e4m3fn else map

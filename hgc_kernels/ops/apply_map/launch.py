@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, next_power_of_two
+from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
+
+# What decode_e4m3 leaves: 448 for the format, 2^-8 for reading its bytes as fp16.
+E4M3_UNIT = 256.0 / 448.0
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    block_m: int
+    block_n: int
+    head: HeadTiles
+    num_warps: int
+    num_stages: int
+
+
+def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
+    """Tiles for a call. Raises Unsupported for a head size above 256."""
+    head = head_tiles(size)
+    if dtype == torch.float32:
+        block_m = 32 if head.padded <= 80 else 16
+        return LaunchConfig(block_m, 16, head, num_warps=4, num_stages=1)
+    # 77 tokens are two steps of 64; a step of 128 would load half of nothing.
+    block_n = min(next_power_of_two(s_kv), 64)
+    block_m = 64 if s_q > 32 else 32
+    return LaunchConfig(block_m, block_n, head, num_warps=4, num_stages=2)
+
+
+def apply_map(
+    map: torch.Tensor,  # [B, S_q, H, S_kv padded to 16]
+    v: torch.Tensor,  # [B, S_kv, H, D]
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    batch, s_kv, heads, size = v.shape
+    s_q = map.shape[1]
+    config = config or heuristic(v.dtype, s_q, s_kv, size)
+    out = v.new_empty((batch, s_q, heads, size))
+    if out.numel() == 0:
+        return out
+    is_e4m3 = map.dtype == torch.float8_e4m3fn
+    grid = (heads * -(-s_q // config.block_m) * batch,)
+    apply_map_kernel[grid](
+        as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
+        D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
+        IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, next_power_of_two
+from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kernel
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    block_m: int
+    block_n: int
+    head: HeadTiles
+    num_warps: int
+    num_stages: int
+
+
+def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
+    """Tiles for a call. Raises Unsupported for a head size above 256."""
+    head = head_tiles(size)
+    keys = next_power_of_two(s_kv)
+    if dtype == torch.float32:
+        # Full fp32 runs on the ordinary units, with both operands in registers: small tiles.
+        if head.padded > 80:
+            return LaunchConfig(16, 16, head, num_warps=8, num_stages=1)
+        return LaunchConfig(32, min(keys, 32), head, num_warps=4, num_stages=1)
+    # A text prompt (77 tokens) is one tile of 128: all scores of a query stay in registers.
+    block_n = keys if keys <= 128 else 64
+    block_m = 64 if s_q > 32 else 32
+    return LaunchConfig(block_m, block_n, head, num_warps=8 if head.padded > 128 else 4, num_stages=2)
+
+
+def attend_and_store(
+    q: torch.Tensor,  # [B, S_q, H, D]
+    k: torch.Tensor,  # [B, S_kv, H, D]
+    v: torch.Tensor,  # [B, S_kv, H, D]
+    scale: float,
+    map: torch.Tensor,  # [B, S_q, H, S_kv padded to 16]
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    batch, s_q, heads, size = q.shape
+    s_kv = k.shape[1]
+    config = config or heuristic(q.dtype, s_q, s_kv, size)
+    out = q.new_empty(q.shape)
+    if out.numel() == 0:
+        return out
+    stored = as_bytes(map)
+    grid = (heads * -(-s_q // config.block_m) * batch,)
+    attend_and_store_kernel[grid](
+        q, k, v, stored, out, scale / math.log(2), s_q, s_kv, heads,
+        *q.stride(), *k.stride(), *v.stride(),
+        D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
+        IS_E4M3=map.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(q.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out

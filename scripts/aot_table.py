@@ -1,0 +1,284 @@
+"""Compile every kernel for real GPUs on a machine without one, and check what the compilers made of it.
+
+    python scripts/aot_table.py --write      # everything, into docs/measured.md
+    python scripts/aot_table.py --quick      # a subset, for CI
+
+Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta tensors and their
+launches are recorded. Exits with 1 where a kernel spills, an attention kernel leaves the matrix units unused in a 16-bit
+dtype, a CUDA kernel uses local memory, or one of its 16-byte paths lacks 128-bit loads or stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import torch
+import triton
+from measured import table, write_section
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import hgc_kernels as hk
+from hgc_kernels.ops.apply_map import launch as apply_map_launch
+from hgc_kernels.ops.apply_map_project import launch as project_launch
+from hgc_kernels.ops.attend_and_store import launch as attend_launch
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+LIBRARY = Path(hk.__file__).parent / "lib" / "libhgc_cuda.so"
+MATRIX_INSTRUCTIONS = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|OMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel as one launch specialises it."""
+
+    kernel: str
+    module: str
+    label: str
+    dtype: str
+    signature: tuple
+    constants: tuple
+    divisible: tuple
+    options: tuple
+    arch: int = 0
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __init__(self, kernel, module):
+        self.kernel, self.module, self.launches = kernel, module, []
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, num_stages, **constants):
+            self.launches.append((args, constants, {"num_warps": num_warps, "num_stages": num_stages}))
+
+        return launch
+
+    def cases(self, label, dtype):
+        for args, constants, options in self.launches:
+            signature, fixed, divisible = {}, dict(constants), []
+            for position, (name, value) in enumerate(zip(self.kernel.arg_names, args, strict=False)):
+                if isinstance(value, torch.Tensor):
+                    signature[name] = POINTER[value.dtype]
+                    divisible.append(position)  # allocations are aligned, and so are heads of even sizes
+                elif isinstance(value, float):
+                    signature[name] = "fp32"
+                elif value == 1:
+                    signature[name], fixed[name] = "constexpr", 1
+                else:
+                    signature[name] = "i32"
+                    if value % 16 == 0:
+                        divisible.append(position)
+            signature.update(dict.fromkeys(constants, "constexpr"))
+            yield Case(
+                self.kernel.__name__, self.module.__name__, label, dtype, tuple(signature.items()),
+                tuple(fixed.items()), tuple(divisible), tuple(options.items()),
+            )  # fmt: skip
+
+
+RECORDED = (
+    (attend_launch, "attend_and_store_kernel"),
+    (apply_map_launch, "apply_map_kernel"),
+    (project_launch, "apply_map_project_fold_kernel"),
+    (project_launch, "apply_map_project_main_kernel"),
+)
+
+
+def record(label, dtype, call):
+    recorders = [Recorder(getattr(module, name), module) for module, name in RECORDED]
+    for (module, name), recorder in zip(RECORDED, recorders, strict=True):
+        setattr(module, name, recorder)
+    try:
+        call()
+    finally:
+        for (module, name), recorder in zip(RECORDED, recorders, strict=True):
+            setattr(module, name, recorder.kernel)
+    return [case for recorder in recorders for case in recorder.cases(label, dtype)]
+
+
+def heads(batch, tokens, count, size, dtype):
+    """[B, S, H, D] as diffusers makes it: a projection [B, S, H * D] viewed as heads."""
+    return torch.empty(batch, tokens, count * size, dtype=dtype, device="meta").view(batch, tokens, count, size)
+
+
+def triton_cases(quick):
+    """(queries, keys, heads, head size): SD1.5's and SDXL's cross-attentions, and an image prompt of 257 tokens."""
+    sizes = [(4096, 77, 8, 40), (1024, 77, 8, 80), (256, 77, 8, 160), (4096, 77, 10, 64)]
+    formats = list(hk.FORMATS)
+    if quick:
+        sizes, formats = sizes[:1] + sizes[2:3], ["fp16", "e4m3"]
+    found = []
+    for dtype_name, dtype in DTYPES.items():
+        for s_q, s_kv, count, size in sizes:
+            keys = [(s_kv, format) for format in formats] + ([] if quick else [(257, "fp16")])
+            for n, format in keys:
+                q, v = heads(2, s_q, count, size, dtype), heads(2, n, count, size, dtype)
+                map = torch.empty(2, s_q, count, hk.padded(n), dtype=hk.FORMATS[format], device="meta")
+                label = f"D={size} S_kv={n} map={format}"
+                found += record(label, dtype_name, lambda: attend_launch.attend_and_store(q, v, v, 0.1, map))
+                found += record(label, dtype_name, lambda: apply_map_launch.apply_map(map, v))
+                channels = count * size
+                weight = torch.empty(channels, channels, dtype=dtype, device="meta")
+                bias = torch.empty(channels, dtype=dtype, device="meta")
+                residual = torch.empty(2, s_q, channels, dtype=dtype, device="meta")
+                chosen = project_launch.heuristic(dtype, map.dtype, 2, s_q, n, count, size, channels)
+                for form in ("folded", "two_stage"):
+                    config = replace(chosen, form=form)
+                    found += record(
+                        f"{label} {form}",
+                        dtype_name,
+                        lambda: project_launch.apply_map_project(map, v, weight, bias, residual, config),
+                    )
+    # Many labels come down to one and the same compilation.
+    unique = {}
+    for case in found:
+        unique.setdefault(replace(case, label=""), case)
+    return list(unique.values())
+
+
+def inspect_cubin(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": fields["REG"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)) + fields["LOCAL"],
+        "matrix": len(MATRIX_INSTRUCTIONS.findall(sass)),
+    }
+
+
+def compile_case(case):
+    import importlib
+
+    kernel = getattr(importlib.import_module(case.module), case.kernel)
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(case.signature),
+        constexprs=dict(case.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in case.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
+    return {**inspect_cubin(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+
+
+def triton_table(architectures, quick, jobs):
+    cases = [replace(case, arch=arch) for arch in architectures for case in triton_cases(quick)]
+    groups = defaultdict(list)
+    problems = []
+    with ProcessPoolExecutor(jobs) as pool:
+        for done, (case, result) in enumerate(zip(cases, pool.map(compile_case, cases), strict=True), 1):
+            print(f"{done}/{len(cases)} sm_{case.arch} {case.kernel} {case.dtype} {case.label} {result}", flush=True)
+            groups[case.kernel, case.dtype, case.arch].append(result)
+            where = f"sm_{case.arch} {case.kernel} {case.dtype} {case.label}"
+            if result["spills"]:
+                problems.append(f"{where}: {result['spills']} spills")
+            if case.dtype != "fp32" and not result["matrix"]:
+                problems.append(f"{where}: no matrix instructions")
+    rows = []
+    for (kernel, dtype, arch), results in sorted(groups.items()):
+        rows.append(
+            [
+                f"`{kernel}`", dtype, f"sm_{arch}", len(results),
+                span(results, "registers"), span(results, "shared"), span(results, "matrix"),
+                max(result["spills"] for result in results),
+            ]
+        )  # fmt: skip
+    header = ["kernel", "dtype", "target", "variants", "registers", "shared bytes", "matrix instructions", "spills"]
+    return table(header, rows), problems
+
+
+def span(results, key):
+    values = [result[key] for result in results]
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def cuda_table():
+    """Registers, local memory and 128-bit accesses of the kernels in the built CUDA library."""
+    rows, problems = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [BIN / "cuobjdump", "-xelf", "all", str(LIBRARY)], cwd=folder, capture_output=True, check=True
+        )
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = re.search(r"\.(sm_\w+)\.", cubin.name).group(1)
+            usage = subprocess.run(
+                [BIN / "cuobjdump", "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+            ).stdout
+            sass = subprocess.run([BIN / "nvdisasm", str(cubin)], capture_output=True, text=True, check=True).stdout
+            bodies = dict(re.findall(r"^\.text\.(\w+):(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
+            groups = defaultdict(list)
+            for symbol, registers, stack, local in re.findall(
+                r"Function (\w+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
+            ):
+                name = re.search(r"\d((?:gather_blocks|scatter_rows)_(?:dense|strided)_kernel)", symbol).group(1)
+                body = bodies[symbol]
+                wide_path = "Li8E" in symbol or "Li4E" in symbol or "uint4" in symbol
+                spilled = int(local) + int(stack) + len(re.findall(r"\b(?:LDL|STL)\b", body))
+                loads = len(re.findall(r"\bLDG\.E[\w.]*\.128\b", body))
+                stores = len(re.findall(r"\bSTG\.E[\w.]*\.128\b", body))
+                groups[name, "16 bytes" if wide_path else "element"].append((int(registers), spilled, loads, stores))
+                if spilled:
+                    problems.append(f"{arch} {symbol}: {spilled} bytes or accesses of local memory")
+                if wide_path and not (loads and stores):
+                    problems.append(f"{arch} {symbol}: no 128-bit loads or stores")
+            for (name, path), found in sorted(groups.items()):
+                registers, spilled, loads, stores = zip(*found, strict=True)
+                rows.append(
+                    [f"`{name}`", path, arch, len(found), f"{min(registers)} to {max(registers)}",
+                     f"{min(loads)} to {max(loads)}", f"{min(stores)} to {max(stores)}", max(spilled)]
+                )  # fmt: skip
+    header = ["kernel", "path", "target", "variants", "registers", "LDG.128", "STG.128", "local memory"]
+    return table(header, rows), problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a subset, for CI")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/measured.md")
+    parser.add_argument("--arch", type=int, nargs="+", default=None, help="compute capabilities, as 80 90")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA library out")
+    options = parser.parse_args()
+    architectures = options.arch or ((80, 90) if options.quick else ARCHITECTURES)
+    text, problems = triton_table(architectures, options.quick, options.jobs)
+    sections = [("Triton kernels, compiled ahead of time", text)]
+    if not options.no_cuda:
+        if LIBRARY.exists():
+            text, more = cuda_table()
+            sections.append(("CUDA kernels, from the built library", text))
+            problems += more
+        else:
+            problems.append(f"{LIBRARY.name} was not built: its kernels could not be checked")
+    for title, text in sections:
+        print(f"\n{title}\n\n{text}")
+    if options.write:
+        note = f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts and map formats."
+        body = "\n\n".join(f"### {title}\n\n{text}" for title, text in sections)
+        write_section("ahead-of-time", "python scripts/aot_table.py --write", f"## What the compilers made\n\n{note}\n\n{body}")
+    for problem in problems:
+        print(f"PROBLEM {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
