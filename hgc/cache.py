@@ -144,7 +144,7 @@ class Cache:
         self.bytes = 0
 
     def checksums(self) -> dict[str, list[float]]:
-        """A float64 checksum of each tensor held, by name: unchanged unless somebody wrote to it."""
+        """A float64 checksum of each tensor held, by name; it changes when somebody writes."""
         sums = {n: [_checksum(v.tensor) for v in values] for n, values in self._entries.items()}
         sums.update({n: [_checksum(t)] for n, t in self._kept.items()})
         return sums

@@ -1,7 +1,7 @@
 """What to reuse: :class:`Config`, its presets, and its JSON form.
 
-A ``Config`` is data. :func:`hgc.plan` turns it into one :class:`~hgc.StepPlan` an evaluation, and the
-executor runs those; nothing else in the package decides what is reused.
+A ``Config`` is data. :func:`hgc.plan` turns it into one :class:`~hgc.StepPlan` an evaluation, and
+the executor runs those; nothing else in the package decides what is reused.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Config:
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """The preset called ``name``; raises :class:`ConfigError` (a ValueError) naming them all."""
+        """The preset called ``name``; :class:`ConfigError`, a ValueError, names them all."""
         from hgc.presets import PRESETS
 
         if not isinstance(name, str) or name not in PRESETS:

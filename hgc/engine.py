@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 from hgc import attention as prompt_grain
 from hgc.cache import conditional_half
@@ -71,10 +72,10 @@ class _Forward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # a copied model is an uninstalled one
-        return types.MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
+        return _class_forward(memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> Any:
-        return (types.MethodType, (type(self.module).forward, self.module))
+        return (_class_forward, (self.module,))
 
     def restore(self) -> None:
         """Put back what was there, in whichever slot now holds this object."""
@@ -96,6 +97,10 @@ class _Forward:
         )
 
 
+def _class_forward(module: torch.nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)
+
+
 class _EndOfCall:
     """``_reset_stateful_cache``: diffusers calls it at the end of a pipeline call."""
 
@@ -112,11 +117,15 @@ class _EndOfCall:
         return _nothing
 
     def __reduce__(self) -> Any:
-        return "_nothing"
+        return (_do_nothing, ())
 
 
 def _nothing() -> None:
     """Stands for :class:`_EndOfCall` in a copied model."""
+
+
+def _do_nothing() -> Callable[[], None]:
+    return _nothing
 
 
 class _Mark:
@@ -155,6 +164,27 @@ def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[
             for layer in layers
         ),
     )
+
+
+def _take_lora_scale(cross: dict[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
+    """``cross_attention_kwargs`` without the LoRA scale that diffusers' forwards take out of it."""
+    if cross is None:
+        return None, 1.0
+    rest = dict(cross)
+    return rest, rest.pop("scale", 1.0)
+
+
+@contextlib.contextmanager
+def _lora_scaled(model: torch.nn.Module, scale: float) -> Iterator[None]:
+    """What diffusers' ``apply_lora_scale`` does around a forward."""
+    if not USE_PEFT_BACKEND or scale == 1.0:
+        yield
+        return
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)
 
 
 def _cut(value: Any, batch: int) -> Any:
@@ -602,20 +632,13 @@ class Installation:
             batch = sample.shape[0]
             sample, text, hint = (conditional_half(x) for x in (sample, text, hint))
             arguments = _cut(arguments, batch)
-        cross = arguments["cross_attention_kwargs"]
-        lora_scale = 1.0
-        if cross is not None:
-            cross = dict(cross)
-            lora_scale = cross.pop("scale", 1.0)
+        cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
         wrap = self._text_wrapper(run, slot.prefix, half, run.now)
-        scale_lora_layers(net, lora_scale)
-        try:
+        with _lora_scaled(net, lora_scale):
             return self._functions["controlnet"](
                 net, sample, timestep, text, hint, wrap,
                 **{**arguments, "cross_attention_kwargs": cross},
             )  # fmt: skip
-        finally:
-            unscale_lora_layers(net, lora_scale)
 
     def _write_residuals(
         self, run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool
@@ -652,9 +675,11 @@ class Installation:
         if step.is_key and mode != "output" and "attention" in wanted:
             layers = self._layers_read(run, now.index) if prefix == "unet/" else None
             store = (lambda name: True) if layers is None else layers.__contains__
-        if step.is_key and mode == "compute" and self._config.fresh_values:
-            if any(s.attention == "reuse" for s in run.plan[now.index + 1 :]):
-                map_format = self._config.map_format
+        may_apply = self._config.fresh_values and any(
+            s.attention == "reuse" for s in run.plan[now.index + 1 :]
+        )
+        if step.is_key and mode == "compute" and may_apply:
+            map_format = self._config.map_format
 
         def wrap(text: Any) -> Any:
             if not isinstance(text, Tensor):
@@ -827,15 +852,12 @@ class Installation:
         if down is not None:
             residuals = Residuals(
                 [self._terms(value, half) for value in down[:count]],
-                self._terms(mid, half) if depth is None or depth == len(down) else [],
+                self._terms(mid, half) if depth is None else [],
             )
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
             block, _ = self._structure.boundary(depth)
-            if depth == self._structure.num_layers and residuals is not None:
-                for value, scale in residuals.mid:
-                    hidden = hidden + value * scale
             if freeu_active(self.unet.up_blocks[block]):
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
@@ -850,13 +872,8 @@ class Installation:
             sample, text = conditional_half(sample), conditional_half(text)
             arguments = _cut(arguments, batch)
             intrablock = _cut(intrablock, batch)
-        cross = arguments["cross_attention_kwargs"]
-        lora_scale = 1.0
-        if cross is not None:
-            cross = dict(cross)
-            lora_scale = cross.pop("scale", 1.0)
-        scale_lora_layers(self.unet, lora_scale)
-        try:
+        cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
+        with _lora_scaled(self.unet, lora_scale):
             out, captured = self._functions["unet"](
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
@@ -864,16 +881,15 @@ class Installation:
                 intrablock_residuals=intrablock,
                 **{**arguments, "cross_attention_kwargs": cross},
             )  # fmt: skip
-        finally:
-            unscale_lora_layers(self.unet, lora_scale)
-        if step.is_key:
-            self._write_features(run, now, captured, out, wanted, half_only)
         if not half:
-            return out
-        if step.guidance == "off":
-            return torch.cat([out, out])
-        difference = run.cache.read("guidance", step.guidance_forecast)
-        return torch.cat([out - difference, out])
+            whole = out
+        elif step.guidance == "off":
+            whole = torch.cat([out, out])
+        else:
+            whole = torch.cat([out - run.cache.read("guidance", step.guidance_forecast), out])
+        if step.is_key:
+            self._write_features(run, now, captured, whole, wanted, half_only)
+        return whole
 
     def _write_features(
         self,
@@ -890,7 +906,7 @@ class Installation:
         for name, value in captured.items():
             value = conditional_half(value) if cut else value
             run.cache.write(name, value, evaluation=index, history=history, half=half or cut)
-        if "output" in wanted and not half:
+        if "output" in wanted:
             run.cache.write("output", out, evaluation=index, history=history, half=False)
         if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
             unconditional, conditional = out.chunk(2)

@@ -37,7 +37,7 @@ class Residuals:
 
 
 def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
-    """``x`` plus the sum of ``terms``, rounded as diffusers rounds: each term, their sum, then x."""
+    """``x`` plus the sum of ``terms``, rounded as diffusers rounds: terms, their sum, then x."""
     if not terms:
         return x
     total = None
@@ -198,7 +198,7 @@ def _encode(
     """The ``count`` outermost skips, and the encoder's last output where everything is run."""
     sample = unet.conv_in(sample)
     skips = [sample]
-    for b, block in enumerate(unet.down_blocks):
+    for block in unet.down_blocks:
         if len(skips) >= count and not full:
             break
         with_attention = _has_attention(block)

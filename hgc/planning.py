@@ -188,7 +188,8 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
 def reads(step: StepPlan, num_layers: int) -> set[str]:
     """Names of the cache entries an evaluation reads on a model of ``num_layers`` decoder layers.
 
-    ``feature/k``: the input of the ``k``-th outermost decoder layer; ``skip/j``: the ``j``-th
+    ``feature/k``: the input of the ``k``-th outermost decoder layer (ControlNet's share of it
+    included); ``skip/j``: the ``j``-th
     encoder skip before any residual; ``residual/j``: a ControlNet's residual for it (``mid`` for
     the middle block's); ``guidance``; ``output``; ``attention``.
     """
@@ -202,7 +203,7 @@ def reads(step: StepPlan, num_layers: int) -> set[str]:
             names |= {f"skip/{j}" for j in used}
     if step.control == "reuse":
         names |= {f"residual/{j}" for j in used}
-        if step.is_key or step.depth == num_layers:
+        if step.is_key:
             names.add("residual/mid")
     if step.guidance == "reuse":
         names.add("guidance")

@@ -334,15 +334,20 @@ class Run:
         whether all of those need the conditional half only."""
         names: set[str] = set()
         half_only = True
-        keys = 0
+        overwritten = dict.fromkeys(("features", "residual", "guidance", "attention"), 0)
         for step in self.plan[after + 1 :]:
-            if keys >= self.history:
+            for name in reads(step, self.num_layers):
+                group = name.partition("/")[0]
+                if overwritten.get(group, overwritten["features"]) < self.history:
+                    names.add(name)
+                    if step.guidance == "both":
+                        half_only = False
+            overwritten["residual"] += step.control == "compute"
+            overwritten["features"] += step.is_key
+            overwritten["guidance"] += step.is_key and step.guidance == "both"
+            overwritten["attention"] += step.is_key and step.attention == "compute"
+            if min(overwritten.values()) >= self.history:
                 break
-            found = reads(step, self.num_layers)
-            names |= found
-            if found and step.guidance == "both":
-                half_only = False
-            keys += step.is_key
         return names, half_only and bool(names)
 
     def end(self, milliseconds: float) -> None:

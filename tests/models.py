@@ -97,6 +97,20 @@ def vae(seed: int = 2) -> AutoencoderKL:
     )
 
 
+def text_encoder(seed: int = 3):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=TEXT,
+        intermediate_size=TEXT,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=TOKENS,
+    )
+    return _seeded(seed, lambda: CLIPTextModel(config))
+
+
 def scheduler(cls=UniPCMultistepScheduler, **changes):
     return cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
 

@@ -1,0 +1,32 @@
+"""Shared by all tests: no network, fixed threads, the small models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import models
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def sd15():
+    """A pipeline of SD1.5's topology. Tests leave it as they found it."""
+    return models.sd15_pipeline()
+
+
+@pytest.fixture(scope="session")
+def sdxl():
+    """A pipeline of SDXL's topology. Tests leave it as they found it."""
+    return models.sdxl_pipeline()

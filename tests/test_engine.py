@@ -1,0 +1,827 @@
+"""The executor on real diffusers classes at small configurations."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import itertools
+import pickle
+
+import models
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+
+import hgc
+from hgc import Config, StepPlan
+from hgc.engine import HgcWarning
+
+SCHEDULERS = [
+    DDIMScheduler,
+    UniPCMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+]
+SOME = Config(
+    name="some",
+    num_evaluations=6,
+    key_steps=(0, 3, 5),
+    depth=2,
+    guidance="reuse",
+    forecast=0.7,
+    guidance_forecast=0.7,
+)
+
+
+def residue(*modules):
+    """Everything an installation could leave behind, by identity."""
+    found = []
+    for module in modules:
+        found.append({k: id(v) for k, v in module.__dict__.items()})
+        found.append({k: id(v) for k, v in module.attn_processors.items()})
+        for name, child in module.named_modules():
+            found.append((name, id(child), sorted(child.__dict__), len(child._forward_hooks)))
+    return found
+
+
+def loop(pipe, config, steps, *, count=None, same=True, seed=0, guidance=True, scale=1.0):
+    """Call ControlNet and UNet as a pipeline does; with ``same``, on one input every time.
+
+    Yields the UNet's outputs.
+    """
+    count = len(steps) if count is None else count
+    batch = 2 if guidance else 1
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(1, 4, 16, 16, generator=generator).repeat(batch, 1, 1, 1)
+    text = models.text(seed, batch)
+    cond = models.picture(seed).repeat(batch, 1, 1, 1)
+    schedule = torch.full((count,), 500) if same else torch.arange(count).flip(0) * 40
+    added = None
+    if pipe.unet.config.addition_embed_type == "text_time":
+        added = {
+            "text_embeds": models.text(seed + 7, batch)[:, 0, :8],
+            "time_ids": torch.ones(batch, 6),
+        }
+    config = dataclasses.replace(config, num_evaluations=count, steps=tuple(steps))
+    outputs = []
+    with torch.no_grad(), hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        for t in schedule:
+            down, mid = pipe.controlnet(
+                sample, t, text, cond, conditioning_scale=scale, added_cond_kwargs=added,
+                return_dict=False,
+            )  # fmt: skip
+            outputs.append(
+                pipe.unet(
+                    sample, t, text, added_cond_kwargs=added,
+                    down_block_additional_residuals=down, mid_block_additional_residual=mid,
+                ).sample
+            )  # fmt: skip
+            if not same:
+                sample = sample - 0.1 * outputs[-1].mean(0, keepdim=True)
+        rows = installed._runs.last.report
+    return outputs, rows
+
+
+# -- exact, and uninstall -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_exact_is_bitwise(sd15, scheduler, guidance):
+    pipe = models.sd15_pipeline(sd15.unet, sd15.controlnet, scheduler)
+    reference = models.draw(pipe, guidance_scale=guidance)
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe, guidance_scale=guidance), reference)
+    assert torch.equal(models.draw(pipe, guidance_scale=guidance), reference)
+
+
+VARIATIONS = {
+    "guess_mode": {"guess_mode": True},
+    "guess_mode without guidance": {"guess_mode": True, "guidance_scale": 1.0},
+    "control ends": {"control_guidance_end": 0.5},
+    "control starts": {"control_guidance_start": 0.5},
+    "scale": {"controlnet_conditioning_scale": 0.37},
+    "scale zero": {"controlnet_conditioning_scale": 0.0},
+    "two images": {"num_images_per_prompt": 2, "generator": None},
+    "wide": {"width": 48, "image": models.picture(0, 32, 48)},
+    "odd": {"height": 28, "width": 44, "image": models.picture(0, 28, 44)},
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_exact_is_bitwise_in_variations(sd15, name):
+    changes = dict(VARIATIONS[name])
+    if "generator" in changes:
+        changes["latents"] = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    reference = models.draw(sd15, **changes)
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
+        assert torch.equal(models.draw(sd15, **changes), reference)
+
+
+def test_exact_is_bitwise_on_sdxl(sdxl):
+    reference = models.draw(sdxl)
+    with hgc.install(sdxl.unet, sdxl.controlnet, config="exact"):
+        assert torch.equal(models.draw(sdxl), reference)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_exact_is_bitwise_with_two_controlnets(sd15, scales, as_list):
+    nets = [sd15.controlnet, models.sd15_controlnet(5)]
+    pipe = models.sd15_pipeline(sd15.unet, MultiControlNetModel(nets))
+    arguments = {
+        "image": [models.picture(0), models.picture(1)],
+        "controlnet_conditioning_scale": list(scales),
+        "control_guidance_end": [1.0, 0.6],
+    }
+    reference = models.draw(pipe, **arguments)
+    with hgc.install(pipe.unet, nets if as_list else pipe.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe, **arguments), reference)
+
+
+def test_exact_runs_no_controlnet_at_scale_zero(sd15, monkeypatch):
+    calls = []
+    block = sd15.controlnet.mid_block
+    monkeypatch.setattr(
+        block, "forward", lambda *a, _f=block.forward, **k: (calls.append(1), _f(*a, **k))[1]
+    )
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact") as installed:
+        models.draw(sd15, steps=6, control_guidance_end=0.5)
+        report = installed.report()
+    assert len(calls) == 3
+    assert [row.control for row in report.rows] == [("computed",)] * 3 + [("off",)] * 3
+
+
+def test_uninstall_leaves_no_residue(sd15):
+    before = residue(sd15.unet, sd15.controlnet)
+    reference = models.draw(sd15)
+    hgc.install(sd15.unet, sd15.controlnet, config="turbo")
+    models.draw(sd15, steps=10)
+    hgc.uninstall(sd15.unet, sd15.controlnet)
+    assert residue(sd15.unet, sd15.controlnet) == before
+    assert torch.equal(models.draw(sd15), reference)
+
+
+# -- reuse is what the plan says -------------------------------------------------------------
+
+POINTS = [
+    *(StepPlan(control="reuse", depth=k) for k in range(1, 13)),
+    *(StepPlan(control="reuse", depth=k, encoder="reuse") for k in (1, 3, 4, 12)),
+    *(StepPlan(control="compute", depth=k) for k in (1, 6)),
+    StepPlan(control="off", depth=0),
+    StepPlan(control="reuse"),
+    StepPlan(control="reuse", attention="reuse"),
+    StepPlan(attention="reuse"),
+    StepPlan(control="reuse", depth=5, attention="reuse"),
+    StepPlan(control="reuse", depth=2, guidance="reuse"),
+    StepPlan(control="reuse", depth=2, guidance="reuse", attention="reuse"),
+    StepPlan(guidance="reuse"),
+    StepPlan(guidance="reuse", attention="reuse", control="reuse"),
+]
+
+
+def close(value, reference, factor=64):
+    """Within a few roundings of float32 at the size of the reference."""
+    bound = factor * torch.finfo(torch.float32).eps * reference.abs().max()
+    return bool((value - reference).abs().max() <= bound)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+@pytest.mark.parametrize("step", POINTS, ids=lambda s: str(s.to_dict()))
+def test_reuse_on_an_unchanged_input_is_the_full_evaluation(sd15, step, scale):
+    """Cached features of the same input are exact, so every point of the plan space must give the
+    full evaluation back: bit for bit, but for the half batch and the scale's rounding."""
+    outputs, rows = loop(sd15, Config(), [StepPlan(), StepPlan(), step, step], scale=scale)
+    assert [row.plan for row in rows] == [StepPlan(), StepPlan(), step, step]
+    for out in outputs[2:]:
+        if step.guidance == "both" and scale == 1.0:
+            assert torch.equal(out, outputs[0])
+        else:
+            assert close(out, outputs[0])
+
+
+@pytest.mark.parametrize("step", POINTS, ids=lambda s: str(s.to_dict()))
+def test_reuse_on_sdxl(sdxl, step):
+    if isinstance(step.depth, int):
+        step = dataclasses.replace(step, depth=min(step.depth, 9))
+    outputs, rows = loop(sdxl, Config(), [StepPlan(), StepPlan(), step])
+    assert rows[-1].plan == step
+    assert close(outputs[-1], outputs[0])
+
+
+@pytest.mark.parametrize("step", [p for p in POINTS if p.guidance == "both"][:4] + POINTS[-2:])
+def test_reuse_is_reuse(sd15, step):
+    """On changing inputs the same points must differ from the full evaluation."""
+    full, _ = loop(sd15, Config(), [StepPlan()] * 3, same=False)
+    reused, _ = loop(sd15, Config(), [StepPlan(), StepPlan(), step], same=False)
+    assert torch.equal(full[1], reused[1])
+    assert not torch.equal(full[2], reused[2])
+
+
+def test_guidance_off_copies_the_conditional_half(sd15):
+    steps = [StepPlan(), StepPlan(), StepPlan(guidance="off")]
+    outputs, _ = loop(sd15, Config(), steps)
+    first, second = outputs[2].chunk(2)
+    assert torch.equal(first, second)
+    assert close(second, outputs[0].chunk(2)[1])
+
+
+def test_forecast_is_the_linear_combination(sd15):
+    """At depth 0 the output itself is forecast: out = 1.5 * newest - 0.5 * one before."""
+    steps = [StepPlan()] * 3 + [StepPlan(control="off", depth=0, forecast=(1.5, -0.5))]
+    outputs, _ = loop(sd15, Config(), steps, same=False)
+    assert close(outputs[3], 1.5 * outputs[2] - 0.5 * outputs[1], factor=8)
+    steps[-1] = StepPlan(control="off", depth=0, forecast=(1.0, 0.5, -0.25))
+    outputs, _ = loop(sd15, Config(), steps, same=False)
+    expected = outputs[2] + 0.5 * outputs[1] - 0.25 * outputs[0]
+    assert close(outputs[3], expected, factor=8)
+
+
+def test_depth_the_model_does_not_have_is_refused(sdxl):
+    with pytest.raises(ValueError, match="config.depth must be at most 9.*got 12"):
+        hgc.install(sdxl.unet, sdxl.controlnet, config=Config(key_steps=(0,), depth=12))
+
+
+# -- scales, guidance windows, pairs ----------------------------------------------------------
+
+
+def whys(installed):
+    return [row.why for row in installed.report().rows]
+
+
+def test_control_ending_is_obeyed(sd15):
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+        models.draw(sd15, steps=6, control_guidance_end=0.7)
+        rows = installed.report().rows
+    assert [row.control for row in rows] == [
+        ("computed",), ("reused",), ("reused",), ("computed",), ("off",), ("off",)
+    ]  # fmt: skip
+    assert rows[4].depth == "full" and "scale" in rows[4].why
+
+
+def test_two_images_without_guidance_are_not_a_pair(sd15):
+    """The same seed for two prompts: the halves are equal at the first evaluation only."""
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    arguments = {
+        "prompt_embeds": models.text(0, 2),
+        "negative_prompt_embeds": None,
+        "image": models.picture(0).repeat(2, 1, 1, 1),
+        "latents": latents.repeat(2, 1, 1, 1),
+        "guidance_scale": 1.0,
+        "steps": 8,
+    }
+    config = Config(num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse")
+    with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+        models.draw(sd15, **arguments)
+        assert {row.guidance for row in installed.report().rows} == {"both"}
+
+
+def test_halves_only_after_two_evaluations_agreed(sd15):
+    config = Config(num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse")
+    with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+        models.draw(sd15, steps=8)
+        assert [row.guidance for row in installed.report().rows] == [
+            "both", "both", "reuse", "reuse", "both", "reuse", "reuse", "reuse"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["guess_mode", "two controlnets", "conditional keys"])
+def test_reuse_stays_near_in_special_modes(sd15, mode):
+    pipe, arguments, config = sd15, {}, SOME
+    if mode == "guess_mode":
+        arguments = {"guess_mode": True}
+    if mode == "two controlnets":
+        pipe = models.sd15_pipeline(
+            sd15.unet, MultiControlNetModel([sd15.controlnet, models.sd15_controlnet(5)])
+        )
+        arguments = {"image": [models.picture(0), models.picture(1)]}
+    if mode == "conditional keys":
+        config = SOME.replace(conditional_key_steps=(5,))
+    reference = models.draw(pipe, **arguments)
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        out = models.draw(pipe, **arguments)
+        report = installed.report()
+    assert [row.depth for row in report.rows] == ["full", 2, 2, "full", 2, "full"]
+    assert set(whys_of(report)) == {"plan"}
+    assert report.rows[-1].guidance == ("reuse" if mode == "conditional keys" else "both")
+    distance = (out - reference).norm() / reference.norm()
+    assert 0 < distance < 0.2
+
+
+def whys_of(report):
+    return [row.why for row in report.rows]
+
+
+def test_img2img_follows_the_plan_from_where_it_starts(sd15):
+    pipe = models.sd15_pipeline(
+        sd15.unet, sd15.controlnet, cls=StableDiffusionControlNetImg2ImgPipeline
+    )
+    arguments = {
+        "image": models.picture(3), "control_image": models.picture(0), "strength": 0.5,
+        "steps": 12,
+    }  # fmt: skip
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        models.draw(pipe, **arguments)
+        rows = installed.report().rows
+    assert [row.index for row in rows] == [6, 7, 8, 9, 10, 11]
+    assert rows[0].depth == "full" and 2 in [row.depth for row in rows]
+
+
+# -- never another request's features --------------------------------------------------------
+
+REQUESTS = {
+    "prompt": {"seed": 1},
+    "image": {"image": models.picture(7)},
+    "size": {"size": 48, "image": models.picture(0, 48)},
+    "steps": {"steps": 9},
+    "guidance": {"guidance_scale": 2.0},
+    "no guidance": {"guidance_scale": 1.0},
+    "scale": {"controlnet_conditioning_scale": 0.4},
+    "guess_mode": {"guess_mode": True},
+    "same": {},
+}
+
+
+def fresh(pipe, config=SOME, **changes):
+    """The result in an installation of its own on copied models."""
+    other = copy.copy(pipe)
+    unet, net = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.controlnet)
+    other = type(pipe)(**{**pipe.components, "unet": unet, "controlnet": net}) if True else other
+    other.set_progress_bar_config(disable=True)
+    with hgc.install(unet, net, config=config):
+        return models.draw(other, **changes)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_next_request_equals_a_fresh_one(sd15, name):
+    expected = fresh(sd15, **REQUESTS[name])
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+        models.draw(sd15)
+        assert torch.equal(models.draw(sd15, **REQUESTS[name]), expected)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda c: c.__name__)
+def test_another_scheduler_equals_a_fresh_one(sd15, scheduler):
+    other = models.sd15_pipeline(sd15.unet, sd15.controlnet, scheduler)
+    expected = fresh(other)
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+        models.draw(sd15)
+        assert torch.equal(models.draw(other), expected)
+
+
+def test_another_strength_equals_a_fresh_one(sd15):
+    pipe = models.sd15_pipeline(
+        sd15.unet, sd15.controlnet, cls=StableDiffusionControlNetImg2ImgPipeline
+    )
+    arguments = {"image": models.picture(3), "control_image": models.picture(0), "steps": 10}
+    expected = fresh(pipe, strength=0.4, **arguments)
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME):
+        models.draw(pipe, strength=0.9, **arguments)
+        assert torch.equal(models.draw(pipe, strength=0.4, **arguments), expected)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("where", ["controlnet", "unet", "callback"])
+def test_after_an_exception_the_next_request_equals_a_fresh_one(sd15, at, where, monkeypatch):
+    expected = fresh(sd15, seed=1)
+    count = itertools.count()
+
+    def fail(*args, **kwargs):
+        if next(count) == at:
+            raise Stop
+        return {}
+
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+        handle, changes = None, {}
+        if where == "callback":
+            changes = {"callback_on_step_end": fail}
+        else:
+            module = {"controlnet": sd15.controlnet, "unet": sd15.unet}[where].conv_in
+            handle = module.register_forward_hook(lambda *a: (fail(), None)[1])
+        try:
+            models.draw(sd15, **changes)
+            raised = False
+        except Stop:
+            raised = True
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert raised or where == "controlnet"  # a plan may call it fewer than `at` times
+        assert torch.equal(models.draw(sd15, seed=1), expected)
+        assert all(run.cache.bytes == 0 for run in installed._runs.runs.values() if run.finished)
+
+
+def test_interleaved_requests_on_one_unet(sd15):
+    """B runs whole inside a callback of A, at every step of A."""
+    expected_a, expected_b = fresh(sd15), fresh(sd15, seed=1)
+    inner = models.sd15_pipeline(sd15.unet, sd15.controlnet)
+    results = []
+
+    def callback(pipe, i, t, kwargs):
+        results.append(models.draw(inner, seed=1))
+        return {}
+
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+        a = models.draw(sd15, callback_on_step_end=callback)
+    assert torch.equal(a, expected_a)
+    assert len(results) == 6 and all(torch.equal(b, expected_b) for b in results)
+
+
+def test_threads_that_share_a_unet(sd15):
+    import threading
+
+    expected = {seed: fresh(sd15, seed=seed) for seed in range(3)}
+    results = {}
+
+    def work(seed):
+        pipe = models.sd15_pipeline(sd15.unet, sd15.controlnet)
+        results[seed] = [models.draw(pipe, seed=seed) for _ in range(2)]
+
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for seed, values in results.items():
+        assert len(values) == 2 and all(torch.equal(v, expected[seed]) for v in values)
+
+
+def test_one_step_evaluated_twice_is_computed_in_full(sd15):
+    """Tiled pipelines evaluate several tiles at one timestep with one prompt."""
+    text, schedule = models.text(0), torch.arange(8).flip(0) * 100
+    tiles = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    with torch.no_grad():
+        expected = [[sd15.unet(x, t, text).sample for x in tiles] for t in schedule]
+        config = SOME.replace(guidance="both")
+        with hgc.install(sd15.unet, sd15.controlnet, config=config):
+            with pytest.warns(HgcWarning, match="evaluated more than once"):
+                found = [[sd15.unet(x, t, text).sample for x in tiles] for t in schedule]
+    for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_halves_called_one_by_one_are_two_runs(sd15):
+    """Modular pipelines call ControlNet and UNet once a guidance half, at one timestep."""
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    cond, schedule = models.picture(0), torch.arange(6).flip(0) * 100
+    texts = [models.text(0), models.text(1)]
+
+    def evaluate(text, t):
+        down, mid = sd15.controlnet(sample, t, text, cond, return_dict=False)
+        return sd15.unet(
+            sample, t, text, down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample  # fmt: skip
+
+    with torch.no_grad():
+        alone = []
+        for text in texts:
+            with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+                alone.append([evaluate(text, t) for t in schedule])
+        with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+            together = [[evaluate(text, t) for text in texts] for t in schedule]
+            assert len(installed._runs.runs) == 2
+    for i in range(6):
+        for j in range(2):
+            assert torch.equal(together[i][j], alone[j][i])
+
+
+def test_timesteps_of_unknown_origin_are_computed_in_full(sd15):
+    sample, text = torch.randn(1, 4, 16, 16), models.text(0)
+    with torch.no_grad():
+        expected = [sd15.unet(sample, t, text).sample for t in (900, 800, 700)]
+        with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+            with pytest.warns(HgcWarning, match="not an element of a tensor of timesteps"):
+                for t, out in zip((900, 800, 700), expected, strict=True):
+                    assert torch.equal(sd15.unet(sample, torch.tensor(t), text).sample, out)
+
+
+# -- text that changes -----------------------------------------------------------------------
+
+
+def change_text(at):
+    def callback(pipe, i, t, kwargs):
+        if i == at - 1:
+            return {"prompt_embeds": torch.cat([models.text(500), models.text(77)])}
+        return {}
+
+    return {
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+
+
+def test_changed_text_is_obeyed(sd15):
+    config = Config(num_evaluations=6, key_steps=(0, 5), depth=1, guidance="reuse")
+    with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+        plain = models.draw(sd15)
+        changed = models.draw(sd15, **change_text(3))
+        rows = installed.report().rows
+    assert rows[3].depth == "full" and rows[3].why == "the text changed"
+    assert rows[4].depth == 1
+    assert not torch.equal(plain, changed)
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
+        exact = models.draw(sd15, **change_text(3))
+    assert torch.equal(exact, models.draw(sd15, **change_text(3)))
+
+
+def test_changed_text_with_maps_applies_them_to_fresh_values(sd15):
+    config = Config(num_evaluations=6, attention_gate=0.2, fresh_values=True, map_format="fp32")
+    with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+        kept = models.draw(sd15, **change_text(3))
+        rows = installed.report().rows
+    assert [row.attention for row in rows] == ["compute"] * 2 + ["reuse"] * 4
+    with hgc.install(sd15.unet, sd15.controlnet, config=config.replace(fresh_values=False)):
+        with pytest.warns(HgcWarning, match="fresh_values=True"):
+            computed = models.draw(sd15, **change_text(3))
+    reference = models.draw(sd15, **change_text(3))
+    unchanged = models.draw(sd15)
+
+    def distance(a, b):
+        return float((a - b).norm() / b.norm())
+
+    # the new text is there in all three, and the map of the first is not the second's own
+    assert distance(kept, reference) < distance(unchanged, reference)
+    assert distance(computed, reference) < distance(unchanged, reference)
+    assert not torch.equal(kept, computed)
+
+
+# -- nobody writes to the cache ---------------------------------------------------------------
+
+
+def watch(installed, monkeypatch):
+    """Checksums of the cache after each write must hold until the next."""
+    from hgc.cache import Cache
+
+    checked = []
+    original = Cache.read
+
+    def read(self, name, *args, **kwargs):
+        before = self.checksums()
+        previous = getattr(self, "_sums", None)
+        names = set(before) & set(previous or {})
+        written = getattr(self, "_written", set())
+        for n in names - written:
+            assert before[n] == previous[n], f"somebody wrote to {n}"
+            checked.append(n)
+        self._sums, self._written = before, set()
+        return original(self, name, *args, **kwargs)
+
+    def noting(method):
+        inner = getattr(Cache, method)
+
+        def note(self, name, *args, **kwargs):
+            self._written = getattr(self, "_written", set()) | {name}
+            return inner(self, name, *args, **kwargs)
+
+        return note
+
+    for method in ("write", "put_buffer"):
+        monkeypatch.setattr(Cache, method, noting(method))
+    monkeypatch.setattr(Cache, "read", read)
+    return checked
+
+
+@pytest.mark.parametrize("depth", [1, 4, 7, 12])
+@pytest.mark.parametrize("forecast", [0.0, 0.7])
+def test_nobody_writes_to_cached_tensors(sd15, monkeypatch, depth, forecast):
+    nets = [sd15.controlnet, models.sd15_controlnet(5)]
+    pipe = models.sd15_pipeline(sd15.unet, MultiControlNetModel(nets))
+    config = Config(
+        num_evaluations=6, key_steps=(0, 3), depth=depth, forecast=forecast, attention="reuse"
+    )
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    try:
+        with hgc.install(pipe.unet, nets, config=config) as installed:
+            checked = watch(installed, monkeypatch)
+            models.draw(pipe, image=[models.picture(0), models.picture(1)])
+        assert len(checked) > 10
+    finally:
+        pipe.disable_freeu()
+
+
+def test_freeu_is_obeyed(sd15):
+    sd15.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    try:
+        steps = [StepPlan(), StepPlan()] + [
+            StepPlan(control="reuse", depth=k) for k in range(1, 13)
+        ]
+        outputs, _ = loop(sd15, Config(), steps)
+        for out in outputs[1:]:
+            assert torch.equal(out, outputs[0])
+        reference = models.draw(sd15)
+        with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
+            assert torch.equal(models.draw(sd15), reference)
+    finally:
+        sd15.disable_freeu()
+
+
+# -- no sync in the loop ----------------------------------------------------------------------
+
+
+def test_no_sync_in_the_loop(sd15, monkeypatch):
+    """`.item()`, `bool(tensor)`, `.cpu()` and their like may not be called by the engine."""
+    inside = []
+
+    def forbid(name):
+        original = getattr(torch.Tensor, name)
+
+        def guarded(self, *args, **kwargs):
+            assert not inside, f"Tensor.{name} was called in the loop"
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, guarded)
+
+    for name in ("item", "__bool__", "cpu", "tolist", "numpy", "__int__", "__float__", "__index__"):
+        forbid(name)
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+        installed = {module: module.forward for module in (sd15.unet, sd15.controlnet)}
+        for module, forward in installed.items():
+
+            def watched(*args, _forward=forward, **kwargs):
+                inside.append(1)
+                try:
+                    return _forward(*args, **kwargs)
+                finally:
+                    inside.pop()
+
+            module.forward = watched
+        try:
+            models.draw(sd15)
+            models.draw(sd15, guess_mode=True)
+        finally:
+            for module, forward in installed.items():
+                module.forward = forward
+
+
+# -- wrong uses, and what users do to models --------------------------------------------------
+
+
+def test_installing_twice_says_how_to_uninstall(sd15):
+    with hgc.install(sd15.unet, sd15.controlnet):
+        with pytest.raises(
+            RuntimeError, match=r"already installed.*hgc.uninstall\(unet, controlnet"
+        ):
+            hgc.install(sd15.unet, sd15.controlnet)
+        with pytest.raises(RuntimeError, match="already installed on this ControlNetModel"):
+            hgc.install(models.sd15_unet(), sd15.controlnet)
+    with pytest.raises(RuntimeError, match="not installed"):
+        hgc.uninstall(sd15.unet)
+
+
+def test_models_of_other_families_are_refused_by_name(sd15):
+    from diffusers import UNet2DModel
+
+    with pytest.raises(TypeError, match="UNet2DConditionModel; got UNet2DModel"):
+        hgc.install(UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4,
+                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))  # fmt: skip
+    with pytest.raises(TypeError, match="Pass pipe.unet and pipe.controlnet, not the pipeline"):
+        hgc.install(sd15)
+    with pytest.raises(TypeError, match="ControlNetModel, a list of them.*got AutoencoderKL"):
+        hgc.install(sd15.unet, sd15.vae)
+    odd = models.sd15_unet(
+        down_block_types=("SimpleCrossAttnDownBlock2D",) + ("DownBlock2D",) * 3,
+    )
+    with pytest.raises(
+        TypeError, match="SimpleCrossAttnDownBlock2D; supported: CrossAttnDownBlock2D"
+    ):
+        hgc.install(odd)
+    with pytest.raises(TypeError, match="Config or the name of a preset; got int"):
+        hgc.install(sd15.unet, config=3)
+    assert "forward" not in sd15.unet.__dict__
+
+
+def test_a_compiled_module_is_refused(sd15):
+    with pytest.raises(TypeError, match=r"already compiled.*Installation.compile\(\)"):
+        hgc.install(torch.compile(sd15.unet), sd15.controlnet)
+
+
+def test_copies_and_pickles_are_uninstalled(sd15, tmp_path):
+    reference = models.draw(sd15)
+    with hgc.install(sd15.unet, sd15.controlnet, config="turbo"):
+        unet, net = copy.deepcopy(sd15.unet), copy.deepcopy(sd15.controlnet)
+        buffer = io.BytesIO()
+        pickle.dump(sd15.unet, buffer)
+        sd15.unet.save_pretrained(tmp_path)
+    buffer.seek(0)
+    loaded = type(unet).from_pretrained(tmp_path)
+    for other in (unet, pickle.load(buffer), loaded):
+        pipe = models.sd15_pipeline(other, net)
+        assert torch.equal(models.draw(pipe), reference)
+        with hgc.install(other, net, config="exact"):
+            assert torch.equal(models.draw(pipe), reference)
+        assert type(next(iter(other.attn_processors.values()))).__module__.startswith("diffusers")
+
+
+def test_offload_hooks_stay(sd15):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    calls = []
+
+    class Count(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    unet, net = copy.deepcopy(sd15.unet), copy.deepcopy(sd15.controlnet)
+    pipe = models.sd15_pipeline(unet, net)
+    add_hook_to_module(unet, Count())
+    reference = models.draw(pipe)
+    del calls[:]
+    with hgc.install(unet, net, config="exact"):
+        assert torch.equal(models.draw(pipe), reference)
+        assert len(calls) == 6
+    assert torch.equal(models.draw(pipe), reference)
+    assert len(calls) == 12
+    # installed first, hook later, hook removed first
+    remove_hook_from_module(unet)
+    installed = hgc.install(unet, net, config="exact")
+    add_hook_to_module(unet, Count())
+    models.draw(pipe)
+    assert len(calls) == 18
+    installed.uninstall()
+    models.draw(pipe)
+    assert len(calls) == 24
+    remove_hook_from_module(unet)
+    assert torch.equal(models.draw(pipe), reference)
+
+
+def test_memory_is_freed_at_the_end_and_bounded(sd15):
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+        models.draw(sd15)
+        run = installed._runs.last
+        assert run.finished and run.cache.bytes == 0 and not run.cache.names()
+        peak = installed.report().peak_bytes
+        assert peak > 0
+    small = SOME.replace(max_cache_bytes=peak // 3)
+    reference = models.draw(sd15)
+    with hgc.install(sd15.unet, sd15.controlnet, config=small) as installed:
+        with pytest.warns(HgcWarning, match="max_cache_bytes"):
+            out = models.draw(sd15)
+        assert installed.report().peak_bytes <= peak // 3
+    distance = (out - reference).norm() / reference.norm()
+    assert distance < 0.2
+
+
+def test_lora_scale_changes_are_obeyed(sd15):
+    from peft import LoraConfig
+
+    unet = copy.deepcopy(sd15.unet)
+    unet.add_adapter(
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["to_k", "to_v", "to_q"])
+    )
+    pipe = models.sd15_pipeline(unet, sd15.controlnet)
+    pipe.text_encoder = models.text_encoder()  # the pipeline scales its LoRA too
+    weak = models.draw(pipe, cross_attention_kwargs={"scale": 0.1})
+    strong = models.draw(pipe, cross_attention_kwargs={"scale": 0.9})
+    assert not torch.equal(weak, strong)
+    with hgc.install(unet, sd15.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe, cross_attention_kwargs={"scale": 0.1}), weak)
+        assert torch.equal(models.draw(pipe, cross_attention_kwargs={"scale": 0.9}), strong)
+
+    def callback(pipe, i, t, kwargs):
+        if i == 2:
+            for module in pipe.unet.modules():
+                if hasattr(module, "set_scale"):
+                    module.set_scale("default", 3.0)
+        return {}
+
+    saved = copy.deepcopy(unet.state_dict())
+    reference = models.draw(pipe, callback_on_step_end=callback)
+    for module in unet.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 1.0)
+    unet.load_state_dict(saved)
+    with hgc.install(unet, sd15.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe, callback_on_step_end=callback), reference)
+
+
+def test_report(sd15):
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+        with pytest.raises(RuntimeError, match="call the pipeline first"):
+            installed.report()
+        models.draw(sd15)
+        report = installed.report()
+    assert len(report.rows) == 6
+    assert 0 < report.macs.total < report.full_macs.total
+    assert report.macs.paper < report.macs.total
+    assert all(row.milliseconds > 0 for row in report.rows)
+    assert "some: " in str(report) and str(report).count("\n") == 7
+    assert "milliseconds" in report.to_json()
