@@ -1,0 +1,30 @@
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that an op allocates holds NaN (the largest integer) until the op writes it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20)
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Triton's interpreter, repaired. Fails rather than skips where the test extra is not installed."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: the gpu tests run the compiled kernels; set TRITON_INTERPRET=1 for these")
+    import triton_interpreter
+
+    triton_interpreter.repair()

@@ -1,0 +1,208 @@
+"""Every Triton kernel in Triton's interpreter, against fp64, by the error rule."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_checks import (
+    DTYPES,
+    apply64,
+    apply_eager,
+    assert_guards_intact,
+    assert_within_rule,
+    attend64,
+    attend_eager,
+    decode64,
+    guarded,
+    heads,
+    project64,
+    project_eager,
+    stored_map,
+    text_probabilities,
+)
+
+import hgc_kernels as hk
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+SIZES = (40, 64, 80, 160, 37)
+KEYS = (77, 4, 16, 257, 13)
+
+
+def _grid():
+    """(dtype, format, D, S_kv): every size with every key count, and every dtype with every format; the rest is slow."""
+    every = itertools.product(DTYPES, hk.FORMATS, SIZES, KEYS)
+    for case in every:
+        dtype, format, size, keys = case
+        quick = ((dtype, format) == ("fp16", "fp16")) or ((size, keys) == (40, 77)) or case == ("bf16", "e4m3", 37, 13)
+        yield pytest.param(
+            *case, id=f"{dtype}-{format}-D{size}-Skv{keys}", marks=() if quick else pytest.mark.slow
+        )
+
+
+def _sizes(dtype):
+    # fp32 tiles are small, so the interpreter walks many of them.
+    return (1, 19, 2) if dtype == "fp32" else (2, 37, 2)
+
+
+@pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
+def test_attend_and_store(dtype, format, size, s_kv):
+    batch, s_q, count = _sizes(dtype)
+    kind = DTYPES[dtype]
+    q = heads(batch, s_q, count, size, kind)
+    k, v = heads(batch, s_kv, count, size, kind), heads(batch, s_kv, count, size, kind, "fused")
+    map = guarded(torch.full((batch, s_q, count, hk.padded(s_kv)), float("nan")).to(hk.FORMATS[format]), fill=7.0)
+    with hk.use_backend("triton"):
+        out = hk.attend_and_store(q, k, v, map)
+    assert_guards_intact(map)
+    scale = size**-0.5
+    reference, probabilities = attend64(q, k, v, scale)
+    eager, eager_probabilities = attend_eager(q, k, v, scale)
+    assert out.is_contiguous() and out.dtype == kind
+    assert_within_rule(out, reference, eager, kind)
+    eager_map = decode64(stored_map(eager_probabilities.float(), format), s_kv)
+    assert_within_rule(decode64(map, s_kv), probabilities, eager_map, kind)
+    unit = 448.0 if format == "e4m3" else 1.0
+    assert (map[..., :1].float() == unit).all()
+    assert (map[..., s_kv:].float() == 0).all()
+
+
+@pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
+def test_apply_map(dtype, format, size, s_kv):
+    batch, s_q, count = _sizes(dtype)
+    v = heads(batch, s_kv, count, size, DTYPES[dtype])
+    map = guarded(stored_map(text_probabilities(batch, s_q, count, s_kv), format))
+    # Slot 0 and the padding are not to be read here.
+    map[..., :1] = float("nan")
+    map[..., s_kv:] = float("nan")
+    with hk.use_backend("triton"):
+        out = hk.apply_map(map, v)
+    assert out.is_contiguous() and out.dtype == v.dtype
+    assert_within_rule(out, apply64(map, v), apply_eager(map, v), v.dtype)
+
+
+def _project_inputs(dtype, format, size, s_kv, channels=24):
+    batch, s_q, count = _sizes(dtype)
+    kind = DTYPES[dtype]
+    v = heads(batch, s_kv, count, size, kind)
+    map = guarded(stored_map(text_probabilities(batch, s_q, count, s_kv), format))
+    weight = guarded((torch.randn(channels, count * size) * (count * size) ** -0.5).to(kind))
+    bias, residual = guarded(torch.randn(channels).to(kind)), guarded(torch.randn(batch, s_q, channels).to(kind))
+    return map, v, weight, bias, residual
+
+
+@pytest.mark.parametrize("form", ["folded", "two_stage"])
+@pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
+def test_apply_map_project(dtype, format, size, s_kv, form):
+    from hgc_kernels.ops.apply_map_project import launch
+
+    map, v, weight, bias, residual = _project_inputs(dtype, format, size, s_kv)
+    chosen = launch.heuristic(v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0])
+    out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
+    reference = project64(apply64(map, v), weight, bias, residual)
+    eager = project_eager(apply_eager(map, v), weight, bias, residual)
+    assert_within_rule(out, reference, eager, v.dtype)
+
+
+@pytest.mark.parametrize("form", ["folded", "two_stage"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("residual", ["none", "transposed", "broadcast"])
+def test_apply_map_project_operands(form, bias, residual):
+    """Left out, transposed and broadcast operands; a transposed weight."""
+    from hgc_kernels.ops.apply_map_project import launch
+
+    map, v, weight, bias_vector, plain = _project_inputs("fp16", "fp16", 40, 13)
+    weight = guarded(weight.t().contiguous()).t()
+    added = {
+        "none": None,
+        "transposed": guarded(plain.transpose(1, 2).contiguous()).transpose(1, 2),
+        "broadcast": plain[:1].expand_as(plain),
+    }[residual]
+    chosen = launch.heuristic(v.dtype, map.dtype, *map.shape[:2], 13, *v.shape[2:], weight.shape[0])
+    vector = bias_vector if bias else None
+    out = launch.apply_map_project(map, v, weight, vector, added, replace(chosen, form=form))
+    reference = project64(apply64(map, v), weight, vector, added)
+    assert_within_rule(out, reference, project_eager(apply_eager(map, v), weight, vector, added), v.dtype)
+
+
+@pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed"])
+def test_views(view):
+    """Strided inputs as diffusers makes them, one view for all operands."""
+    q, k, v = heads(2, 21, 3, 40, torch.float16, view), *(heads(2, 13, 3, 40, torch.float16, view) for _ in "kv")
+    map = hk.new_map(2, 21, 3, 13)
+    with hk.use_backend("triton"):
+        out = hk.attend_and_store(q, k, v, map, scale=0.3)
+        applied = hk.apply_map(map, v)
+    assert_within_rule(out, attend64(q, k, v, 0.3)[0], attend_eager(q, k, v, 0.3)[0], torch.float16)
+    assert_within_rule(applied, apply64(map, v), apply_eager(map, v), torch.float16)
+
+
+def test_large_scores_do_not_overflow():
+    """The maximum is taken out before the powers: scores in the hundreds give a map of ones and zeros, not of NaN."""
+    q, k, v = (heads(1, 20, 2, 40, torch.float16) * 30 for _ in "qkv")
+    for s_kv in (20, 300):
+        keys, values = (x[:, :20].repeat(1, s_kv // 20, 1, 1) for x in (k, v))
+        map = hk.new_map(1, 20, 2, s_kv)
+        with hk.use_backend("triton"):
+            out = hk.attend_and_store(q, keys, values, map)
+        reference, eager = attend64(q, keys, values, 40**-0.5)[0], attend_eager(q, keys, values, 40**-0.5)[0]
+        assert_within_rule(out, reference, eager, torch.float16)
+
+
+@pytest.mark.parametrize("format", hk.FORMATS)
+def test_nan_is_not_lost(format):
+    """A NaN in a query is a NaN in its row of the map, and in what the map is applied to, in every format."""
+    q, k, v = heads(1, 18, 2, 40, torch.float16), *(heads(1, 13, 2, 40, torch.float16) for _ in "kv")
+    q[0, 3] = float("nan")
+    map = hk.new_map(1, 18, 2, 13, format=format)
+    weight = torch.randn(8, 80).half()
+    with hk.use_backend("triton"):
+        out = hk.attend_and_store(q, k, v, map)
+        rows = [out, hk.apply_map(map, v), hk.apply_map_project(map, v, weight)]
+    for row in rows:
+        assert row[0, 3].isnan().all()
+        assert not row[0, 4].isnan().any()
+
+
+def test_e4m3_codec_is_torchs():
+    """Every code, every midpoint between codes, and values around the ends."""
+    from codec_kernels import run_decode, run_encode
+
+    codes = torch.arange(128, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    decoded = torch.empty(128)
+    run_decode[(1,)](codes, decoded, N=128)
+    assert torch.equal(decoded[:127] * 256, values[:127])
+    assert decoded[127].isnan()
+
+    middles = (values[:126] + values[1:127]) / 2
+    x = torch.cat([values[:127], middles, middles * 1.0001, middles * 0.9999, torch.tensor([float("nan"), 448.001])])
+    x = torch.cat([x, torch.rand(4096 - len(x)) * 448])
+    encoded = torch.empty(4096, dtype=torch.uint8)
+    run_encode[(1,)](x, encoded, N=4096)
+    assert torch.equal(encoded, x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_head_tiles_cover_and_waste_little():
+    from hgc_kernels.launch_config import head_tiles
+
+    for size in range(1, 257):
+        tiles = head_tiles(size)
+        assert tiles.padded >= size
+        assert tiles.padded <= max(16, 1.5 * size + 15)
+        for part in (tiles.first, tiles.second):
+            assert part & (part - 1) == 0 and (part == 0 or part >= 16)
+    assert [head_tiles(size).padded for size in (40, 64, 80, 160)] == [48, 64, 80, 160]
+
+
+def test_form_follows_the_counts():
+    """Folding wins where queries are many; at the middle of SD1.5, with 64 queries, it does not."""
+    from hgc_kernels.ops.apply_map_project import launch
+
+    def form(s_q, count, size):
+        channels = count * size
+        return launch.heuristic(torch.float16, torch.float16, 2, s_q, 77, count, size, channels).form
+
+    assert form(64, 8, 160) == "two_stage"
+    assert form(1024, 8, 80) == "folded"
