@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import hgc_kernels
@@ -187,6 +188,27 @@ def wrap(name: str, inner: Any) -> Processor:
     keywords = parameters.pop()
     __call__.__signature__ = inspect.Signature([*parameters, *named, keywords])  # type: ignore[attr-defined]
     return type("Processor", (Processor,), {"__call__": __call__})(name, inner)
+
+
+_ROW_BY_ROW = (
+    processors.AttnProcessor,
+    processors.AttnProcessor2_0,
+    processors.AttnAddedKVProcessor,
+    processors.AttnAddedKVProcessor2_0,
+    processors.CustomDiffusionAttnProcessor,
+    processors.CustomDiffusionAttnProcessor2_0,
+    processors.FusedAttnProcessor2_0,
+    processors.IPAdapterAttnProcessor,
+    processors.IPAdapterAttnProcessor2_0,
+    processors.SlicedAttnProcessor,
+    processors.XFormersAttnProcessor,
+)
+
+
+def treats_rows_alike(processor: Any) -> bool:
+    """Whether a processor is known to treat each row of a batch by itself."""
+    inner = processor.inner if isinstance(processor, Processor) else processor
+    return type(inner) in _ROW_BY_ROW
 
 
 def cross_attentions(model: torch.nn.Module) -> dict[str, Attention]:

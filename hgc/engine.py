@@ -201,14 +201,14 @@ def _cut(value: Any, batch: int) -> Any:
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
 
 
-def _can_be_halved(arguments: dict[str, Any], text: Any) -> bool:
+def _can_be_halved(arguments: dict[str, Any], text: Any, batch: int) -> bool:
     """Whether every batched argument is one whose rows are known to be samples."""
     added = arguments.get("added_cond_kwargs") or {}
     if set(added) - _KNOWN_BATCHED:
         return False
     cross = arguments.get("cross_attention_kwargs") or {}
     simple = all(isinstance(v, (bool, int, float, str, type(None))) for v in cross.values())
-    return simple and isinstance(text, Tensor)
+    return simple and isinstance(text, Tensor) and text.shape[0] == batch
 
 
 class Installation:
@@ -238,6 +238,7 @@ class Installation:
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
         self._active = known_sources()
         self._prompt_grain = True
+        self._rows_are_samples = True
         self._functions: dict[str, Callable[..., Any]] = {
             "unet": run_unet,
             "controlnet": run_controlnet,
@@ -322,6 +323,12 @@ class Installation:
 
     def _adopt_processors(self) -> None:
         """Wrap the processors of all cross-attentions, as they are now."""
+        # Perturbed-attention guidance puts more than samples into the rows of a batch.
+        self._rows_are_samples = all(
+            prompt_grain.treats_rows_alike(processor)
+            for model in self._networks()
+            for processor in model.attn_processors.values()
+        )
         found = [
             (attn, name) for model in self._networks()
             for name, attn in prompt_grain.cross_attentions(model).items()
@@ -773,13 +780,27 @@ class Installation:
             "encoder_attention_mask": encoder_attention_mask,
         }
         run, now = self._run_of(encoder_hidden_states, position, sample.shape[0])
+        if (
+            down_block_additional_residuals is not None
+            and not any(slot.called_at == now.index for slot in run.slots)
+            and not self._config.is_exact
+        ):
+            self._say(
+                "foreign",
+                "the UNet gets residuals of a ControlNet that hgc is not installed on: it runs at "
+                "every step, and changes of its scale show at key steps only. Pass it too: "
+                "hgc.install(pipe.unet, pipe.controlnet)",
+            )
         try:
             self._check_unet_signature(
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,
             )  # fmt: skip
             wants_pair = any(s.guidance != "both" for s in run.plan)
-            if wants_pair and not _can_be_halved(arguments, encoder_hidden_states):
+            if wants_pair and not (
+                self._rows_are_samples
+                and _can_be_halved(arguments, encoder_hidden_states, sample.shape[0])
+            ):
                 run.pair.refute()
                 if now.half:
                     run.promote("an argument cannot be cut into halves")

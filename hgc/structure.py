@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.unets import unet_2d_blocks as blocks
@@ -53,17 +52,16 @@ def known_sources() -> bool:
 
 
 def _is_compiled(module: Any) -> bool:
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-    )
+    # by name: importing torch._dynamo takes seconds
+    wrapped = any(cls.__name__ == "OptimizedModule" for cls in type(module).__mro__)
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _refuse_compiled(name: str, module: Any) -> None:
     if _is_compiled(module):
         raise TypeError(
-            f"{name} is already compiled by torch.compile: install hgc on the plain module first, "
-            "then call Installation.compile()"
+            f"{name} is compiled by torch.compile, which would trace hgc's bookkeeping: pass the "
+            "plain module (module._orig_mod of a compiled one)"
         )
 
 

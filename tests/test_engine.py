@@ -288,6 +288,47 @@ def test_two_images_without_guidance_are_not_a_pair(sd15):
         assert {row.guidance for row in installed.report().rows} == {"both"}
 
 
+def test_perturbed_attention_is_not_halved(sd15):
+    """Perturbed-attention guidance without guidance: two rows with equal samples, no pair."""
+    from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+
+    config = Config(num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse")
+    original = sd15.unet.attn_processors
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
+    sd15.unet.set_attn_processor({**original, name: PAGIdentitySelfAttnProcessor2_0()})
+    try:
+        with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+            models.draw(sd15, steps=8)
+            assert {row.guidance for row in installed.report().rows} == {"both"}
+    finally:
+        sd15.unet.set_attn_processor(original)
+
+
+def test_an_uninstalled_controlnet_is_said(sd15):
+    with hgc.install(sd15.unet, config=SOME), pytest.warns(HgcWarning, match="Pass it too"):
+        models.draw(sd15)
+
+
+def test_processors_set_later_are_taken_in(sd15):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    original = sd15.unet.attn_processors
+    reference = models.draw(sd15)
+    config = SOME.replace(attention="reuse")
+    try:
+        with hgc.install(sd15.unet, sd15.controlnet, config=config):
+            models.draw(sd15)
+            sd15.unet.set_attn_processor(AttnProcessor())
+            plain = models.draw(sd15)
+            assert all(
+                hasattr(p, "inner") for n, p in sd15.unet.attn_processors.items() if "attn2" in n
+            )
+        assert all(type(p) is AttnProcessor for p in sd15.unet.attn_processors.values())
+        assert (plain - reference).norm() < 0.2 * reference.norm()
+    finally:
+        sd15.unet.set_attn_processor(original)
+
+
 def test_halves_only_after_two_evaluations_agreed(sd15):
     config = Config(num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse")
     with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
@@ -709,7 +750,7 @@ def test_models_of_other_families_are_refused_by_name(sd15):
 
 
 def test_a_compiled_module_is_refused(sd15):
-    with pytest.raises(TypeError, match=r"already compiled.*Installation.compile\(\)"):
+    with pytest.raises(TypeError, match=r"compiled by torch.compile.*plain module"):
         hgc.install(torch.compile(sd15.unet), sd15.controlnet)
 
 
