@@ -27,9 +27,10 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
         block_m = 32 if head.padded <= 80 else 16
         return LaunchConfig(block_m, 16, head, num_warps=4, num_stages=1)
     # 77 tokens are two steps of 64; a step of 128 would load half of nothing.
-    block_n = min(next_power_of_two(s_kv), 64)
+    wide = head.padded > 128
+    block_n = min(next_power_of_two(s_kv), 32 if wide else 64)
     block_m = 64 if s_q > 32 else 32
-    return LaunchConfig(block_m, block_n, head, num_warps=4, num_stages=2)
+    return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
 
 
 def apply_map(

@@ -6,13 +6,12 @@ from hgc_kernels.map_codec import load_weights
 
 @triton.jit
 def _finish(
-    acc, first_weight, v_ptr, out_ptr, m, columns, S_q, H, stride_vd, unit, D: tl.constexpr
+    acc, first_weight, v_ptr, out_ptr, m, columns, rows_left, H, stride_vd, unit, D: tl.constexpr
 ):
     first = tl.load(v_ptr + columns * stride_vd, mask=columns < D, other=0.0).to(tl.float32)
     result = acc * unit + first_weight[:, None] * first[None, :]
-    mask = (m[:, None] < S_q) & (columns[None, :] < D)
-    row = m[:, None].to(tl.int64) * (H * D)
-    tl.store(out_ptr + row + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = (m[:, None] < rows_left) & (columns[None, :] < D)
+    tl.store(out_ptr + m[:, None] * (H * D) + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -37,41 +36,46 @@ def apply_map_kernel(
     IS_E4M3: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # As in attend_and_store: offsets inside a tile in 32 bits, all else in the pointers.
     pid = tl.program_id(0)
-    h = pid % H
+    h = (pid % H).to(tl.int64)
     blocks = tl.cdiv(S_q, BLOCK_M)
-    m = (pid // H) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_first = (pid // H) % blocks * BLOCK_M
     b = (pid // H // blocks).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     rest = BLOCK_D + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 16)
+    rows_left = S_q - m_first
 
-    map_ptr += (b * S_q * H + h) * S_KV_PAD
-    v_ptr += b * stride_vb + h.to(tl.int64) * stride_vh
-    out_ptr += (b * S_q * H + h) * D
-    map_row = m[:, None].to(tl.int64) * (H * S_KV_PAD)
+    row = (b * S_q + m_first) * H + h
+    map_ptr += row * S_KV_PAD
+    out_ptr += row * D
+    v_ptr += b * stride_vb + h * stride_vh
+    v_tile = v_ptr
 
     others = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if BLOCK_REST > 0:
         acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
     for start in range(0, S_kv, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        key = n.to(tl.int64)
-        in_map = (m[:, None] < S_q) & (n[None, :] > 0) & (n[None, :] < S_kv)
-        p = load_weights(map_ptr, map_row + n[None, :], in_map, IS_E4M3, v_ptr.dtype.element_ty)
+        in_keys = start + n < S_kv
+        in_map = (m[:, None] < rows_left) & (in_keys & (start + n > 0))[None, :]
+        offsets = m[:, None] * (H * S_KV_PAD) + n[None, :]
+        p = load_weights(map_ptr + start, offsets, in_map, IS_E4M3, v_ptr.dtype.element_ty)
         # Summed as the product sees them, so that the weights add up to one whatever was rounded.
         others += tl.sum(p.to(tl.float32), 1)
-        in_v = (n[:, None] < S_kv) & (d[None, :] < D)
-        v = tl.load(v_ptr + key[:, None] * stride_vs + d[None, :] * stride_vd, mask=in_v, other=0.0)
+        rows = v_tile + n[:, None] * stride_vs
+        in_v = in_keys[:, None] & (d[None, :] < D)
+        v = tl.load(rows + d[None, :] * stride_vd, mask=in_v, other=0.0)
         acc = tl.dot(p, v, acc, input_precision=PRECISION)
         if BLOCK_REST > 0:
-            in_v = (n[:, None] < S_kv) & (rest[None, :] < D)
-            v = tl.load(
-                v_ptr + key[:, None] * stride_vs + rest[None, :] * stride_vd, mask=in_v, other=0.0
-            )
+            in_v = in_keys[:, None] & (rest[None, :] < D)
+            v = tl.load(rows + rest[None, :] * stride_vd, mask=in_v, other=0.0)
             acc_rest = tl.dot(p, v, acc_rest, input_precision=PRECISION)
+        v_tile += tl.full((), BLOCK_N, tl.int64) * stride_vs
 
     first_weight = 1.0 - others * unit
-    _finish(acc, first_weight, v_ptr, out_ptr, m, d, S_q, H, stride_vd, unit, D)
+    _finish(acc, first_weight, v_ptr, out_ptr, m, d, rows_left, H, stride_vd, unit, D)
     if BLOCK_REST > 0:
-        _finish(acc_rest, first_weight, v_ptr, out_ptr, m, rest, S_q, H, stride_vd, unit, D)
+        _finish(acc_rest, first_weight, v_ptr, out_ptr, m, rest, rows_left, H, stride_vd, unit, D)

@@ -28,9 +28,10 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
             return LaunchConfig(16, 16, head, num_warps=8, num_stages=1)
         return LaunchConfig(32, min(keys, 32), head, num_warps=4, num_stages=1)
     # A text prompt (77 tokens) is one tile of 128: all scores of a query stay in registers.
-    block_n = keys if keys <= 128 else 64
+    wide = head.padded > 128
+    block_n = keys if keys <= 128 else 32 if wide else 64
     block_m = 64 if s_q > 32 else 32
-    return LaunchConfig(block_m, block_n, head, num_warps=8 if head.padded > 128 else 4, num_stages=2)
+    return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
 
 
 def attend_and_store(

@@ -4,6 +4,10 @@ import triton.language as tl
 from hgc_kernels.map_codec import encode_e4m3
 
 
+# Offsets inside a tile are 32-bit, to spare registers; whatever can pass 2^31 elements is added to
+# the pointers once, in 64 bits.
+
+
 @triton.jit
 def _load_tile(ptr, rows, columns, stride_row, stride_column, n_rows, n_columns):
     mask = (rows < n_rows) & (columns < n_columns)
@@ -16,7 +20,7 @@ def _scores(
     q_second,
     k_ptr,
     n,
-    S_kv,
+    keys_left,
     scale_log2,
     stride_ks,
     stride_kd,
@@ -26,27 +30,27 @@ def _scores(
     PRECISION: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
-    k = _load_tile(k_ptr, n[None, :], d[:, None], stride_ks, stride_kd, S_kv, D)
+    k = _load_tile(k_ptr, n[None, :], d[:, None], stride_ks, stride_kd, keys_left, D)
     scores = tl.dot(q_first, k, input_precision=PRECISION)
     if BLOCK_REST > 0:
         rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        k = _load_tile(k_ptr, n[None, :], rest[:, None], stride_ks, stride_kd, S_kv, D)
+        k = _load_tile(k_ptr, n[None, :], rest[:, None], stride_ks, stride_kd, keys_left, D)
         scores = tl.dot(q_second, k, scores, input_precision=PRECISION)
-    return tl.where(n[None, :] < S_kv, scores * scale_log2, float("-inf"))
+    return tl.where(n[None, :] < keys_left, scores * scale_log2, float("-inf"))
 
 
 @triton.jit
 def _store_map(
-    map_ptr, p, m, n, S_q, stride_map, S_KV_PAD: tl.constexpr, IS_E4M3: tl.constexpr
+    map_ptr, p, m, n, start, rows_left, stride_map, S_KV_PAD: tl.constexpr, IS_E4M3: tl.constexpr
 ):
     # Slot 0 holds one and the padding, where p is zero already, zero: see hgc_kernels.map_format.
-    p = tl.where(n[None, :] == 0, 1.0, p)
-    mask = (m[:, None] < S_q) & (n[None, :] < S_KV_PAD)
-    offsets = m[:, None].to(tl.int64) * stride_map + n[None, :]
+    p = tl.where(start + n[None, :] == 0, 1.0, p)
+    mask = (m[:, None] < rows_left) & (start + n[None, :] < S_KV_PAD)
+    offsets = m[:, None] * stride_map + n[None, :]
     if IS_E4M3:
-        tl.store(map_ptr + offsets, encode_e4m3(p * 448.0), mask=mask)
+        tl.store(map_ptr + start + offsets, encode_e4m3(p * 448.0), mask=mask)
     else:
-        tl.store(map_ptr + offsets, p.to(map_ptr.dtype.element_ty), mask=mask)
+        tl.store(map_ptr + start + offsets, p.to(map_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -83,78 +87,84 @@ def attend_and_store_kernel(
 ):
     # Heads vary fastest: neighbouring programs read neighbouring parts of the same lines of q.
     pid = tl.program_id(0)
-    h = pid % H
+    h = (pid % H).to(tl.int64)
     blocks = tl.cdiv(S_q, BLOCK_M)
     m_first = (pid // H) % blocks * BLOCK_M
     b = (pid // H // blocks).to(tl.int64)
-    m = m_first + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     rest = BLOCK_D + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 16)
+    rows_left = S_q - m_first
 
-    q_ptr += b * stride_qb + h.to(tl.int64) * stride_qh
-    k_ptr += b * stride_kb + h.to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + h.to(tl.int64) * stride_vh
-    map_ptr += (b * S_q * H + h) * S_KV_PAD
-    out_ptr += (b * S_q * H + h) * D
+    row = (b * S_q + m_first) * H + h
+    q_ptr += b * stride_qb + h * stride_qh + m_first.to(tl.int64) * stride_qs
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    map_ptr += row * S_KV_PAD
+    out_ptr += row * D
 
-    m_wide = m.to(tl.int64)
-    q_first = _load_tile(q_ptr, m_wide[:, None], d[None, :], stride_qs, stride_qd, S_q, D)
+    q_first = _load_tile(q_ptr, m[:, None], d[None, :], stride_qs, stride_qd, rows_left, D)
     q_second = q_first
     if BLOCK_REST > 0:
-        q_second = _load_tile(q_ptr, m_wide[:, None], rest[None, :], stride_qs, stride_qd, S_q, D)
+        q_second = _load_tile(q_ptr, m[:, None], rest[None, :], stride_qs, stride_qd, rows_left, D)
 
     if BLOCK_N >= S_KV_PAD:
         # All keys at once, as with a text prompt: one pass.
         scores = _scores(
-            q_first, q_second, k_ptr, n.to(tl.int64), S_kv, scale_log2, stride_ks, stride_kd,
+            q_first, q_second, k_ptr, n, S_kv, scale_log2, stride_ks, stride_kd,
             D, BLOCK_D, BLOCK_REST, PRECISION,
         )  # fmt: skip
         p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        total = tl.sum(p, 1)
-        _store_map(map_ptr, p / total[:, None], m, n, S_q, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
-        v = _load_tile(v_ptr, n.to(tl.int64)[:, None], d[None, :], stride_vs, stride_vd, S_kv, D)
-        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        acc = acc / total[:, None]
+        p = p / tl.sum(p, 1)[:, None]
+        _store_map(map_ptr, p, m, n, 0, rows_left, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
+        v = _load_tile(v_ptr, n[:, None], d[None, :], stride_vs, stride_vd, S_kv, D)
+        p = p.to(v.dtype)
+        acc = tl.dot(p, v, input_precision=PRECISION)
         if BLOCK_REST > 0:
-            v = _load_tile(
-                v_ptr, n.to(tl.int64)[:, None], rest[None, :], stride_vs, stride_vd, S_kv, D
-            )
-            acc_rest = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-            acc_rest = acc_rest / total[:, None]
+            v = _load_tile(v_ptr, n[:, None], rest[None, :], stride_vs, stride_vd, S_kv, D)
+            acc_rest = tl.dot(p, v, input_precision=PRECISION)
     else:
         # More keys than a tile holds: one pass for each row's maximum and sum, one for the rest. The
         # map wants final probabilities, so an online softmax would have to visit it twice.
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+        step = tl.full((), BLOCK_N, tl.int64) * stride_ks
+        k_tile = k_ptr
         for start in range(0, S_kv, BLOCK_N):
             scores = _scores(
-                q_first, q_second, k_ptr, (start + n).to(tl.int64), S_kv, scale_log2, stride_ks,
-                stride_kd, D, BLOCK_D, BLOCK_REST, PRECISION,
+                q_first, q_second, k_tile, n, S_kv - start, scale_log2, stride_ks, stride_kd,
+                D, BLOCK_D, BLOCK_REST, PRECISION,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(scores, 1))
             total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
             top = new_top
+            k_tile += step
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         if BLOCK_REST > 0:
             acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
         for start in range(0, S_kv, BLOCK_N):
-            key = (start + n).to(tl.int64)
             scores = _scores(
-                q_first, q_second, k_ptr, key, S_kv, scale_log2, stride_ks, stride_kd,
+                q_first, q_second, k_ptr, n, S_kv - start, scale_log2, stride_ks, stride_kd,
                 D, BLOCK_D, BLOCK_REST, PRECISION,
             )  # fmt: skip
             p = tl.exp2(scores - top[:, None]) / total[:, None]
-            _store_map(map_ptr, p, m, start + n, S_q, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
-            v = _load_tile(v_ptr, key[:, None], d[None, :], stride_vs, stride_vd, S_kv, D)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            _store_map(map_ptr, p, m, n, start, rows_left, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
+            v = _load_tile(v_ptr, n[:, None], d[None, :], stride_vs, stride_vd, S_kv - start, D)
+            p = p.to(v.dtype)
+            acc = tl.dot(p, v, acc, input_precision=PRECISION)
             if BLOCK_REST > 0:
-                v = _load_tile(v_ptr, key[:, None], rest[None, :], stride_vs, stride_vd, S_kv, D)
-                acc_rest = tl.dot(p.to(v.dtype), v, acc_rest, input_precision=PRECISION)
+                v = _load_tile(
+                    v_ptr, n[:, None], rest[None, :], stride_vs, stride_vd, S_kv - start, D
+                )
+                acc_rest = tl.dot(p, v, acc_rest, input_precision=PRECISION)
+            k_ptr += step
+            v_ptr += tl.full((), BLOCK_N, tl.int64) * stride_vs
 
-    row = m_wide[:, None] * (H * D)
-    in_rows = m[:, None] < S_q
+    in_rows = m[:, None] < rows_left
     dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row + d[None, :], acc.to(dtype), mask=in_rows & (d[None, :] < D))
+    offsets = m[:, None] * (H * D)
+    tl.store(out_ptr + offsets + d[None, :], acc.to(dtype), mask=in_rows & (d[None, :] < D))
     if BLOCK_REST > 0:
-        tl.store(out_ptr + row + rest[None, :], acc_rest.to(dtype), mask=in_rows & (rest[None, :] < D))
+        mask = in_rows & (rest[None, :] < D)
+        tl.store(out_ptr + offsets + rest[None, :], acc_rest.to(dtype), mask=mask)

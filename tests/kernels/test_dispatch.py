@@ -1,0 +1,184 @@
+"""Every op through the dispatcher: opcheck, compiled with dynamic shapes, the choice of a backend."""
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import hgc_kernels as hk
+from hgc_kernels import backend
+
+HALF_HEADS = (2, 3)  # batch, heads
+
+
+def arguments(op, batch=2, tokens=10):
+    """Arguments for the op as torch.ops.hgc takes it."""
+    q, k = torch.randn(batch, tokens, 3, 8), torch.randn(batch, 7, 3, 8)
+    map = hk.new_map(batch, tokens, 3, 7)
+    hidden, skip = torch.randn(batch, 6, tokens, 4), torch.randn(batch + 1, 5, tokens, 4)
+    rows = torch.arange(batch).flip(0)
+    return {
+        "gather_blocks": (hidden, skip, torch.randn_like(skip), rows, 0.7),
+        "scatter_rows": (torch.randn(batch + 1, tokens), torch.randn(batch, tokens), rows),
+        "attend_and_store": (q, k, k, 0.3, map),
+        "apply_map": (map, k),
+        "apply_map_project": (map, k, torch.randn(5, 24), torch.randn(5), torch.randn(batch, tokens, 5)),
+    }[op]
+
+
+def public(op, args):
+    if op == "attend_and_store":
+        q, k, v, scale, map = args
+        return hk.attend_and_store(q, k, v, map, scale), map
+    if op == "scatter_rows":
+        hk.scatter_rows(*args)
+        return (args[0],)
+    return (getattr(hk, op)(*args),)
+
+
+OPS = list(hk.backends())
+
+
+def test_there_are_five():
+    assert OPS == ["apply_map", "apply_map_project", "attend_and_store", "gather_blocks", "scatter_rows"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, choice):
+    with hk.use_backend(choice):
+        torch.library.opcheck(getattr(torch.ops.hgc, op).default, arguments(op))
+
+
+def test_opcheck_channels_last_and_no_residual():
+    hidden = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    op = torch.ops.hgc.gather_blocks.default
+    torch.library.opcheck(op, (hidden, hidden, None, None, 1.0))
+    torch.library.opcheck(op, (hidden[:1], hidden[1:], hidden[1:], None, 1.0))
+    map, v = hk.new_map(2, 10, 3, 7), torch.randn(2, 7, 3, 8)
+    torch.library.opcheck(torch.ops.hgc.apply_map_project.default, (map, v, torch.randn(5, 24), None, None))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_with_dynamic_shapes(op):
+    compiled = torch.compile(lambda *args: public(op, args), fullgraph=True, dynamic=True)
+    for batch, tokens in ((2, 10), (3, 11), (2, 24)):
+        args = arguments(op, batch, tokens)
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        for out, expected in zip(compiled(*args), public(op, tuple(copies)), strict=True):
+            assert torch.equal(out, expected)
+            assert out.stride() == expected.stride()
+
+
+def test_first_call_of_a_process_may_be_compiled():
+    code = (
+        "import torch, hgc_kernels as hk\n"
+        "x = torch.randn(2, 3, 4, 4)\n"
+        "out = torch.compile(lambda a: hk.gather_blocks(a, a, a) * 2, fullgraph=True)(x)\n"
+        "assert torch.equal(out, 2 * torch.cat([x, x + x], 1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_compiled_graph_obeys_a_later_choice():
+    """One graph for all backends: no recompile when the choice changes."""
+    ran = []
+    real = backend._resolve
+    x = torch.randn(2, 3, 4, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: hk.gather_blocks(a, a), fullgraph=True, backend="eager")
+    compiled(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_resolve", lambda *key: ran.append(key[2]) or real(*key))
+        with hk.use_backend("reference"), torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(x)
+        compiled(x)
+    assert ran == ["reference", "auto"]
+
+
+def test_explicit_choices_do_not_fall_back():
+    q, k, v, scale, map = arguments("attend_and_store")
+    with hk.use_backend("native"), pytest.raises(hk.BackendError, match=r"attend_and_store.*native.*cpu"):
+        hk.attend_and_store(q, k, v, map, scale)
+    with hk.use_backend("triton"), pytest.raises(hk.BackendError, match=r"gather_blocks.*triton"):
+        hk.gather_blocks(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+    with pytest.raises(ValueError, match="backend"):
+        hk.set_backend("fastest")
+    with pytest.raises(ValueError, match="ops"):
+        hk.set_backend("native", "gather")
+
+
+def test_head_size_above_the_limit(interpreted):
+    """A call the kernels do not cover: refused where they were chosen, said once where nobody chose."""
+    q, k = torch.randn(1, 3, 1, 257), torch.randn(1, 4, 1, 257)
+    map = hk.new_map(1, 3, 1, 4)
+    with hk.use_backend("triton"), pytest.raises(hk.BackendError, match="head size 257"):
+        hk.attend_and_store(q, k, k, map)
+    hk.attend_and_store(q, k, k, map)
+
+
+def test_auto_says_once_that_it_fell_back(monkeypatch):
+    monkeypatch.setattr(backend, "_resolved", {})
+    monkeypatch.setattr(backend, "_said", set())
+    missing = {**backend._implementations}
+    key = ("gather_blocks", "native", "cpu")
+    missing[key] = backend.Implementation(*key[:2], ("cpu",), "", lambda device: "it was not built")
+    monkeypatch.setattr(backend, "_implementations", missing)
+    x = torch.randn(1, 2, 3, 3)
+    with pytest.warns(RuntimeWarning, match=r"gather_blocks on cpu.*reference.*it was not built"):
+        hk.gather_blocks(x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hk.gather_blocks(x, x)
+    assert hk.backends()["gather_blocks"]["cpu"][0] == "reference"
+
+
+def test_choices_of_threads_are_their_own():
+    seen = {}
+
+    def work(choice):
+        with hk.use_backend(choice):
+            barrier.wait()
+            seen[choice] = hk.get_backend("apply_map")
+            barrier.wait()
+
+    barrier = threading.Barrier(3)
+    threads = [threading.Thread(target=work, args=(choice,)) for choice in ("native", "reference", "auto")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"native": "native", "reference": "reference", "auto": "auto"}
+    assert hk.get_backend("apply_map") == "auto"
+
+
+def test_set_backend_is_for_the_process_and_use_backend_wins():
+    seen = []
+    try:
+        hk.set_backend("reference", "apply_map")
+        thread = threading.Thread(target=lambda: seen.append(hk.get_backend("apply_map")))
+        thread.start()
+        thread.join()
+        assert seen == ["reference"] and hk.get_backend("gather_blocks") == "auto"
+        with hk.use_backend("native"):
+            assert hk.get_backend("apply_map") == "native"
+        assert hk.backends()["apply_map"]["cpu"] == ("reference", "chosen explicitly")
+    finally:
+        hk.set_backend("auto")
+
+
+def test_backends_names_every_op_and_says_why():
+    for devices in hk.backends().values():
+        assert set(devices) == {"cpu", "cuda"}
+        for name, why in devices.values():
+            assert name in ("native", "triton", "reference") and why
+
+
+def test_meta_tensors_have_shapes():
+    """The fake kernels serve the meta device, so costs can be counted without memory."""
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    assert hk.gather_blocks(x, x).shape == (2, 6, 4, 4)
