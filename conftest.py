@@ -1,4 +1,6 @@
-"""Runs before any other conftest: what must be decided before triton is first imported, by whomever."""
+"""Runs before any other conftest: what must be decided before triton is first imported, by
+whomever.
+"""
 
 import os
 

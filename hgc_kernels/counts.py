@@ -1,7 +1,8 @@
-"""Bytes that must move and floating-point operations that must be done, an op. One multiply-accumulate is two.
+"""Bytes that must move and floating-point operations that must be done, an op. One
+multiply-accumulate is two.
 
-Every GB/s and every share of a peak in this project is computed with these functions. They count each operand once, as
-if caches were perfect, and padding as work where the format has it.
+Every GB/s and every share of a peak in this project is computed with these functions. They count
+each operand once, as if caches were perfect, and padding as work where the format has it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from hgc_kernels.map_format import FORMATS, padded
 
 
 def gather_blocks_bytes(
-    batch: int, hidden_channels: int, skip_channels: int, pixels: int, itemsize: int, *, residual: bool = True
+    batch: int,
+    hidden_channels: int,
+    skip_channels: int,
+    pixels: int,
+    itemsize: int,
+    *,
+    residual: bool = True,
 ) -> int:
     """hidden, skip and residual read once, the result written once."""
     read = hidden_channels + skip_channels * (2 if residual else 1)
@@ -18,9 +25,17 @@ def gather_blocks_bytes(
 
 
 def eager_gather_blocks_bytes(
-    batch: int, hidden_channels: int, skip_channels: int, pixels: int, itemsize: int, *, residual: bool = True
+    batch: int,
+    hidden_channels: int,
+    skip_channels: int,
+    pixels: int,
+    itemsize: int,
+    *,
+    residual: bool = True,
 ) -> int:
-    """cat([hidden, skip + scale * residual]) as three ops: the product and the sum are written and read again."""
+    """cat([hidden, skip + scale * residual]) as three ops: the product and the sum are written and
+    read again.
+    """
     moved = 2 * (hidden_channels + skip_channels)  # cat
     if residual:
         moved += 2 * skip_channels + 3 * skip_channels  # product, sum
@@ -55,7 +70,9 @@ def apply_map_flops(batch: int, s_q: int, s_kv: int, heads: int, size: int) -> i
     return 2 * batch * heads * s_q * s_kv * size
 
 
-def project_bytes(rows: int, inner: int, channels: int, itemsize: int, *, residual: bool = True) -> int:
+def project_bytes(
+    rows: int, inner: int, channels: int, itemsize: int, *, residual: bool = True
+) -> int:
     """A linear layer over `rows` rows with bias and residual."""
     tensors = rows * inner + inner * channels + channels + rows * channels * (2 if residual else 1)
     return tensors * itemsize

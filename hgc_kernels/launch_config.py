@@ -1,4 +1,6 @@
-"""Choices that every Triton launch makes: how a head size is tiled and how many warps work on a tile."""
+"""Choices that every Triton launch makes: how a head size is tiled and how many warps work on a
+tile.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def next_power_of_two(n: int, least: int = 16) -> int:
 
 
 def head_tiles(size: int) -> HeadTiles:
-    """Tiles for a head size. Matrix instructions want 16 and Triton powers of two. Raises Unsupported above 256."""
+    """Tiles for a head size. Matrix instructions want 16 and Triton powers of two. Raises
+    Unsupported above 256.
+    """
     if size > MAX_HEAD_SIZE:
         raise Unsupported(f"head size {size} is above {MAX_HEAD_SIZE}")
     whole = next_power_of_two(size)
@@ -45,7 +49,7 @@ def head_tiles(size: int) -> HeadTiles:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products stay fp32: TF32 would lose to eager PyTorch, whose default is full precision."""
+    """fp32 products stay fp32: TF32 would lose to eager PyTorch, which computes in full."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 

@@ -30,3 +30,15 @@ def gathered_format(hidden: torch.Tensor, skip: torch.Tensor) -> torch.memory_fo
         if is_channels_last(hidden) and is_channels_last(skip)
         else torch.contiguous_format
     )
+
+
+def with_fresh_strides(
+    x: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """x with exactly the strides that a new tensor of this format would have.
+
+    `contiguous` leaves any strides on a dimension of size one, and those of an empty tensor; the
+    fake kernels, which compiled graphs believe, do not.
+    """
+    fresh = torch.empty(x.shape, device="meta", memory_format=memory_format).stride()
+    return x if x.stride() == fresh else x.clone(memory_format=memory_format)

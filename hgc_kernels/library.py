@@ -88,23 +88,44 @@ def native_apply_map(*args: Any) -> torch.Tensor:
 def build_info() -> dict[str, Any]:
     """What was compiled into this install, and what is loaded in this process.
 
-    Keys: "libraries" (device type -> "loaded" or the reason it is not), "torch", "native" (what the
-    introspection module says: compilers, CUDA version, architectures, flags, commit; {} where it
-    was not built), "left_out" (what the build could not make, and why).
+    Keys: "torch"; "libraries" (device type -> "loaded", or the reason it is not); "vector_set" (the
+    CPU kernels' instruction set here); "native" (part -> compilers, flags, CUDA architectures and
+    commit it was built with); "kernels" (on a GPU: name, registers, shared and local bytes and
+    threads of each CUDA kernel; else the reason there are none); "left_out" (part of the build ->
+    why it was not made).
     """
-    left_out = {}
     record = _FOLDER / "left_out.json"
-    if record.exists():
-        left_out = json.loads(record.read_text())
-    try:
-        module = importlib.import_module("hgc_kernels._native")
-        native = dict(module.build_info())
-    except ImportError as error:
-        native = {}
-        left_out.setdefault("introspection", str(error))
-    return {
+    left_out = json.loads(record.read_text()) if record.exists() else {}
+    info: dict[str, Any] = {
         "torch": torch.__version__,
         "libraries": {device: reason or "loaded" for device, reason in _missing.items()},
-        "native": native,
+        "vector_set": None,
+        "native": {},
+        "kernels": "the CUDA library is not loaded",
         "left_out": left_out,
     }
+    try:
+        introspection = importlib.import_module("hgc_kernels._native")
+    except ImportError as error:
+        left_out.setdefault("introspection", str(error))
+        return info
+    info["native"]["introspection"] = introspection.build_info()
+    for device in backend.DEVICES:
+        path = _FOLDER / f"libhgc_{device}.so"
+        if path.exists():
+            info["native"][device] = _built(introspection, path)
+    if _missing["cpu"] is None:
+        info["vector_set"] = introspection.cpu_vector_set(str(_FOLDER / "libhgc_cpu.so"))
+    if _missing["cuda"] is None:
+        try:
+            info["kernels"] = introspection.kernel_attributes(str(_FOLDER / "libhgc_cuda.so"))
+        except RuntimeError as error:
+            info["kernels"] = str(error)
+    return info
+
+
+def _built(introspection: Any, path: Path) -> dict[str, str]:
+    try:
+        return dict(introspection.library_info(str(path)))
+    except ImportError as error:  # a CUDA library beside a CPU torch need not load
+        return {"error": str(error)}

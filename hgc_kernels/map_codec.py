@@ -1,4 +1,6 @@
-"""Triton code for the e4m3 map format, kept as bytes: sm_80 has no such type, and the interpreter needs none."""
+"""Triton code for the e4m3 map format, kept as bytes: sm_80 has no such type, and the interpreter
+needs none.
+"""
 
 import triton
 import triton.language as tl

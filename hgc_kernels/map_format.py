@@ -1,8 +1,9 @@
 """How attention maps are stored: layout, formats and the complement form.
 
-A map M is a contiguous tensor [B, S_q, H, S_kv padded to a multiple of 16]. Slots 1 .. S_kv - 1 hold
-the probabilities of those tokens, slot 0 holds one, the padding zero. The first token, which takes
-most of the probability in text attention, is the complement, p_0 = 1 - sum_{i>=1} p_i, so that
+A map M is a contiguous tensor [B, S_q, H, S_kv padded to a multiple of 16]. Slots 1 .. S_kv - 1
+hold the probabilities of those tokens, slot 0 holds one, the padding zero. The first token, which
+takes most of the probability in text attention, is the complement, p_0 = 1 - sum_{i>=1} p_i, so
+that
 
     out = v_0 + sum_{i>=1} p_i (v_i - v_0) = M U,   U_0 = v_0,  U_i = v_i - v_0
 

@@ -1,11 +1,13 @@
-"""Compile every kernel for real GPUs on a machine without one, and check what the compilers made of it.
+"""Compile every kernel for real GPUs on a machine without one, and check what the compilers made of
+it.
 
     python scripts/aot_table.py --write      # everything, into docs/measured.md
     python scripts/aot_table.py --quick      # a subset, for CI
 
-Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta tensors and their
-launches are recorded. Exits with 1 where a kernel spills, an attention kernel leaves the matrix units unused in a 16-bit
-dtype, a CUDA kernel uses local memory, or one of its 16-byte paths lacks 128-bit loads or stores.
+Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta
+tensors and their launches are recorded. Exits with 1 where a kernel spills, an attention kernel
+leaves the matrix units unused in a 16-bit dtype, a CUDA kernel uses local memory, or one of its
+16-byte paths lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
@@ -37,7 +40,12 @@ from hgc_kernels.ops.attend_and_store import launch as attend_launch
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+POINTER = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
 LIBRARY = Path(hk.__file__).parent / "lib" / "libhgc_cuda.so"
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|OMMA|UTC\w*MMA)\b")
 
@@ -65,17 +73,23 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, num_warps, num_stages, **constants):
-            self.launches.append((args, constants, {"num_warps": num_warps, "num_stages": num_stages}))
+            self.launches.append(
+                (args, constants, {"num_warps": num_warps, "num_stages": num_stages})
+            )
 
         return launch
 
     def cases(self, label, dtype):
         for args, constants, options in self.launches:
             signature, fixed, divisible = {}, dict(constants), []
-            for position, (name, value) in enumerate(zip(self.kernel.arg_names, args, strict=False)):
+            for position, (name, value) in enumerate(
+                zip(self.kernel.arg_names, args, strict=False)
+            ):
                 if isinstance(value, torch.Tensor):
                     signature[name] = POINTER[value.dtype]
-                    divisible.append(position)  # allocations are aligned, and so are heads of even sizes
+                    divisible.append(
+                        position
+                    )  # allocations are aligned, and so are heads of even sizes
                 elif isinstance(value, float):
                     signature[name] = "fp32"
                 elif value == 1:
@@ -113,11 +127,15 @@ def record(label, dtype, call):
 
 def heads(batch, tokens, count, size, dtype):
     """[B, S, H, D] as diffusers makes it: a projection [B, S, H * D] viewed as heads."""
-    return torch.empty(batch, tokens, count * size, dtype=dtype, device="meta").view(batch, tokens, count, size)
+    return torch.empty(batch, tokens, count * size, dtype=dtype, device="meta").view(
+        batch, tokens, count, size
+    )
 
 
 def triton_cases(quick):
-    """(queries, keys, heads, head size): SD1.5's and SDXL's cross-attentions, and an image prompt of 257 tokens."""
+    """(queries, keys, heads, head size): SD1.5's and SDXL's cross-attentions, and an image prompt
+    of 257 tokens.
+    """
     sizes = [(4096, 77, 8, 40), (1024, 77, 8, 80), (256, 77, 8, 160), (4096, 77, 10, 64)]
     formats = list(hk.FORMATS)
     if quick:
@@ -132,22 +150,25 @@ def triton_cases(quick):
                 keys.append((257, "fp16"))
             for n, format in keys:
                 q, v = heads(2, s_q, count, size, dtype), heads(2, n, count, size, dtype)
-                map = torch.empty(2, s_q, count, hk.padded(n), dtype=hk.FORMATS[format], device="meta")
+                map = torch.empty(
+                    2, s_q, count, hk.padded(n), dtype=hk.FORMATS[format], device="meta"
+                )
                 label = f"D={size} S_kv={n} map={format}"
-                found += record(label, dtype_name, lambda: attend_launch.attend_and_store(q, v, v, 0.1, map))
-                found += record(label, dtype_name, lambda: apply_map_launch.apply_map(map, v))
+                attend = partial(attend_launch.attend_and_store, q, v, v, 0.1, map)
+                found += record(label, dtype_name, attend)
+                found += record(label, dtype_name, partial(apply_map_launch.apply_map, map, v))
                 channels = count * size
                 weight = torch.empty(channels, channels, dtype=dtype, device="meta")
                 bias = torch.empty(channels, dtype=dtype, device="meta")
                 residual = torch.empty(2, s_q, channels, dtype=dtype, device="meta")
-                chosen = project_launch.heuristic(dtype, map.dtype, 2, s_q, n, count, size, channels)
+                chosen = project_launch.heuristic(
+                    dtype, map.dtype, 2, s_q, n, count, size, channels
+                )
                 for form in ("folded", "two_stage"):
                     config = replace(chosen, form=form)
-                    found += record(
-                        f"{label} {form}",
-                        dtype_name,
-                        lambda: project_launch.apply_map_project(map, v, weight, bias, residual, config),
-                    )
+                    operands = (map, v, weight, bias, residual, config)
+                    project = partial(project_launch.apply_map_project, *operands)
+                    found += record(f"{label} {form}", dtype_name, project)
     # Many labels come down to one and the same compilation.
     unique = {}
     for case in found:
@@ -160,9 +181,14 @@ def inspect_cubin(cubin):
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        sass = subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True
+        ).stdout
     fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": fields["REG"],
@@ -181,7 +207,9 @@ def compile_case(case):
         constexprs=dict(case.constants),
         attrs={(position,): [["tt.divisibility", 16]] for position in case.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options)
+    )
     return {**inspect_cubin(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
 
 
@@ -190,10 +218,15 @@ def triton_table(architectures, quick, jobs):
     groups = defaultdict(list)
     problems = []
     with ProcessPoolExecutor(jobs) as pool:
-        for done, (case, result) in enumerate(zip(cases, pool.map(compile_case, cases), strict=True), 1):
-            print(f"{done}/{len(cases)} sm_{case.arch} {case.kernel} {case.dtype} {case.label} {result}", flush=True)
-            groups[case.kernel, case.dtype, case.arch].append(result)
+        for done, (case, result) in enumerate(
+            zip(cases, pool.map(compile_case, cases), strict=True), 1
+        ):
             where = f"sm_{case.arch} {case.kernel} {case.dtype} {case.label}"
+            print(
+                f"{done}/{len(cases)} {where} {result}",
+                flush=True,
+            )
+            groups[case.kernel, case.dtype, case.arch].append(result)
             if result["spills"]:
                 problems.append(f"{where}: {result['spills']} spills")
             if case.dtype != "fp32" and not result["matrix"]:
@@ -207,7 +240,16 @@ def triton_table(architectures, quick, jobs):
                 max(result["spills"] for result in results),
             ]
         )  # fmt: skip
-    header = ["kernel", "dtype", "target", "variants", "registers", "shared bytes", "matrix instructions", "spills"]
+    header = [
+        "kernel",
+        "dtype",
+        "target",
+        "variants",
+        "registers",
+        "shared bytes",
+        "matrix instructions",
+        "spills",
+    ]
     return table(header, rows), problems
 
 
@@ -221,26 +263,38 @@ def cuda_table():
     rows, problems = [], []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [BIN / "cuobjdump", "-xelf", "all", str(LIBRARY)], cwd=folder, capture_output=True, check=True
+            [BIN / "cuobjdump", "-xelf", "all", str(LIBRARY)],
+            cwd=folder,
+            capture_output=True,
+            check=True,
         )
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"\.(sm_\w+)\.", cubin.name).group(1)
             usage = subprocess.run(
-                [BIN / "cuobjdump", "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+                [BIN / "cuobjdump", "--dump-resource-usage", str(cubin)],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
-            sass = subprocess.run([BIN / "nvdisasm", str(cubin)], capture_output=True, text=True, check=True).stdout
+            sass = subprocess.run(
+                [BIN / "nvdisasm", str(cubin)], capture_output=True, text=True, check=True
+            ).stdout
             bodies = dict(re.findall(r"^\.text\.(\w+):(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
             groups = defaultdict(list)
             for symbol, registers, stack, local in re.findall(
                 r"Function (\w+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
             ):
-                name = re.search(r"\d((?:gather_blocks|scatter_rows)_(?:dense|strided)_kernel)", symbol).group(1)
+                name = re.search(
+                    r"\d((?:gather_blocks|scatter_rows)_(?:dense|strided)_kernel)", symbol
+                ).group(1)
                 body = bodies[symbol]
                 wide_path = "Li8E" in symbol or "Li4E" in symbol or "uint4" in symbol
                 spilled = int(local) + int(stack) + len(re.findall(r"\b(?:LDL|STL)\b", body))
                 loads = len(re.findall(r"\bLDG\.E[\w.]*\.128\b", body))
                 stores = len(re.findall(r"\bSTG\.E[\w.]*\.128\b", body))
-                groups[name, "16 bytes" if wide_path else "element"].append((int(registers), spilled, loads, stores))
+                groups[name, "16 bytes" if wide_path else "element"].append(
+                    (int(registers), spilled, loads, stores)
+                )
                 if spilled:
                     problems.append(f"{arch} {symbol}: {spilled} bytes or accesses of local memory")
                 if wide_path and not (loads and stores):
@@ -249,17 +303,33 @@ def cuda_table():
                 registers, spilled, loads, stores = zip(*found, strict=True)
                 rows.append(
                     [f"`{name}`", path, arch, len(found), f"{min(registers)} to {max(registers)}",
-                     f"{min(loads)} to {max(loads)}", f"{min(stores)} to {max(stores)}", max(spilled)]
+                     f"{min(loads)} to {max(loads)}", f"{min(stores)} to {max(stores)}",
+                     max(spilled)]
                 )  # fmt: skip
-    header = ["kernel", "path", "target", "variants", "registers", "LDG.128", "STG.128", "local memory"]
+    header = [
+        "kernel",
+        "path",
+        "target",
+        "variants",
+        "registers",
+        "LDG.128",
+        "STG.128",
+        "local memory",
+    ]
     return table(header, rows), problems
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a subset, for CI")
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/measured.md")
-    parser.add_argument("--arch", type=int, nargs="+", default=None, help="compute capabilities, as 80 90")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into docs/measured.md"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=None, help="compute capabilities, as 80 90"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA library out")
     options = parser.parse_args()
@@ -276,9 +346,16 @@ def main():
     for title, text in sections:
         print(f"\n{title}\n\n{text}")
     if options.write:
-        note = f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts and map formats."
+        note = (
+            f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts and "
+            "map formats."
+        )
         body = "\n\n".join(f"### {title}\n\n{text}" for title, text in sections)
-        write_section("ahead-of-time", "python scripts/aot_table.py --write", f"## What the compilers made\n\n{note}\n\n{body}")
+        write_section(
+            "ahead-of-time",
+            "python scripts/aot_table.py --write",
+            f"## What the compilers made\n\n{note}\n\n{body}",
+        )
     for problem in problems:
         print(f"PROBLEM {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -1,4 +1,6 @@
-"""Generated sections of docs/measured.md: each between two markers, with the command that writes it."""
+"""Generated sections of docs/measured.md: each between two markers, with the command that writes
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_section(name: str, command: str, text: str) -> None:
-    """Put `text` into the section `name` of docs/measured.md, at the end where there is none yet."""
+    """Put `text` into the section `name` of docs/measured.md, at the end if there is none yet."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     block = f"{begin}\n{text.strip()}\n\nWritten by `{command}`.\n{end}"
     old = MEASURED.read_text() if MEASURED.exists() else "# Measured\n"

@@ -7,7 +7,10 @@ import torch
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory that an op allocates holds NaN (the largest integer) until the op writes it."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -22,9 +25,13 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def interpreted():
-    """Triton's interpreter, repaired. Fails rather than skips where the test extra is not installed."""
+    """Triton's interpreter, repaired. Fails rather than skips where the test extra is not
+    installed.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("a GPU is here: the gpu tests run the compiled kernels; set TRITON_INTERPRET=1 for these")
+        pytest.skip(
+            "a GPU is here, where the gpu tests run the kernels; set TRITON_INTERPRET=1 for these"
+        )
     import triton_interpreter
 
     triton_interpreter.repair()

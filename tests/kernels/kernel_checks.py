@@ -1,4 +1,6 @@
-"""What the kernel tests share: the error rule, guarded memory, inputs as diffusers makes them, fp64 references."""
+"""What the kernel tests share: the error rule, guarded memory, inputs as diffusers makes them, fp64
+references.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ def max_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
-def assert_within_rule(out: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype) -> None:
-    """The error against an fp64 reference is at most twice that of unfused eager PyTorch in the same dtype, plus twice
-    what the dtype itself cannot hold at the scale of the result.
+def assert_within_rule(
+    out: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """The error against an fp64 reference is at most twice that of unfused eager PyTorch in the
+    same dtype, plus twice what the dtype itself cannot hold at the scale of the result.
     """
     assert out.shape == reference.shape
     rounded = reference.to(dtype)
@@ -30,8 +34,14 @@ def assert_within_rule(out: torch.Tensor, reference: torch.Tensor, eager: torch.
 
 
 def guarded(x: torch.Tensor, fill: float = float("nan")) -> torch.Tensor:
-    """The same values and strides inside a larger buffer of `fill`: whatever is read beside them shows."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    """The same values and strides inside a larger buffer of `fill`: whatever is read beside them
+    shows.
+    """
+    span = (
+        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if x.numel()
+        else 0
+    )
     raw = torch.empty(span + 2 * GUARD, dtype=torch.float32).fill_(fill).to(x.dtype)
     view = raw[GUARD:].as_strided(x.shape, x.stride())
     if x.numel():
@@ -44,33 +54,54 @@ def assert_guards_intact(x: torch.Tensor) -> None:
     before, after, fill = x._guards
     assert before.numel() == after.numel() == GUARD
     for guard in (before, after):
-        assert torch.equal(guard.float().nan_to_num(nan=-1.0), fill.float().nan_to_num(nan=-1.0).expand(GUARD))
+        assert torch.equal(
+            guard.float().nan_to_num(nan=-1.0), fill.float().nan_to_num(nan=-1.0).expand(GUARD)
+        )
 
 
-def heads(batch: int, tokens: int, count: int, size: int, dtype: torch.dtype, view: str = "projection") -> torch.Tensor:
+def heads(
+    batch: int, tokens: int, count: int, size: int, dtype: torch.dtype, view: str = "projection"
+) -> torch.Tensor:
     """[B, S, H, D] as diffusers makes it.
 
-    projection: a linear layer's [B, S, H * D] viewed as heads. fused: one chunk of a fused projection. half: the second
-    half of a CFG batch. transposed: [B, H, S, D] as `scaled_dot_product_attention` takes it, transposed back.
+    projection: a linear layer's [B, S, H * D] viewed as heads. fused: one chunk of a fused
+    projection. half: the second half of a CFG batch. transposed: [B, H, S, D] as
+    `scaled_dot_product_attention` takes it, transposed back.
     """
     channels = count * size
     if view == "projection":
         x = torch.randn(batch, tokens, channels).to(dtype)
         return guarded(x).view(batch, tokens, count, size)
     if view == "fused":
-        return guarded(torch.randn(batch, tokens, 2 * channels).to(dtype)).chunk(2, -1)[1].unflatten(-1, (count, size))
+        return (
+            guarded(torch.randn(batch, tokens, 2 * channels).to(dtype))
+            .chunk(2, -1)[1]
+            .unflatten(-1, (count, size))
+        )
     if view == "half":
-        return guarded(torch.randn(2 * batch, tokens, channels).to(dtype)).chunk(2)[1].unflatten(-1, (count, size))
+        return (
+            guarded(torch.randn(2 * batch, tokens, channels).to(dtype))
+            .chunk(2)[1]
+            .unflatten(-1, (count, size))
+        )
     assert view == "transposed"
     return guarded(torch.randn(batch, count, tokens, size).to(dtype)).transpose(1, 2)
 
 
-def text_probabilities(batch: int, s_q: int, heads: int, s_kv: int, first: float = 0.8) -> torch.Tensor:
-    """Maps peaked as text attention is: token 0 takes about `first`, a few tokens most of the rest. fp32."""
+def text_probabilities(
+    batch: int, s_q: int, heads: int, s_kv: int, first: float = 0.8
+) -> torch.Tensor:
+    """Maps peaked as text attention is: token 0 takes about `first`, a few tokens most of the rest.
+    fp32.
+    """
     scores = torch.randn(batch, s_q, heads, s_kv) * 2
     others = torch.softmax(scores[..., 1:], -1)
     share = (first + 0.1 * torch.randn(batch, s_q, heads, 1)).clamp(0.02, 0.99)
-    return torch.cat([share, (1 - share) * others], -1) if s_kv > 1 else torch.ones(batch, s_q, heads, 1)
+    return (
+        torch.cat([share, (1 - share) * others], -1)
+        if s_kv > 1
+        else torch.ones(batch, s_q, heads, 1)
+    )
 
 
 def stored_map(probabilities: torch.Tensor, format: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every op through the dispatcher: opcheck, compiled with dynamic shapes, the choice of a backend."""
+"""Every op through the dispatcher: opcheck, compiled with dynamic shapes, choice of a backend."""
 
 import subprocess
 import sys
@@ -25,7 +25,13 @@ def arguments(op, batch=2, tokens=10):
         "scatter_rows": (torch.randn(batch + 1, tokens), torch.randn(batch, tokens), rows),
         "attend_and_store": (q, k, k, 0.3, map),
         "apply_map": (map, k),
-        "apply_map_project": (map, k, torch.randn(5, 24), torch.randn(5), torch.randn(batch, tokens, 5)),
+        "apply_map_project": (
+            map,
+            k,
+            torch.randn(5, 24),
+            torch.randn(5),
+            torch.randn(batch, tokens, 5),
+        ),
     }[op]
 
 
@@ -43,7 +49,13 @@ OPS = list(hk.backends())
 
 
 def test_there_are_five():
-    assert OPS == ["apply_map", "apply_map_project", "attend_and_store", "gather_blocks", "scatter_rows"]
+    assert OPS == [
+        "apply_map",
+        "apply_map_project",
+        "attend_and_store",
+        "gather_blocks",
+        "scatter_rows",
+    ]
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
@@ -59,7 +71,9 @@ def test_opcheck_channels_last_and_no_residual():
     torch.library.opcheck(op, (hidden, hidden, None, None, 1.0))
     torch.library.opcheck(op, (hidden[:1], hidden[1:], hidden[1:], None, 1.0))
     map, v = hk.new_map(2, 10, 3, 7), torch.randn(2, 7, 3, 8)
-    torch.library.opcheck(torch.ops.hgc.apply_map_project.default, (map, v, torch.randn(5, 24), None, None))
+    torch.library.opcheck(
+        torch.ops.hgc.apply_map_project.default, (map, v, torch.randn(5, 24), None, None)
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -102,7 +116,10 @@ def test_a_compiled_graph_obeys_a_later_choice():
 
 def test_explicit_choices_do_not_fall_back():
     q, k, v, scale, map = arguments("attend_and_store")
-    with hk.use_backend("native"), pytest.raises(hk.BackendError, match=r"attend_and_store.*native.*cpu"):
+    with (
+        hk.use_backend("native"),
+        pytest.raises(hk.BackendError, match=r"attend_and_store.*native.*cpu"),
+    ):
         hk.attend_and_store(q, k, v, map, scale)
     with hk.use_backend("triton"), pytest.raises(hk.BackendError, match=r"gather_blocks.*triton"):
         hk.gather_blocks(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
@@ -113,7 +130,9 @@ def test_explicit_choices_do_not_fall_back():
 
 
 def test_head_size_above_the_limit(interpreted):
-    """A call the kernels do not cover: refused where they were chosen, said once where nobody chose."""
+    """A call the kernels do not cover: refused where they were chosen, said once where nobody
+    chose.
+    """
     q, k = torch.randn(1, 3, 1, 257), torch.randn(1, 4, 1, 257)
     map = hk.new_map(1, 3, 1, 4)
     with hk.use_backend("triton"), pytest.raises(hk.BackendError, match="head size 257"):
@@ -147,7 +166,9 @@ def test_choices_of_threads_are_their_own():
             barrier.wait()
 
     barrier = threading.Barrier(3)
-    threads = [threading.Thread(target=work, args=(choice,)) for choice in ("native", "reference", "auto")]
+    threads = [
+        threading.Thread(target=work, args=(choice,)) for choice in ("native", "reference", "auto")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -42,7 +42,9 @@ def test_is_eager(shape, dtype, channels_last, backend):
             out = hk.gather_blocks(hidden, skip, residual, scale=scale)
             eager = torch.cat([hidden, skip + scale * residual], 1)
             assert torch.equal(out, eager)
-            if not (hidden.shape[1] == 1 or shape[3] * shape[4] == 1):  # else both formats are the same strides
+            if not (
+                hidden.shape[1] == 1 or shape[3] * shape[4] == 1
+            ):  # else both formats are the same strides
                 assert out.stride() == eager.stride()
         assert torch.equal(hk.gather_blocks(hidden, skip), torch.cat([hidden, skip], 1))
 
@@ -65,7 +67,9 @@ def test_half_of_a_batch(dtype):
     """What CFG gives: the conditional half is a view with the strides of the whole."""
     hidden, skip, residual = (x.chunk(2)[1] for x in inputs((4, 6, 5, 8, 8), dtype, False))
     with hk.use_backend("native"):
-        assert torch.equal(hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1))
+        assert torch.equal(
+            hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1)
+        )
         every_second = [x[::2] for x in inputs((4, 6, 5, 8, 8), dtype, True)]
         out = hk.gather_blocks(*every_second)
     assert torch.equal(out, torch.cat([every_second[0], every_second[1] + every_second[2]], 1))
@@ -73,7 +77,9 @@ def test_half_of_a_batch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mix", ["hidden", "skip", "residual", "channels", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "mix", ["hidden", "skip", "residual", "channels", "transposed", "expanded"]
+)
 def test_mixed_layouts(mix, dtype):
     """No two operands alike: the path for any strides."""
     hidden, skip, residual = inputs((2, 6, 5, 7, 9), dtype, False)
@@ -97,10 +103,14 @@ def test_mixed_layouts(mix, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_round_as_eager(dtype):
-    """Infinities, NaN, subnormals, the largest values, and ties: the roundings of every lane and of the tails."""
+    """Infinities, NaN, subnormals, the largest values, and ties: the roundings of every lane and of
+    the tails.
+    """
     kind = DTYPES[dtype]
     if dtype == "fp32":
-        values = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 3e38, float("inf"), float("nan"), 1.0, 1 / 3])
+        values = torch.tensor(
+            [0.0, -0.0, 1e-45, 1e-38, 3e38, float("inf"), float("nan"), 1.0, 1 / 3]
+        )
     else:
         values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(kind)
     n = values.numel()
@@ -115,10 +125,18 @@ def test_special_values_round_as_eager(dtype):
 
 
 def test_empty():
-    for shape in [(0, 3, 2, 4, 4), (2, 0, 2, 4, 4), (2, 3, 0, 4, 4), (2, 3, 2, 0, 4), (2, 3, 2, 4, 0)]:
+    for shape in [
+        (0, 3, 2, 4, 4),
+        (2, 0, 2, 4, 4),
+        (2, 3, 0, 4, 4),
+        (2, 3, 2, 0, 4),
+        (2, 3, 2, 4, 0),
+    ]:
         hidden, skip, residual = inputs(shape, "fp32", False)
         with hk.use_backend("native"):
-            assert torch.equal(hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1))
+            assert torch.equal(
+                hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1)
+            )
 
 
 @pytest.mark.parametrize("row", [-1, 3, 2**40])
@@ -133,7 +151,9 @@ def test_rows_out_of_range(row):
 
 
 def test_gradients_flow_through_the_reference():
-    hidden, skip, residual = (x.clone().requires_grad_() for x in inputs((2, 3, 2, 4, 4), "fp32", False))
+    hidden, skip, residual = (
+        x.clone().requires_grad_() for x in inputs((2, 3, 2, 4, 4), "fp32", False)
+    )
     hk.gather_blocks(hidden, skip, residual, scale=0.5).sum().backward()
     assert torch.equal(residual.grad, torch.full_like(residual, 0.5))
     with hk.use_backend("native"), pytest.raises(hk.BackendError, match="no backward"):

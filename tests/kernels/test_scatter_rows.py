@@ -56,7 +56,9 @@ def test_layouts(layout, dtype):
     assert torch.equal(cache, expected)
 
 
-@pytest.mark.parametrize("rows, error", [([0, 4], IndexError), ([-1, 0], IndexError), ([2, 2], ValueError)])
+@pytest.mark.parametrize(
+    "rows, error", [([0, 4], IndexError), ([-1, 0], IndexError), ([2, 2], ValueError)]
+)
 def test_bad_rows_write_nothing(rows, error):
     cache = torch.zeros(4, 3)
     with pytest.raises(error, match="rows"):

@@ -31,11 +31,17 @@ KEYS = (77, 4, 16, 257, 13)
 
 
 def _grid():
-    """(dtype, format, D, S_kv): every size with every key count, and every dtype with every format; the rest is slow."""
+    """(dtype, format, D, S_kv): every size with every key count, and every dtype with every format;
+    the rest is slow.
+    """
     every = itertools.product(DTYPES, hk.FORMATS, SIZES, KEYS)
     for case in every:
         dtype, format, size, keys = case
-        quick = ((dtype, format) == ("fp16", "fp16")) or ((size, keys) == (40, 77)) or case == ("bf16", "e4m3", 37, 13)
+        quick = (
+            ((dtype, format) == ("fp16", "fp16"))
+            or ((size, keys) == (40, 77))
+            or case == ("bf16", "e4m3", 37, 13)
+        )
         yield pytest.param(
             *case, id=f"{dtype}-{format}-D{size}-Skv{keys}", marks=() if quick else pytest.mark.slow
         )
@@ -52,7 +58,10 @@ def test_attend_and_store(dtype, format, size, s_kv):
     kind = DTYPES[dtype]
     q = heads(batch, s_q, count, size, kind)
     k, v = heads(batch, s_kv, count, size, kind), heads(batch, s_kv, count, size, kind, "fused")
-    map = guarded(torch.full((batch, s_q, count, hk.padded(s_kv)), float("nan")).to(hk.FORMATS[format]), fill=7.0)
+    map = guarded(
+        torch.full((batch, s_q, count, hk.padded(s_kv)), float("nan")).to(hk.FORMATS[format]),
+        fill=7.0,
+    )
     with hk.use_backend("triton"):
         out = hk.attend_and_store(q, k, v, map)
     assert_guards_intact(map)
@@ -88,7 +97,10 @@ def _project_inputs(dtype, format, size, s_kv, channels=24):
     v = heads(batch, s_kv, count, size, kind)
     map = guarded(stored_map(text_probabilities(batch, s_q, count, s_kv), format))
     weight = guarded((torch.randn(channels, count * size) * (count * size) ** -0.5).to(kind))
-    bias, residual = guarded(torch.randn(channels).to(kind)), guarded(torch.randn(batch, s_q, channels).to(kind))
+    bias, residual = (
+        guarded(torch.randn(channels).to(kind)),
+        guarded(torch.randn(batch, s_q, channels).to(kind)),
+    )
     return map, v, weight, bias, residual
 
 
@@ -98,7 +110,9 @@ def test_apply_map_project(dtype, format, size, s_kv, form):
     from hgc_kernels.ops.apply_map_project import launch
 
     map, v, weight, bias, residual = _project_inputs(dtype, format, size, s_kv)
-    chosen = launch.heuristic(v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0])
+    chosen = launch.heuristic(
+        v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0]
+    )
     out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
     reference = project64(apply64(map, v), weight, bias, residual)
     eager = project_eager(apply_eager(map, v), weight, bias, residual)
@@ -123,13 +137,18 @@ def test_apply_map_project_operands(form, bias, residual):
     vector = bias_vector if bias else None
     out = launch.apply_map_project(map, v, weight, vector, added, replace(chosen, form=form))
     reference = project64(apply64(map, v), weight, vector, added)
-    assert_within_rule(out, reference, project_eager(apply_eager(map, v), weight, vector, added), v.dtype)
+    assert_within_rule(
+        out, reference, project_eager(apply_eager(map, v), weight, vector, added), v.dtype
+    )
 
 
 @pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed"])
 def test_views(view):
     """Strided inputs as diffusers makes them, one view for all operands."""
-    q, k, v = heads(2, 21, 3, 40, torch.float16, view), *(heads(2, 13, 3, 40, torch.float16, view) for _ in "kv")
+    q, k, v = (
+        heads(2, 21, 3, 40, torch.float16, view),
+        *(heads(2, 13, 3, 40, torch.float16, view) for _ in "kv"),
+    )
     map = hk.new_map(2, 21, 3, 13)
     with hk.use_backend("triton"):
         out = hk.attend_and_store(q, k, v, map, scale=0.3)
@@ -139,21 +158,31 @@ def test_views(view):
 
 
 def test_large_scores_do_not_overflow():
-    """The maximum is taken out before the powers: scores in the hundreds give a map of ones and zeros, not of NaN."""
+    """The maximum is taken out before the powers: scores in the hundreds give a map of ones and
+    zeros, not of NaN.
+    """
     q, k, v = (heads(1, 20, 2, 40, torch.float16) * 30 for _ in "qkv")
     for s_kv in (20, 300):
         keys, values = (x[:, :20].repeat(1, s_kv // 20, 1, 1) for x in (k, v))
         map = hk.new_map(1, 20, 2, s_kv)
         with hk.use_backend("triton"):
             out = hk.attend_and_store(q, keys, values, map)
-        reference, eager = attend64(q, keys, values, 40**-0.5)[0], attend_eager(q, keys, values, 40**-0.5)[0]
+        reference, eager = (
+            attend64(q, keys, values, 40**-0.5)[0],
+            attend_eager(q, keys, values, 40**-0.5)[0],
+        )
         assert_within_rule(out, reference, eager, torch.float16)
 
 
 @pytest.mark.parametrize("format", hk.FORMATS)
 def test_nan_is_not_lost(format):
-    """A NaN in a query is a NaN in its row of the map, and in what the map is applied to, in every format."""
-    q, k, v = heads(1, 18, 2, 40, torch.float16), *(heads(1, 13, 2, 40, torch.float16) for _ in "kv")
+    """A NaN in a query is a NaN in its row of the map, and in what the map is applied to, in every
+    format.
+    """
+    q, k, v = (
+        heads(1, 18, 2, 40, torch.float16),
+        *(heads(1, 13, 2, 40, torch.float16) for _ in "kv"),
+    )
     q[0, 3] = float("nan")
     map = hk.new_map(1, 18, 2, 13, format=format)
     weight = torch.randn(8, 80).half()
@@ -177,7 +206,15 @@ def test_e4m3_codec_is_torchs():
     assert decoded[127].isnan()
 
     middles = (values[:126] + values[1:127]) / 2
-    x = torch.cat([values[:127], middles, middles * 1.0001, middles * 0.9999, torch.tensor([float("nan"), 448.001])])
+    x = torch.cat(
+        [
+            values[:127],
+            middles,
+            middles * 1.0001,
+            middles * 0.9999,
+            torch.tensor([float("nan"), 448.001]),
+        ]
+    )
     x = torch.cat([x, torch.rand(4096 - len(x)) * 448])
     encoded = torch.empty(4096, dtype=torch.uint8)
     run_encode[(1,)](x, encoded, N=4096)
@@ -202,7 +239,9 @@ def test_form_follows_the_counts():
 
     def form(s_q, count, size):
         channels = count * size
-        return launch.heuristic(torch.float16, torch.float16, 2, s_q, 77, count, size, channels).form
+        return launch.heuristic(
+            torch.float16, torch.float16, 2, s_q, 77, count, size, channels
+        ).form
 
     assert form(64, 8, 160) == "two_stage"
     assert form(1024, 8, 80) == "folded"

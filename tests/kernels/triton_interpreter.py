@@ -1,8 +1,10 @@
-"""Repairs of Triton's CPU interpreter that the kernel tests need. Import before the first launch; no-ops where fixed.
+"""Repairs of Triton's CPU interpreter that the kernel tests need. Import before the first launch;
+no-ops where fixed.
 
-1. bf16 operands of `tl.dot` are multiplied as raw 16-bit integers (triton 3.6 to 3.8, issue 11584): widen them first.
-2. fp32 to bf16 truncates where a GPU rounds to nearest, ties to even.
-3. `range` over a run-time scalar fails with numpy >= 2.4 on triton 3.6: give interpreted scalars an `__index__`.
+1. bf16 operands of `tl.dot` are multiplied as raw 16-bit integers (triton 3.6 to 3.8, issue 11584):
+widen them first. 2. fp32 to bf16 truncates where a GPU rounds to nearest, ties to even. 3. `range`
+over a run-time scalar fails with numpy >= 2.4 on triton 3.6: give interpreted scalars an
+`__index__`.
 """
 
 import inspect

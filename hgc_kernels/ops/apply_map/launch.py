@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, next_power_of_two
+from hgc_kernels.launch_config import (
+    HeadTiles,
+    as_bytes,
+    dot_precision,
+    head_tiles,
+    next_power_of_two,
+)
 from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 
 # What decode_e4m3 leaves: 448 for the format, 2^-8 for reading its bytes as fp16.

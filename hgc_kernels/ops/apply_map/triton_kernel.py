@@ -11,7 +11,11 @@ def _finish(
     first = tl.load(v_ptr + columns * stride_vd, mask=columns < D, other=0.0).to(tl.float32)
     result = acc * unit + first_weight[:, None] * first[None, :]
     mask = (m[:, None] < rows_left) & (columns[None, :] < D)
-    tl.store(out_ptr + m[:, None] * (H * D) + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + m[:, None] * (H * D) + columns[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit

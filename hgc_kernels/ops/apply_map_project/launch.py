@@ -38,7 +38,14 @@ def _seconds(flops: int, moved: int) -> float:
 
 
 def estimate(
-    batch: int, s_q: int, s_kv: int, heads: int, size: int, channels: int, itemsize: int, format: str
+    batch: int,
+    s_q: int,
+    s_kv: int,
+    heads: int,
+    size: int,
+    channels: int,
+    itemsize: int,
+    format: str,
 ) -> dict[str, float]:
     """Seconds that each form should take, by counted operations and bytes of its two kernels."""
     padded_size = head_tiles(size).padded
@@ -97,7 +104,8 @@ def _main(
     apply_map_project_main_kernel[grid](
         as_bytes(left), right, out if bias is None else bias, out if residual is None else residual,
         out, unit, rows, inner, channels, left.stride(0), left.stride(1), *right.stride(),
-        0 if bias is None else bias.stride(0), *((0, 0, 0) if residual is None else residual.stride()),
+        0 if bias is None else bias.stride(0),
+        *((0, 0, 0) if residual is None else residual.stride()),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         IS_E4M3=left.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(right.dtype),
@@ -138,7 +146,10 @@ def apply_map_project(
         return out
     folded = v.new_empty((batch, heads * padded_s_kv, channels))
     grid = (
-        batch * heads * -(-padded_s_kv // config.fold_block_n) * -(-channels // config.fold_block_c),
+        batch
+        * heads
+        * -(-padded_s_kv // config.fold_block_n)
+        * -(-channels // config.fold_block_c),
     )
     apply_map_project_fold_kernel[grid](
         v, weight, folded, s_kv, heads, channels, *v.stride(), *weight.stride(),

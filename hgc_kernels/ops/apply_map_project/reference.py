@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from hgc_kernels.layout import with_fresh_strides
 from hgc_kernels.map_format import decode
 
 
@@ -15,4 +16,4 @@ def apply_map_project(
     probabilities = decode(map, v.shape[1]).transpose(1, 2)  # [B, H, S_q, S_kv]
     attended = torch.matmul(probabilities, v.transpose(1, 2).float()).to(v.dtype)
     out = torch.nn.functional.linear(attended.transpose(1, 2).flatten(2), weight, bias)
-    return (out if residual is None else out + residual).contiguous()
+    return with_fresh_strides(out if residual is None else out + residual)

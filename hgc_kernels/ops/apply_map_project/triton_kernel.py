@@ -48,7 +48,7 @@ def apply_map_project_fold_kernel(
     BLOCK_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The projection folded into the values: row h * S_KV_PAD + i is U_i W_h, U as in map_format."""
+    """The projection folded into the values: row h * S_KV_PAD + i is U_i W_h (map_format)."""
     pid = tl.program_id(0)
     c_blocks = tl.cdiv(C, BLOCK_C)
     n_blocks = tl.cdiv(S_KV_PAD, BLOCK_N)
@@ -61,7 +61,19 @@ def apply_map_project_fold_kernel(
 
     d = tl.arange(0, BLOCK_D)
     acc = _fold_part(
-        v_ptr, weight_ptr, i, c, d, S_kv, C, stride_vs, stride_vd, stride_wc, stride_wk, D, PRECISION
+        v_ptr,
+        weight_ptr,
+        i,
+        c,
+        d,
+        S_kv,
+        C,
+        stride_vs,
+        stride_vd,
+        stride_wc,
+        stride_wk,
+        D,
+        PRECISION,
     )
     if BLOCK_REST > 0:
         rest = BLOCK_D + tl.arange(0, BLOCK_REST)

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, next_power_of_two
+from hgc_kernels.launch_config import (
+    HeadTiles,
+    as_bytes,
+    dot_precision,
+    head_tiles,
+    next_power_of_two,
+)
 from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kernel
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from hgc_kernels.layout import with_fresh_strides
 from hgc_kernels.map_format import encode
 
 
@@ -16,4 +17,5 @@ def attend_and_store(
     scores = torch.matmul(q_heads, k_heads.transpose(-1, -2)).float() * scale  # [B, H, S_q, S_kv]
     probabilities = torch.softmax(scores, -1)
     encode(probabilities.transpose(1, 2), map)
-    return torch.matmul(probabilities.to(v.dtype), v_heads).transpose(1, 2).contiguous()
+    out = torch.matmul(probabilities.to(v.dtype), v_heads)
+    return with_fresh_strides(out.transpose(1, 2))

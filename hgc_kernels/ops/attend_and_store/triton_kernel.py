@@ -3,7 +3,6 @@ import triton.language as tl
 
 from hgc_kernels.map_codec import encode_e4m3
 
-
 # Offsets inside a tile are 32-bit, to spare registers; whatever can pass 2^31 elements is added to
 # the pointers once, in 64 bits.
 
@@ -125,8 +124,8 @@ def attend_and_store_kernel(
             v = _load_tile(v_ptr, n[:, None], rest[None, :], stride_vs, stride_vd, S_kv, D)
             acc_rest = tl.dot(p, v, input_precision=PRECISION)
     else:
-        # More keys than a tile holds: one pass for each row's maximum and sum, one for the rest. The
-        # map wants final probabilities, so an online softmax would have to visit it twice.
+        # More keys than a tile holds: one pass for each row's maximum and sum, one for the rest.
+        # The map wants final probabilities, so an online softmax would have to visit it twice.
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         step = tl.full((), BLOCK_N, tl.int64) * stride_ks

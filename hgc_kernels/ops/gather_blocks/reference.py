@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hgc_kernels.layout import gathered_format
+from hgc_kernels.layout import gathered_format, with_fresh_strides
 
 
 def gather_blocks(
@@ -18,4 +18,4 @@ def gather_blocks(
         residual = residual.index_select(0, rows) if residual is not None else None
     if residual is not None:
         skip = skip + scale * residual
-    return torch.cat([hidden, skip], 1).contiguous(memory_format=memory_format)
+    return with_fresh_strides(torch.cat([hidden, skip], 1), memory_format)

@@ -1,0 +1,303 @@
+"""Random calls: each either equals the reference or raises TypeError, ValueError or IndexError
+naming an argument.
+
+HGC_RANDOM_CALLS sets how many an op (150 by default; 2000 before a release). The sanitizer build
+runs this file too.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hgc_kernels as hk
+from hgc_kernels.map_format import MAP_DTYPES
+
+CALLS = int(os.environ.get("HGC_RANDOM_CALLS", "150"))
+random_calls = settings(
+    max_examples=CALLS,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+sizes = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33])
+small = st.sampled_from([0, 1, 2, 3])
+# One call in some is spoilt in one place, so that most others reach the kernels.
+spoils = st.sampled_from(
+    [None] * 6 + ["dtype", "shape", "device", "dims", "kind", "empty", "layout"]
+)
+layouts = st.sampled_from(
+    ["plain", "plain", "channels_last", "sliced", "transposed", "expanded", "offset"]
+)
+
+
+def tensor(shape, dtype, layout, seed):
+    """Random values of a shape in some memory layout."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = tuple(shape)
+    ndim = len(shape)
+    if layout == "channels_last" and ndim == 4:
+        permuted = torch.randn(shape[0], *shape[2:], shape[1], generator=generator)
+        return permuted.to(dtype).movedim(-1, 1)
+    if layout == "sliced" and ndim:
+        return torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator).to(dtype)[..., 1::2]
+    if layout == "transposed" and ndim > 1:
+        return (
+            torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator)
+            .to(dtype)
+            .transpose(-1, -2)
+        )
+    if layout == "expanded" and ndim:
+        return torch.randn(1, *shape[1:], generator=generator).to(dtype).expand(shape)
+    if layout == "offset":  # an address that is no multiple of 16
+        count = int(torch.Size(shape).numel())
+        return torch.randn(count + 1, generator=generator).to(dtype)[1:].view(shape)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def spoil(x, how):
+    if how == "dtype":
+        return x.to(torch.float64)
+    if how == "shape":
+        return torch.cat([x, x[:1]]) if x.ndim and x.shape[0] else torch.ones(2, 3)
+    if how == "device":
+        return x.to("meta")
+    if how == "dims":
+        return x.unsqueeze(0)
+    if how == "kind":
+        return x.tolist()
+    if how == "empty":
+        return x[:0] if x.ndim else x
+    if how == "layout":
+        return x.to_sparse() if x.dtype == torch.float32 else x
+    return x
+
+
+def check(op, arguments, names, run_reference, mutated=None):
+    """Run the op; compare with the reference, or read the error."""
+    before = arguments[mutated].clone() if mutated else None
+    try:
+        out = getattr(hk, op)(**arguments)
+    except (TypeError, ValueError, IndexError) as error:
+        assert re.match(rf"({'|'.join(names)}): ", str(error)), f"no argument is named in {error!r}"
+        return
+    if mutated:
+        out = arguments[mutated].clone() if out is None else out
+        arguments[mutated].copy_(before)
+    expected = run_reference(arguments)
+    assert (
+        out.shape == expected.shape
+        and out.dtype == expected.dtype
+        and out.stride() == expected.stride()
+    )
+    if op in ("gather_blocks", "scatter_rows"):
+        assert torch.equal(out.float(), expected.float())
+    elif out.numel():
+        # Two orders of summation over at most 33 unit-scale terms, or one rounding of the dtype.
+        step = torch.finfo(out.dtype).eps * 8 * float(expected.abs().max().clamp(min=1))
+        assert float((out.float() - expected.float()).abs().max()) <= step
+
+
+@random_calls
+@given(
+    small, small, sizes, sizes, sizes, sizes, st.sampled_from(FLOATS),
+    st.tuples(layouts, layouts, layouts),
+    st.booleans(), st.lists(st.integers(-1, 3), min_size=0, max_size=3), st.booleans(),
+    st.sampled_from([1.0, 0.0, 0.7, -2.5]), spoils, st.integers(0, 3), st.integers(0, 2**31),
+)  # fmt: skip
+def test_gather_blocks(
+    batch,
+    samples,
+    c_h,
+    c_s,
+    height,
+    width,
+    dtype,
+    layout,
+    use_residual,
+    rows,
+    use_rows,
+    scale,
+    how,
+    which,
+    seed,
+):
+    arguments = {
+        "hidden": tensor((batch, c_h, height, width), dtype, layout[0], seed),
+        "skip": tensor(
+            (samples if use_rows else batch, c_s, height, width), dtype, layout[1], seed + 1
+        ),
+    }
+    if use_residual:
+        arguments["residual"] = tensor(arguments["skip"].shape, dtype, layout[2], seed + 2)
+    if use_rows:
+        length = batch if which else len(rows)
+        arguments["rows"] = torch.tensor(
+            (rows * 3)[:length] + [0] * max(0, length - 3 * len(rows)), dtype=torch.int64
+        )
+    names = list(arguments)
+    target = names[which % len(names)]
+    arguments[target] = spoil(arguments[target], how)
+    from hgc_kernels.ops.gather_blocks.reference import gather_blocks as reference
+
+    def run_reference(a):
+        return reference(a["hidden"], a["skip"], a.get("residual"), a.get("rows"), scale)
+
+    if all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in arguments.values()):
+        check("gather_blocks", {**arguments, "scale": scale}, names, run_reference)
+    else:
+        with pytest.raises((TypeError, ValueError), match=rf"({'|'.join(names)}): "):
+            hk.gather_blocks(**arguments, scale=scale)
+
+
+@random_calls
+@given(
+    st.lists(sizes, min_size=0, max_size=3), st.integers(0, 4),
+    st.lists(st.integers(-1, 4), max_size=4),
+    st.sampled_from(MAP_DTYPES), layouts, layouts, spoils, st.integers(0, 2), st.integers(0, 2**31),
+)  # fmt: skip
+def test_scatter_rows(rest, samples, rows, dtype, cache_layout, fresh_layout, how, which, seed):
+    arguments = {
+        "cache": tensor((samples, *rest), dtype, cache_layout, seed),
+        "fresh": tensor((len(rows), *rest), dtype, fresh_layout, seed + 1),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+    }
+    names = list(arguments)
+    arguments[names[which]] = spoil(arguments[names[which]], how)
+    from hgc_kernels.ops.scatter_rows.reference import scatter_rows as reference
+
+    def run_reference(a):
+        cache = a["cache"].clone()
+        reference(cache, a["fresh"], a["rows"])
+        return cache
+
+    if not all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in arguments.values()):
+        with pytest.raises((TypeError, ValueError), match=rf"({'|'.join(names)}): "):
+            hk.scatter_rows(**arguments)
+    elif arguments["cache"].layout != torch.strided:
+        with pytest.raises(TypeError, match="cache: "):
+            hk.scatter_rows(**arguments)
+    else:
+        check("scatter_rows", arguments, names, run_reference, mutated="cache")
+
+
+def map_of(batch, s_q, count, s_kv, format, seed):
+    from hgc_kernels.map_format import encode
+
+    map = hk.new_map(batch, s_q, count, s_kv, format=format)
+    scores = torch.randn(batch, s_q, count, s_kv, generator=torch.Generator().manual_seed(seed))
+    encode(torch.softmax(scores, -1), map)
+    return map
+
+
+attention = (
+    small, sizes, st.integers(1, 3), sizes, sizes, st.sampled_from(FLOATS),
+    st.sampled_from(list(hk.FORMATS)),
+    layouts, spoils, st.integers(0, 4), st.integers(0, 2**31),
+)  # fmt: skip
+
+
+@random_calls
+@given(*attention)
+def test_apply_map(batch, s_q, count, s_kv, size, dtype, format, layout, how, which, seed):
+    arguments = {
+        "map": map_of(batch, s_q, count, s_kv, format, seed),
+        "v": tensor((batch, s_kv, count, size), dtype, layout, seed + 1),
+    }
+    names = list(arguments)
+    arguments[names[which % 2]] = spoil(arguments[names[which % 2]], how)
+    from hgc_kernels.ops.apply_map.reference import apply_map as reference
+
+    check("apply_map", arguments, names, lambda a: reference(a["map"], a["v"]))
+
+
+@random_calls
+@given(*attention)
+def test_attend_and_store(batch, s_q, count, s_kv, size, dtype, format, layout, how, which, seed):
+    arguments = {
+        "q": tensor((batch, s_q, count, size), dtype, layout, seed),
+        "k": tensor((batch, s_kv, count, size), dtype, layout, seed + 1),
+        "v": tensor((batch, s_kv, count, size), dtype, "plain", seed + 2),
+        "map": hk.new_map(batch, s_q, count, s_kv, format=format),
+    }
+    names = list(arguments)
+    arguments[names[which % 4]] = spoil(arguments[names[which % 4]], how)
+
+    def run_reference(a):
+        from kernel_checks import attend64
+
+        return attend64(a["q"], a["k"], a["v"], size**-0.5)[0].to(dtype)
+
+    before = arguments["map"]
+    try:
+        out = hk.attend_and_store(**arguments)
+    except (TypeError, ValueError) as error:
+        assert re.match(rf"({'|'.join(names)}): ", str(error)), f"no argument is named in {error!r}"
+        return
+    expected = run_reference(arguments)
+    assert out.shape == expected.shape and out.dtype == expected.dtype and out.is_contiguous()
+    if out.numel():
+        # Scores of up to 33 products are rounded to the dtype once in the reference of the op.
+        step = torch.finfo(out.dtype).eps * 64 * float(expected.abs().max().clamp(min=1))
+        assert float((out.float() - expected.float()).abs().max()) <= step
+        assert torch.isfinite(before.float()).all()
+
+
+@random_calls
+@given(*attention)
+def test_apply_map_project(batch, s_q, count, s_kv, size, dtype, format, layout, how, which, seed):
+    channels = 1 + seed % 19
+    arguments = {
+        "map": map_of(batch, s_q, count, s_kv, format, seed),
+        "v": tensor((batch, s_kv, count, size), dtype, layout, seed + 1),
+        "weight": tensor(
+            (channels, count * size), dtype, "transposed" if seed % 2 else "plain", seed + 2
+        ),
+        "bias": tensor((channels,), dtype, "sliced" if seed % 3 else "plain", seed + 3),
+        "residual": tensor(
+            (batch, s_q, channels),
+            dtype,
+            layout if layout != "channels_last" else "plain",
+            seed + 4,
+        ),
+    }
+    if seed % 5 == 0:
+        del arguments["bias"]
+    if seed % 7 == 0:
+        del arguments["residual"]
+    names = ["map", "v", "weight", "bias", "residual"]
+    target = list(arguments)[which % len(arguments)]
+    arguments[target] = spoil(arguments[target], how)
+    from hgc_kernels.ops.apply_map_project.reference import apply_map_project as reference
+
+    def run_reference(a):
+        return reference(a["map"], a["v"], a["weight"], a.get("bias"), a.get("residual"))
+
+    check("apply_map_project", arguments, names, run_reference)
+
+
+@pytest.mark.parametrize(
+    "op", ["gather_blocks", "apply_map", "attend_and_store", "apply_map_project", "scatter_rows"]
+)
+def test_nothing_at_all(op):
+    with pytest.raises(TypeError):
+        getattr(hk, op)()
+
+
+def test_numbers_must_be_numbers():
+    x = torch.zeros(1, 2, 3, 3)
+    for scale in ("1", None, [1.0], True, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="scale: "):
+            hk.gather_blocks(x, x, x, scale=scale)
+    for s_kv, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="s_kv: "):
+            hk.map_probabilities(hk.new_map(1, 1, 1, 1), s_kv)
+    for bad in ({"format": "int8"}, {"batch": -1}, {"s_kv": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            hk.new_map(**{"batch": 1, "s_q": 1, "heads": 1, "s_kv": 1, **bad})
