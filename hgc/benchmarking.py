@@ -50,7 +50,8 @@ def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype, seed
     Weights of rank 2 and more are normal with the variance that keeps activations in range; they
     repeat after a million values. Norms are the identity, biases are 0.
     """
-    model = model.to(dtype).to_empty(device=device)
+    # not the diffusers override, which warns of modules that checkpoints keep in float32
+    model = torch.nn.Module.to(model, dtype=dtype).to_empty(device=device)
     pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     offset = 0
     with torch.no_grad():

@@ -1,0 +1,155 @@
+"""The commands and their options. What they do stands in a module each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hgc.cli.console import reports_errors
+
+app = typer.Typer(
+    help="Hybrid-grained cache for diffusers ControlNet pipelines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_Conditions = Annotated[
+    str, typer.Option(help="'all', or names with commas between: segmentation,canny,softedge,depth")
+]
+_ControlNet = Annotated[
+    list[Path] | None,
+    typer.Option("--controlnet", help="Folder of a ControlNet; may be given several times"),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import hgc
+
+        typer.echo(f"hgc {hgc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version"),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@reports_errors
+def plan(
+    model: Annotated[
+        str, typer.Option(help="sd15, sdxl, testbed, or a pipeline's or UNet's folder")
+    ] = "sd15",
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="A preset or a JSON file; none: compare all presets"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Evaluations; default: what the plan is meant for")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels: H or HxW; default: the model's")] = None,
+    guidance: Annotated[bool, typer.Option(help="Classifier-free guidance")] = True,
+    draw_all: Annotated[
+        bool, typer.Option("--all", help="Draw every preset's plan below the comparison")
+    ] = False,
+    controlnet: _ControlNet = None,
+) -> None:
+    """What is computed and what is reused, and the MACs of it. Needs no weights."""
+    from hgc.cli.plan import run
+
+    run(model, controlnet or [], config, steps, size, guidance, draw_all)
+
+
+@app.command()
+@reports_errors
+def info() -> None:
+    """Versions, and the backend of each op with the reason for it."""
+    from hgc.cli.info import run
+
+    run()
+
+
+@app.command()
+@reports_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="The picture to write")] = Path("hgc-demo.png"),
+    conditions: _Conditions = "all",
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes a condition")] = 4,
+    presets: Annotated[
+        str, typer.Option(help="Presets or JSON files, with commas between")
+    ] = "exact,paper,balanced,fast,turbo",
+    seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
+    show: Annotated[int, typer.Option(min=1, help="Scenes of a condition in the picture")] = 2,
+) -> None:
+    """The shipped model with and without the cache: a table, and the pictures side by side."""
+    from hgc.cli.demo import run
+
+    run(out, conditions, scenes, presets, seed, steps, show)
+
+
+@app.command("eval")
+@reports_errors
+def evaluate(
+    conditions: _Conditions = "all",
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes a condition")] = 64,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="With commas between: presets, fewer-steps, a preset, 6-steps, a plan.json"
+        ),
+    ] = "presets,fewer-steps",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder of the record and the tables")] = Path(
+        "hgc-eval"
+    ),
+    start: Annotated[int, typer.Option(min=0, help="First of the held-out scenes")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a pipeline call")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="At most 8 scenes a condition: a first look")
+    ] = False,
+) -> None:
+    """Fidelity and distance over many held-out scenes. Goes on where it was interrupted."""
+    from hgc.cli.evaluate import run
+
+    run(conditions, scenes, rows, steps, out, start, seed, batch, device, quick)
+
+
+@app.command()
+@reports_errors
+def bench(
+    model: Annotated[
+        str, typer.Option(help="sd15 or sdxl (random weights), testbed, or a pipeline's folder")
+    ] = "sd15",
+    controlnet: _ControlNet = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    size: Annotated[str | None, typer.Option(help="Pixels: H or HxW; default: the model's")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
+    presets: Annotated[
+        str, typer.Option(help="Presets or JSON files, with commas between")
+    ] = "paper,fast",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds")] = 5,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's own")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every sample to this file")
+    ] = None,
+) -> None:
+    """Time a pipeline with and without hgc, interleaved, and compare with what its MACs promise."""
+    from hgc.cli.bench import run
+
+    run(model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file)

@@ -1,0 +1,67 @@
+"""``hgc info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+from rich.table import Table
+from rich.text import Text
+
+from hgc.cli.console import console
+
+__all__ = ["run"]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run() -> None:
+    """Print versions, the state of diffusers' sources, and the ops with their backends."""
+    import torch
+
+    import hgc
+    import hgc_kernels
+    from hgc.structure import known_sources
+
+    out = console()
+    versions = Table(title="versions", title_justify="left", show_header=False)
+    versions.add_row("hgc", hgc.__version__)
+    versions.add_row("python", platform.python_version())
+    versions.add_row("platform", f"{platform.system()} {platform.release()} {platform.machine()}")
+    versions.add_row("torch", torch.__version__)
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions.add_row("GPUs", ", ".join(devices) or "none")
+    for name in ("diffusers", "transformers", "triton"):
+        versions.add_row(name, _version(name))
+    out.print(versions)
+    if known_sources():
+        out.print("diffusers: its forwards are ones hgc was tested with")
+    else:
+        out.print(
+            "diffusers: its forwards are not ones hgc was tested with, so every evaluation is "
+            "computed in full",
+            style="yellow",
+        )
+
+    ops = Table(title="ops", title_justify="left")
+    for head in ("op", "device", "backend", "why"):
+        ops.add_column(head)
+    for name, chosen in hgc_kernels.backends().items():
+        for device, (backend, why) in chosen.items():
+            ops.add_row(name, device, backend, Text(why))
+    out.print(ops)
+
+    build = hgc_kernels.build_info()
+    built = Table(title="build", title_justify="left", show_header=False)
+    for device, state in build["libraries"].items():
+        built.add_row(f"{device} library", Text(str(state)))
+    for name, value in build["native"].items():
+        built.add_row(str(name), Text(str(value)))
+    for name, why in build["left_out"].items():
+        built.add_row(f"left out: {name}", Text(str(why)))
+    out.print(built)

@@ -1,0 +1,209 @@
+"""``hgc plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hgc.cli.console import as_usage, console, parse_size, tera
+from hgc.config import Config, ConfigError, StepPlan
+from hgc.presets import PRESETS
+
+if TYPE_CHECKING:
+    from hgc.evaluation.models import ModelShapes
+    from hgc.macs import MacCount
+
+__all__ = ["run"]
+
+_COLOURS = {
+    "compute": "green", "full": "green", "both": "green", "needed": "green",
+    "reuse": "cyan", "off": "bright_black", "-": "bright_black",
+}  # fmt: skip
+_HEIGHTS = "▁▂▃▄▅▆▇"
+_UNCACHED_STEPS = 20
+
+
+def run(
+    model: str,
+    controlnet: Sequence[Path],
+    config: str | None,
+    steps: int | None,
+    size: str | None,
+    guidance: bool,
+    draw_all: bool,
+) -> None:
+    """Print the plan of ``config``, or compare all presets."""
+    height, width = parse_size(size)
+    chosen = None if config is None else _read(config)
+
+    from hgc.evaluation.models import load_shapes
+
+    out = console()
+    with as_usage(FileNotFoundError):
+        shapes = load_shapes(model, controlnet)
+    counts = {}
+    for one in [chosen] if chosen is not None else PRESETS.values():
+        with out.status(f"counting {one.name}"):
+            counts[one.name] = _count(shapes, one, steps, height, width, guidance)
+    where = _where(shapes, height, width, guidance)
+    first = next(iter(counts.values()))
+    reference = steps or _UNCACHED_STEPS
+    if chosen is None:
+        _compare(out, counts, where, reference)
+    for count in counts.values():
+        if chosen is not None or draw_all:
+            if chosen is None:
+                out.print()
+            _draw(out, count, where, first, reference)
+
+
+def _read(config: str) -> Config:
+    if config.endswith(".json"):
+        try:
+            return Config.of(config)
+        except OSError as error:
+            raise ConfigError(f"cannot read {config}: {error.strerror}") from None
+    return Config.preset(config)
+
+
+def _count(
+    shapes: ModelShapes,
+    config: Config,
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    guidance: bool,
+) -> MacCount:
+    import hgc
+
+    with as_usage(ValueError, TypeError):
+        return hgc.count_macs(
+            shapes.unet,
+            list(shapes.controlnets),
+            config,
+            num_evaluations=steps,
+            height=height,
+            width=width,
+            guidance=guidance,
+        )
+
+
+def _where(shapes: ModelShapes, height: int | None, width: int | None, guidance: bool) -> str:
+    height = shapes.size if height is None else height
+    width = height if width is None else width
+    nets = len(shapes.controlnets)
+    return (
+        f"{shapes.name}, {nets} ControlNet{'s' * (nets != 1)}, {height} x {width}, "
+        f"{'with' if guidance else 'no'} classifier-free guidance"
+    )
+
+
+def _compare(out: Console, counts: dict[str, MacCount], where: str, reference: int) -> None:
+    full = next(iter(counts.values())).full_evaluation * reference
+    out.print(f"MACs of one picture: {where}", style="bold")
+    table = Table()
+    table.add_column("plan")
+    for head in ("steps", "paper's convention", "share", "all MACs", "share"):
+        table.add_column(head, justify="right")
+    table.add_row(
+        f"uncached, {reference} steps",
+        str(reference), tera(full.paper), "100.0%", tera(full.total), "100.0%",
+    )  # fmt: skip
+    for name, count in counts.items():
+        table.add_row(
+            name,
+            str(count.num_evaluations),
+            tera(count.paper),
+            f"{count.paper / full.paper:.1%}",
+            tera(count.total),
+            f"{count.total / full.total:.1%}",
+        )
+    out.print(table)
+    out.print(
+        f"Share: of the uncached {reference}-step run. The paper's convention leaves out the two "
+        "matmuls of attention.",
+        style="bright_black",
+    )
+
+
+def _glyph(step: StepPlan, layers: int) -> tuple[str, str]:
+    if step.is_key:
+        return "█", "green"
+    depth = int(step.depth)
+    if depth == 0:
+        return "·", "bright_black"
+    return _HEIGHTS[min(len(_HEIGHTS) * depth // (layers + 1), len(_HEIGHTS) - 1)], "cyan"
+
+
+def _bars(count: MacCount, layers: int) -> Text:
+    marks = {"compute": "●", "both": "●", "reuse": "○", "off": "·", "-": "·"}
+    text = Text()
+    for name in ("depth", "control", "attention", "guidance"):
+        text.append(f"{name:<10}", style="bold")
+        for step in count.plan:
+            if name == "depth":
+                text.append(*_glyph(step, layers))
+            else:
+                value = _cell(step, name)
+                text.append(marks[value], style=_COLOURS[value])
+        text.append("\n")
+    text.append("█ everything  ▁..▇ that many of the decoder's layers  ", style="bright_black")
+    text.append("● computed  ○ reused  · not run", style="bright_black")
+    return text
+
+
+def _cell(step: StepPlan, name: str) -> str:
+    if step.depth == 0:
+        return "-"
+    if name == "encoder" and step.is_key:
+        return "full"
+    return str(getattr(step, name))
+
+
+def _forecast(step: StepPlan) -> str:
+    parts = []
+    for label, values in (("", step.forecast), ("guidance ", step.guidance_forecast)):
+        if values != (1.0,):
+            parts.append(label + ", ".join(f"{v:+.3g}" for v in values))
+    return "; ".join(parts) or "-"
+
+
+def _draw(out: Console, count: MacCount, where: str, first: MacCount, reference: int) -> None:
+    layers = max((int(s.depth) for s in count.plan if not s.is_key), default=0)
+    out.print(f"{count.config}: {count.num_evaluations} steps, {where}", style="bold")
+    out.print(_bars(count, max(layers, 11)))
+    table = Table()
+    heads = ("", "control", "depth", "encoder", "attention", "guidance", "forecast")
+    for head in heads:
+        table.add_column(head, justify="right" if head in ("", "depth") else "left")
+    for head in ("GMACs, paper's", "all", "of a full one"):
+        table.add_column(head, justify="right")
+    one = count.full_evaluation
+    for i, (step, done) in enumerate(zip(count.plan, count.evaluations, strict=True)):
+        cells = [Text(str(i), style="bright_black")]
+        for name in ("control", "depth", "encoder", "attention", "guidance"):
+            value = str(step.depth) if name == "depth" else _cell(step, name)
+            cells.append(Text(value, style=_COLOURS.get(value, "cyan")))
+        cells.append(Text(_forecast(step)))
+        cells += [
+            Text(f"{done.paper / 1e9:.2f}"),
+            Text(f"{done.total / 1e9:.2f}"),
+            Text(f"{done.total / one.total:.1%}"),
+        ]
+        table.add_row(*cells)
+    out.print(table)
+    out.print(
+        f"{count.config}: {tera(count.paper)} in the paper's convention, "
+        f"{tera(count.total)} with the attention matmuls"
+    )
+    for steps in dict.fromkeys((reference, count.num_evaluations)):
+        full = first.full_evaluation * steps
+        out.print(
+            f"uncached, {steps} steps: {tera(full.paper)} and {tera(full.total)}; this plan is "
+            f"{count.paper / full.paper:.1%} and {count.total / full.total:.1%} of them"
+        )

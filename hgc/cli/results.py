@@ -1,0 +1,79 @@
+"""Rows of an evaluation, printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hgc.cli.console import CliError, split
+
+if TYPE_CHECKING:
+    from hgc.evaluation import Row, Settings
+
+__all__ = ["about", "chosen_conditions", "heading", "print_rows"]
+
+
+def chosen_conditions(text: str) -> list[str]:
+    """The conditions named in ``text``."""
+    from hgc.testbed import CONDITIONS
+
+    names = split(text)
+    if names == ["all"]:
+        return list(CONDITIONS)
+    for name in names:
+        if name not in CONDITIONS:
+            raise CliError(f"no condition named {name!r}; conditions: all, {', '.join(CONDITIONS)}")
+    if not names:
+        raise CliError(f"no condition given; conditions: all, {', '.join(CONDITIONS)}")
+    return list(dict.fromkeys(names))
+
+
+def about(settings: Settings) -> dict[str, Any]:
+    """What rows were measured with, for files."""
+    import dataclasses
+
+    from hgc.benchmarking import about_device
+    from hgc.testbed import GUIDANCE_SCALE
+
+    return {
+        **about_device(settings.device),
+        **dataclasses.asdict(settings),
+        "guidance_scale": GUIDANCE_SCALE,
+    }
+
+
+def heading(settings: Settings) -> str:
+    """The same in a sentence."""
+    said = about(settings)
+    return (
+        f"Testbed, UniPC, guidance {said['guidance_scale']}, uncached run of {settings.steps} "
+        f"steps, batches of {min(settings.batch, settings.scenes)}; {said['device_name']}, "
+        f"{said['threads']} threads, torch {said['torch']}, diffusers {said['diffusers']}, "
+        f"hgc {said['hgc']}."
+    )
+
+
+def print_rows(
+    out: Console, rows: Sequence[Row], settings: Settings, *, statistics: bool = True
+) -> None:
+    """One table a condition; ``statistics``: with the columns that take many scenes."""
+    from hgc.evaluation.tables import COLUMNS, caption, units
+
+    columns = [column for column in COLUMNS if statistics or not column.statistics]
+    out.print(heading(settings))
+    for condition in dict.fromkeys(row.condition for row in rows):
+        part = [row for row in rows if row.condition == condition]
+        out.print()
+        out.print(caption(part[0]), style="bold")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in columns:
+            table.add_column(column.head, justify="left" if column.left else "right")
+        for row in part:
+            style = "bold" if row.name == "uncached" else None if row.cached else "bright_black"
+            table.add_row(*(column.cell(row) for column in columns), style=style)
+        out.print(table)
+    out.print(units(), style="bright_black")

@@ -1,0 +1,295 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import models
+import pytest
+from typer.testing import CliRunner
+
+import hgc
+import hgc_kernels
+from hgc.cli.app import app
+from hgc.config import Config, StepPlan
+from hgc.presets import PRESETS
+
+runner = CliRunner()
+_EXTRA = ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a tiny pipeline with a ControlNet."""
+    folder = tmp_path_factory.mktemp("tiny")
+    models.sd15_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def extra():
+    for name in _EXTRA:
+        pytest.importorskip(name)
+
+
+def run(*arguments, code=0) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def refused(*arguments) -> str:
+    """What a wrong use is answered with: one line, exit code 2."""
+    output = run(*arguments, code=2).strip()
+    assert output.startswith("hgc: ") and "\n" not in output and "Traceback" not in output
+    return output
+
+
+def test_version():
+    assert run("--version").strip() == f"hgc {hgc.__version__}"
+
+
+def test_help_names_the_commands():
+    output = run("--help")
+    for name in ("plan", "info", "demo", "eval", "bench"):
+        assert re.search(rf"^\s*{name}\b", output, re.MULTILINE)
+
+
+def test_a_wrong_use_ends_the_process_with_code_2_and_one_line():
+    code = "from hgc.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "-c", "papre"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("hgc: no preset named 'papre'")
+    for name in PRESETS:
+        assert name in done.stderr
+
+
+# plan
+
+
+def test_plan_of_sd15_compares_the_presets():
+    lines = run("plan", "--model", "sd15").splitlines()
+    table = [re.findall(r"[^│┃]+", line) for line in lines if line.startswith("│")]
+    rows = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in table}
+    assert next(iter(rows)) == "uncached, 20 steps"
+    assert rows["uncached, 20 steps"] == ["20", "18.20T", "100.0%", "21.73T", "100.0%"]
+    assert list(rows)[1:] == list(PRESETS)
+    for name, limit in (("paper", 6.70), ("balanced", 5.6), ("fast", 4.6), ("turbo", 4.0)):
+        steps, paper, share, total, _ = rows[name]
+        assert int(steps) == PRESETS[name].num_evaluations
+        assert float(paper[:-1]) <= limit < float(total[:-1]) * 1.5
+        assert float(share[:-1]) == pytest.approx(100 * float(paper[:-1]) / 18.20, abs=0.1)
+
+
+def test_plan_of_a_folder_is_drawn_a_row_an_evaluation(tiny):
+    output = run("plan", "--model", tiny, "-c", "turbo", "--size", "32x48", "--no-guidance")
+    assert "1 ControlNet, 32 x 48, no classifier-free guidance" in output
+    assert re.search(r"^depth +█▁?.*█$", output, re.MULTILINE)
+    rows = [line for line in output.splitlines() if re.match(r"│ +\d+ │", line)]
+    expected = hgc.plan("turbo", 10)
+    assert len(rows) == 10
+    count = hgc.count_macs(
+        models.sd15_unet(), models.sd15_controlnet(), "turbo", height=32, width=48, guidance=False
+    )
+    for row, step, macs in zip(rows, expected, count.evaluations, strict=True):
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[1] == step.control and cells[2] == str(step.depth)
+        assert cells[5] == step.guidance
+        assert cells[-2] == f"{macs.total / 1e9:.2f}"
+
+
+def test_plan_with_all_draws_every_preset(tiny):
+    output = run("plan", "--model", tiny, "--all", "--steps", "2")
+    assert "uncached, 2 steps" in output
+    for name in PRESETS:
+        assert f"{name}: 2 steps" in output
+
+
+def test_plan_reads_a_file_and_a_controlnet_folder(tiny, tmp_path):
+    path = tmp_path / "mine.json"
+    shallow = StepPlan(control="reuse", depth=3, guidance="off", forecast=(1.5, -0.5))
+    Config(name="mine", num_evaluations=2, steps=(StepPlan(), shallow)).to_json(path)
+    output = run(
+        "plan", "--model", tiny / "unet", "--controlnet", tiny / "controlnet",
+        "--controlnet", tiny / "controlnet", "-c", path,
+    )  # fmt: skip
+    assert "mine: 2 steps" in output and "2 ControlNets" in output and "+1.5, -0.5" in output
+
+
+def test_plan_of_sdxl_needs_no_weights():
+    output = run("plan", "--model", "sdxl", "-c", "exact", "--steps", "1")
+    assert "sdxl, 1 ControlNet, 1024 x 1024" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "papre"], "Did you mean 'paper'"),
+        (["--model", "sd51"], "no model named 'sd51'"),
+        (["--size", "big"], "--size must be pixels"),
+        (["-c", "nowhere.json"], "cannot read nowhere.json"),
+        (["--model", "{tiny}/vae"], "AutoencoderKL"),
+        (["--model", "{tiny}/.."], "neither unet/config.json"),
+        (["--model", "{tiny}", "--size", "33"], "multiple of 2"),
+        (["--model", "{tiny}", "--controlnet", "{tiny}"], "no config.json"),
+    ],
+)
+def test_plan_says_what_is_wrong(tiny, arguments, message):
+    assert message in refused("plan", *(a.format(tiny=tiny) for a in arguments))
+
+
+# info
+
+
+def test_info_lists_versions_and_every_op_with_its_backend():
+    output = run("info")
+    import diffusers
+    import torch
+
+    for text in (hgc.__version__, torch.__version__, diffusers.__version__, "tested with"):
+        assert text in output
+    for op, devices in hgc_kernels.backends().items():
+        for device, (backend, why) in devices.items():
+            line = next(
+                line for line in output.splitlines()
+                if re.match(rf"│ {op} +│ {device} ", line)
+            )  # fmt: skip
+            assert backend in line and why in line
+
+
+def test_info_warns_where_diffusers_is_not_known(monkeypatch):
+    monkeypatch.setattr("hgc.structure.source_fingerprint", lambda: "0")
+    assert "not ones hgc was tested with" in run("info")
+
+
+# demo
+
+
+def test_demo_prints_the_table_and_writes_the_grid(extra, tmp_path):
+    out = tmp_path / "grid.png"
+    output = run(
+        "demo", "--out", out, "--scenes", 1, "--steps", 4, "--presets", "exact,turbo",
+        "--conditions", "segmentation",
+    )  # fmt: skip
+    from PIL import Image
+
+    assert "segmentation (mean IoU), 1 held-out scenes" in output
+    for name in ("uncached", "exact", "turbo"):
+        assert re.search(rf"^ {name} ", output, re.MULTILINE)
+    # condition, uncached, turbo and its difference: exact is equal bit for bit and not shown
+    assert Image.open(out).width == pytest.approx(4 * 64 * 4, rel=0.1)
+    assert out.name in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--presets", "trubo"], "Did you mean 'turbo'"),
+        (["--conditions", "cany"], "no condition named 'cany'"),
+        (["--out", "{tmp}/none/grid.png"], "cannot write to"),
+    ],
+)
+def test_demo_says_what_is_wrong(extra, tmp_path, arguments, message):
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if "--out" not in arguments:
+        arguments += ["--out", str(tmp_path / "grid.png")]
+    assert message in refused("demo", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "eval"])
+def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    output = refused(command, "--out", tmp_path / "out")
+    assert "scikit-image" in output and 'pip install "hybrid-grained-cache[demo]"' in output
+
+
+# eval
+
+
+def test_eval_writes_its_tables_and_goes_on_from_its_record(extra, tmp_path):
+    path = tmp_path / "mine.json"
+    shallow = StepPlan(control="reuse", depth=1, guidance="reuse")
+    Config(name="mine", num_evaluations=3, steps=(StepPlan(), shallow, StepPlan())).to_json(path)
+    arguments = [
+        "eval", "--conditions", "canny", "--scenes", 3, "--batch", 2, "--steps", 3,
+        "--rows", f"{path},2-steps", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    output = run(*arguments)
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {
+        "measured.jsonl", "pareto.png", "table.csv", "table.json", "table.md",
+    }  # fmt: skip
+    first = json.loads((out / "table.json").read_text())
+    assert [row["name"] for row in first["rows"]] == ["uncached", "mine", "2 steps"]
+    assert first["about"]["scenes"] == 3 and first["about"]["torch"]
+    assert "| mine | 3 |" in (out / "table.md").read_text()
+    assert "2 steps" in output
+
+    # as if it had been interrupted after the fourth of six
+    lines = (out / "measured.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    (out / "measured.jsonl").write_text("".join(lines[:4]))
+    run(*arguments)
+    again = json.loads((out / "table.json").read_text())
+    for old, new in zip(first["rows"], again["rows"], strict=True):
+        for field in set(old) - {"seconds", "speedup"}:
+            assert old[field] == new[field]
+    resumed = (out / "measured.jsonl").read_text().splitlines(keepends=True)
+    assert resumed[:4] == lines[:4] and len(resumed) == 6
+
+
+def test_eval_says_what_is_wrong(extra, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write to" in refused("eval", "--out", tmp_path / "file" / "out")
+    assert "Did you mean 'paper'" in refused(
+        "eval", "--rows", "papre", "--out", tmp_path / "out", "--quick"
+    )
+    assert "--device must be cpu or cuda" in refused(
+        "eval", "--device", "tpu", "--out", tmp_path / "out"
+    )
+
+
+# bench
+
+
+def test_bench_of_a_folder(tiny, tmp_path):
+    path = tmp_path / "bench.json"
+    output = run(
+        "bench", "--model", tiny, "--size", 32, "--steps", 4, "--repeats", 1,
+        "--presets", "exact,turbo", "--json", path,
+    )  # fmt: skip
+    data = json.loads(path.read_text())
+    assert [(row["name"], row["steps"]) for row in data["rows"]] == [
+        ("uncached", 4), ("uncached", 2), ("exact", 4), ("turbo", 2),
+    ]  # fmt: skip
+    assert data["about"]["repeats"] == 1 and data["about"]["height"] == 32
+    turbo = data["rows"][3]
+    assert turbo["against"]["steps"] == 4 and turbo["against_equal"]["steps"] == 2
+    for text in ("promised", "arrived", "uncached, 4 steps", "uncached, 2 steps", "[p20, p80]"):
+        assert text in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--presets", "papre"], "Did you mean 'paper'"),
+        (["--model", "sd51"], "no model named 'sd51'"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32, fp16, bf16"),
+        (["--presets", ","], "names nothing"),
+        (["--json", "{tmp}/none/x.json"], "cannot write to"),
+        (["--model", "{tiny}", "--size", "33"], "divisible by 8|multiple of 2"),
+        (["--model", "{tiny}/unet"], "model_index.json"),
+    ],
+)
+def test_bench_says_what_is_wrong(tiny, tmp_path, arguments, message):
+    arguments = [a.format(tiny=tiny, tmp=tmp_path) for a in arguments]
+    assert re.search(message, refused("bench", *arguments, "--repeats", 1))
