@@ -44,7 +44,7 @@ _PROMPT = "a small house under a tall tree"
 _POOL = 1 << 20
 
 
-def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+def random_weights(model: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
     """Give a model on the meta device random weights, in seconds.
 
     Weights of rank 2 and more are normal with the variance that keeps activations in range; they
@@ -419,7 +419,7 @@ def bench(
     Raises:
         ValueError: the size or a configuration does not fit the model.
     """
-    from hgc.evaluation.candidates import steps_of
+    from hgc.evaluation.candidate import steps_of
 
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got {repeats}")

@@ -18,7 +18,7 @@ from hgc import benchmarking
 from hgc.config import Config, ConfigError, StepPlan
 from hgc.evaluation import candidates as all_candidates
 from hgc.evaluation import measure, metrics, record, tables
-from hgc.evaluation.candidates import Candidate, equal_steps, macs_here, steps_of
+from hgc.evaluation.candidate import Candidate, equal_steps, macs_here, steps_of
 from hgc.evaluation.models import sd15_macs
 
 for name in ("transformers", "PIL", "skimage", "torchmetrics"):
@@ -121,7 +121,7 @@ def test_candidates_put_the_uncached_run_first_and_fewer_steps_after_their_equal
     # what it counts is tested below
     counted = {10: 5, 20: 8}
     monkeypatch.setattr(
-        "hgc.evaluation.candidates.equal_steps", lambda config, steps: counted[steps]
+        "hgc.evaluation.candidate.equal_steps", lambda config, steps: counted[steps]
     )
     rows = all_candidates(["exact", "turbo", "paper", "fewer-steps", "3-steps", "turbo"])
     assert [row.name for row in rows] == [

@@ -6,7 +6,7 @@ from the same noise, and measures them. ``hgc demo`` and ``hgc eval`` are both m
 
 from __future__ import annotations
 
-from hgc.evaluation.candidates import Candidate, candidates
+from hgc.evaluation.candidate import Candidate, candidates
 from hgc.evaluation.measure import Batch, Row, Settings, evaluate
 from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
 from hgc.evaluation.tables import COLUMNS, to_csv, to_json, to_markdown

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hgc.evaluation.candidates import Candidate, candidates, macs_here
+from hgc.evaluation.candidate import Candidate, candidates, macs_here
 from hgc.evaluation.metrics import corpus_iou, loss_interval, relative_l2, worst_share
 from hgc.evaluation.models import sd15_macs
 from hgc.evaluation.record import Measured, Record, fingerprint, settings_key
@@ -180,7 +180,8 @@ class _Studio:
         from hgc import testbed
 
         self._settings = settings
-        self._pipe: Any = testbed.load_pipeline(condition).to(settings.device)
+        pipe: Any = testbed.load_pipeline(condition)
+        self._pipe = pipe.to(settings.device)
         self._guidance = testbed.GUIDANCE_SCALE
         self._condition = condition
         self._warm = False

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel, UNet2DConditionModel
-
     from hgc.config import Config
     from hgc.macs import Macs
 
@@ -57,8 +55,8 @@ class ModelShapes:
     """
 
     name: str
-    unet: UNet2DConditionModel
-    controlnets: tuple[ControlNetModel, ...]
+    unet: Any  # diffusers' classes are untyped where they inherit from torch's
+    controlnets: tuple[Any, ...]
 
     @property
     def size(self) -> int:
@@ -99,12 +97,13 @@ def load_shapes(model: str, controlnet: Sequence[Path] = ()) -> ModelShapes:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     own: list[Path] = []
-    nets: list[ControlNetModel] = []
+    nets: list[Any] = []
+    unet: Any
     if model in KNOWN:
         with torch.device("meta"):
-            unet = UNet2DConditionModel(**KNOWN[model]["unet"]).eval()
+            unet = UNet2DConditionModel(**KNOWN[model]["unet"])
             if not controlnet:
-                nets = [ControlNetModel(**KNOWN[model]["controlnet"]).eval()]
+                nets = [ControlNetModel(**KNOWN[model]["controlnet"])]
     else:
         folder = Path(model)
         if model == "testbed":

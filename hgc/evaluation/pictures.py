@@ -102,14 +102,14 @@ def grid(rows: Sequence[GridRow], names: Sequence[str], title: str) -> Image.Ima
         draw.multiline_text(
             (middle, head - _GAP), name, fill="black", font=font, anchor="md", align="center"
         )
-    for y, (row, line) in enumerate(zip(rows, cells, strict=True)):
+    for y, (row, pictures) in enumerate(zip(rows, cells, strict=True)):
         top = head + y * (side_h + _GAP)
-        text = Image.new("RGB", (side_h, left), "white")
-        ImageDraw.Draw(text).text(
+        label = Image.new("RGB", (side_h, left), "white")
+        ImageDraw.Draw(label).text(
             (side_h // 2, left // 2), row.label, fill="black", font=font, anchor="mm"
         )
-        canvas.paste(text.rotate(90, expand=True), (0, top))
-        for x, picture in enumerate(line):
+        canvas.paste(label.rotate(90, expand=True), (0, top))
+        for x, picture in enumerate(pictures):
             canvas.paste(picture, (left + _GAP + x * (side_w + _GAP), top))
     for i, text in enumerate(lines):
         at = (left + _GAP, canvas.height - foot + (i + 1) * _FONT)

@@ -17,7 +17,7 @@ from hgc.presets import PRESETS
 if TYPE_CHECKING:
     from hgc.macs import Macs
 
-__all__ = ["Candidate", "candidates", "equal_steps", "steps_of", "macs_here"]
+__all__ = ["Candidate", "candidates", "equal_steps", "macs_here", "steps_of"]
 
 # The number of steps the presets' key steps are written for, and of the uncached run.
 REFERENCE_STEPS = 20
