@@ -123,7 +123,7 @@ def forward(
     hidden: torch.Tensor,  # [B, 32, C]
     conditions: dict[str, torch.Tensor],  # condition -> [b, 3, 64, 64], in the batch's order
 ) -> torch.Tensor:
-    """Predicted noise [B, 4, 16, 16]; samples after the last condition see none."""
+    """Predicted velocity [B, 4, 16, 16]; samples after the last condition see none."""
     embedded = [model.embeddings[c](x) for c, x in conditions.items()]
     seen = sum(len(e) for e in embedded)
     if len(run_trunks) == 1:
@@ -159,7 +159,7 @@ def train_diffusion(
     minutes: float | None = None,
     batch: int = 64,
     peak: float = 1e-3,
-    split_at: float = 0.55,
+    split_at: float = 0.9,
     save_minutes: float = 4.0,
     compiled: bool = False,
     device: torch.device,
@@ -182,7 +182,7 @@ def train_diffusion(
     if saved is not None:
         model.load_state_dict(saved["model"])
         average.model.load_state_dict(saved["average"])
-        average.updates = saved["clock"]["step"]
+        average.updates = saved["average_updates"]
         optimizer.load_state_dict(saved["optimizer"])
         clock.load(saved["clock"])
         log(f"diffusion resumes at step {clock.step}, {len(model.trunks)} trunk(s)")
@@ -197,6 +197,7 @@ def train_diffusion(
             "trunks": len(model.trunks),
             "model": model.state_dict(),
             "average": average.model.state_dict(),
+            "average_updates": average.updates,
             "optimizer": optimizer.state_dict(),
             "clock": clock.state(),
         }
@@ -235,7 +236,9 @@ def train_diffusion(
             log(f"diffusion step {clock.step}: one ControlNet a condition from here on")
         rows = index.numpy()
         clean = latents[index].to(device)
-        noise = torch.randn_like(clean)
+        # A little noise that is the same all over a picture hides its mean, which would otherwise
+        # shine through at the last timestep and stand in for the prompt's light.
+        noise = torch.randn_like(clean) + 0.1 * torch.randn(batch, 4, 1, 1, device=device)
         # Stratified timesteps: one from each of `batch` equal slices, in random order.
         slices = torch.randperm(batch, device=device) + torch.rand(batch, device=device)
         timesteps = (slices * (1000 / batch)).long().clamp_(0, 999)
@@ -250,11 +253,8 @@ def train_diffusion(
         batch_ids = torch.where(dropped[:, None], no_ids, ids[index]).to(device)
         hidden = model.text_encoder(batch_ids).last_hidden_state
         predicted = forward(model, run_unet, run_trunks, noisy, timesteps, hidden, conditions)
-        # Min-SNR weighting (Hang et al. 2023, gamma = 5) for a model that predicts the noise.
-        snr = alphas[timesteps] / (1 - alphas[timesteps])
-        weight = snr.clamp(max=5) / snr
-        error = (predicted - noise).square().mean(dim=(1, 2, 3))
-        loss = (weight * error).mean()
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        loss = (predicted - velocity).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         loop.set_rate(optimizer, clock.rate(peak, warm_up=100))
