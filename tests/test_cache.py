@@ -1,0 +1,162 @@
+"""The cache by itself, and the promises that stand for residuals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hgc.cache import Cache, conditional_half
+from hgc.promises import Promise, fresh, zero_promise
+
+
+def write(cache, name, tensor, evaluation=0, history=2, half=False):
+    cache.write(name, tensor, evaluation=evaluation, history=history, half=half)
+
+
+def test_a_value_is_a_copy():
+    cache, x = Cache(), torch.ones(4)
+    write(cache, "x", x)
+    x.zero_()
+    assert torch.equal(cache.read("x"), torch.ones(4))
+
+
+def test_buffers_are_reused_and_bytes_counted():
+    cache = Cache()
+    for i in range(5):
+        write(cache, "x", torch.full((8,), float(i)), evaluation=i)
+    assert cache.bytes == cache.peak_bytes == 2 * 8 * 4
+    assert torch.equal(cache.read("x", (0.0, 1.0)), torch.full((8,), 3.0))
+    cache.drop(["x"])
+    assert cache.bytes == 0 and not cache.names()
+
+
+def test_linear_combination():
+    cache = Cache()
+    for i, value in enumerate((1.0, 2.0, 4.0)):
+        write(cache, "x", torch.tensor([value], dtype=torch.float16), evaluation=i, history=3)
+    assert cache.read("x", (1.5, -0.5)).item() == 5.0
+    assert cache.read("x", (1.0, 1.0, 1.0)).item() == 7.0
+    assert cache.read("x", (1.0, 1.0, 1.0, 1.0)).item() == 4.0  # too few held: the newest
+
+
+def test_halves():
+    cache, x = Cache(), torch.arange(4.0).reshape(4, 1)
+    write(cache, "x", x)
+    assert torch.equal(cache.read("x", half=True), conditional_half(x))
+    write(cache, "x", 10 * conditional_half(x), half=True, evaluation=1)
+    assert cache.has("x", half=True) and not cache.has("x", half=False)
+    expected = 2 * 10 * conditional_half(x) - conditional_half(x)
+    assert torch.equal(cache.read("x", (2.0, -1.0), half=True), expected)
+    with pytest.raises(KeyError, match="conditional half only"):
+        cache.read("x")
+
+
+def test_the_byte_limit_holds():
+    cache = Cache(max_bytes=40)
+    write(cache, "x", torch.zeros(8))
+    write(cache, "y", torch.zeros(8))
+    assert cache.has("x", half=False) and not cache.has("y", half=False)
+    assert cache.refused and cache.bytes == 32
+    kept = torch.zeros(8)
+    assert cache.keep("z", kept) is kept and cache.kept("z") is None
+
+
+def test_checksums_notice_a_write():
+    cache = Cache()
+    write(cache, "x", torch.ones(3, 3))
+    before = cache.checksums()
+    cache.read("x")[1, 2] += 1e-3
+    assert cache.checksums() != before
+
+
+# -- promises ---------------------------------------------------------------------------------
+
+
+class Source:
+    """A residual with a planned and a fresh value, counting how often the fresh one is made."""
+
+    def __init__(self, planned, value):
+        self.made = 0
+        self.value = value
+
+        def compute():
+            self.made += 1
+            return value
+
+        self.promise = Promise(
+            value.shape,
+            value.dtype,
+            value.device,
+            lambda half: None if planned is None else [(planned, 1.0)],
+            compute,
+        )
+
+
+def total(terms):
+    return sum(value * scale for value, scale in terms)
+
+
+def test_adding_and_scaling_computes_nothing():
+    a = Source(torch.full((2, 3), 1.0), torch.full((2, 3), 10.0))
+    b = Source(torch.full((2, 3), 2.0), torch.full((2, 3), 20.0))
+    x = a.promise + b.promise * 0.5
+    x += a.promise
+    x = 2 * x
+    assert isinstance(x, Promise) and x.shape == (2, 3) and x.dtype == torch.float32
+    assert torch.equal(total(x.planned(False)), torch.full((2, 3), 6.0))
+    assert a.made == b.made == 0
+    assert torch.equal(x.fresh(), torch.full((2, 3), 60.0))
+
+
+def test_zeros_before_the_conditional_half():
+    a = Source(torch.ones(1, 2), torch.full((1, 2), 5.0))
+    x = torch.cat([torch.zeros_like(a.promise), a.promise])
+    assert isinstance(x, Promise) and x.shape == (2, 2)
+    assert torch.equal(total(x.planned(False)), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    assert torch.equal(total(x.planned(True)), torch.ones(1, 2))
+    assert a.made == 0
+    assert torch.equal(x.fresh(), torch.tensor([[0.0, 0.0], [5.0, 5.0]]))
+
+
+def test_zero_promises_add_nothing():
+    zero = zero_promise((2, 3), torch.float32, torch.device("cpu"))
+    a = Source(torch.ones(2, 3), torch.full((2, 3), 5.0))
+    x = zero + a.promise
+    assert len(x.planned(False)) == 1
+    assert zero.planned(True) == []
+    assert torch.equal(fresh([zero])[0], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum(),
+        lambda x: x[0],
+        lambda x: torch.relu(x),
+        lambda x: x.half(),
+        lambda x: x - 1,
+        lambda x: torch.stack([x, x]),
+        lambda x: torch.nn.functional.interpolate(x[None, None], scale_factor=2.0),
+        lambda x: x.numpy(),
+        lambda x: x.clone(),
+        lambda x: x + 1.0,
+        lambda x: x.mean(dim=0, keepdim=True),
+    ],
+)
+def test_any_other_reader_gets_the_fresh_value(read):
+    """Code outside of hgc never sees the planned value."""
+    a = Source(torch.full((2, 3), 7.0), torch.randn(2, 3))
+    found, expected = read(a.promise), read(a.value)
+    if not isinstance(found, torch.Tensor):
+        found, expected = torch.from_numpy(found), torch.from_numpy(expected)
+    assert not isinstance(found, Promise)
+    assert torch.equal(found, expected)
+    assert a.made >= 1
+
+
+def test_moves_to_where_it_is_are_free():
+    a = Source(torch.ones(2), torch.ones(2))
+    assert a.promise.to("cpu") is a.promise
+    assert a.promise.to(torch.float32) is a.promise
+    assert a.promise.to(torch.float64).dtype == torch.float64
+    assert a.made == 1
