@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from hgc_kernels import backend
 
-_FOLDER = Path(__file__).resolve().parent / "lib"
+# HGC_LIBRARY_FOLDER: libraries built elsewhere, as the sanitizers' build is.
+_FOLDER = Path(os.environ.get("HGC_LIBRARY_FOLDER") or Path(__file__).resolve().parent / "lib")
 _hgc = torch.library.Library("hgc", "DEF")
 # The compiled libraries register under a namespace of their own: the router picks among backends by
 # name, and an op in `hgc` keeps one kernel a device whatever is loaded.

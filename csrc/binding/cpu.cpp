@@ -168,7 +168,7 @@ Tensor apply_map(const Tensor& map, const Tensor& v) {
   if (out.numel() == 0) return out;
 
   const int64_t padded_size = (size + cpu::kValuePad - 1) / cpu::kValuePad * cpu::kValuePad;
-  const std::array<int64_t, 1> packed_size{batch * heads * s_kv * padded_size};
+  const std::array<int64_t, 1> packed_size{batch * heads * cpu::packed_head(s_kv, padded_size)};
   Tensor values =
       torch::stable::empty({packed_size.data(), packed_size.size()}, ScalarType::Float, std::nullopt, v.device());
   float* values_ptr = static_cast<float*>(values.mutable_data_ptr());

@@ -37,7 +37,7 @@ struct GatherStrided {
   float scale;
 };
 
-// values: fp32 [B, H, S_kv, padded_size], packed by pack_values. map: [B, S_q, H, padded_s_kv]. out: [B, S_q, H, size].
+// values: of every (b, h) packed_head floats, laid out by pack_values as its instruction set likes them. map: [B, S_q, H, padded_s_kv]. out: [B, S_q, H, size].
 struct ApplyMap {
   const void* map_ptr;
   const float* values_ptr;
@@ -67,7 +67,10 @@ struct Kernels {
 inline constexpr int64_t kQueryBlock = 24;
 inline constexpr int64_t kValuePad = 16;
 
-// The best table that this processor runs. HGC_CPU_ISA=baseline|avx2|avx512 asks for a lesser one (tests).
+// Floats that the packed values of a head take: a row a key, and one more for a layout that keeps key 0 twice.
+constexpr int64_t packed_head(int64_t s_kv, int64_t padded_size) { return (s_kv + 1) * padded_size; }
+
+// The best table that this processor runs. HGC_CPU_ISA=baseline|avx2|avx512|avx512_bf16 asks for a lesser one (tests).
 const Kernels& kernels();
 
 namespace baseline {
@@ -77,6 +80,9 @@ namespace avx2 {
 extern const Kernels kTable;
 }
 namespace avx512 {
+extern const Kernels kTable;
+}
+namespace avx512_bf16 {
 extern const Kernels kTable;
 }
 

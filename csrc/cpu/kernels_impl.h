@@ -125,38 +125,71 @@ void pack_values(const PackValues& a, int64_t begin, int64_t end) {
     const int64_t b = item / a.heads;
     const int64_t h = item % a.heads;
     const T* v = static_cast<const T*>(a.v_ptr) + b * a.strides[0] + h * a.strides[2];
-    float* values = a.values_ptr + item * a.s_kv * a.padded_size;
+    float* values = a.values_ptr + item * packed_head(a.s_kv, a.padded_size);
     for (int64_t k = 0; k < a.s_kv; ++k) {
-      for (int64_t d = 0; d < a.size; ++d) values[d] = to_float(v[k * a.strides[1] + d * a.strides[3]]);
-      for (int64_t d = a.size; d < a.padded_size; ++d) values[d] = 0.f;
+      const T* from = v + k * a.strides[1];
+      int64_t d = 0;
+      if (a.strides[3] == 1) {
+        for (; d + Vec::kWidth <= a.size; d += Vec::kWidth) store(values + d, load(from + d));
+      }
+      for (; d < a.size; ++d) values[d] = to_float(from[d * a.strides[3]]);
+      for (; d < a.padded_size; ++d) values[d] = 0.f;
       values += a.padded_size;
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+// For the bf16 dot product: keys two by two, then key 0 in fp32.
+void pack_pairs(const PackValues& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / a.heads;
+    const int64_t h = item % a.heads;
+    const BFloat* v = static_cast<const BFloat*>(a.v_ptr) + b * a.strides[0] + h * a.strides[2];
+    float* first = a.values_ptr + item * packed_head(a.s_kv, a.padded_size);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(first + a.padded_size);
+    for (int64_t d = 0; d < a.padded_size; ++d) first[d] = d < a.size ? to_float(v[d * a.strides[3]]) : 0.f;
+    for (int64_t k = 0; k < a.s_kv; k += 2) {
+      const BFloat* even = v + k * a.strides[1];
+      const BFloat* odd = even + (k + 1 < a.s_kv ? a.strides[1] : 0);
+      const uint32_t keep = k + 1 < a.s_kv ? 0xffff0000u : 0u;  // the last key may have no partner
+      if (a.strides[3] == 1) {
+        for (int64_t d = 0; d < a.size; ++d) {
+          pairs[d] = even[d].bits | (static_cast<uint32_t>(odd[d].bits) << 16 & keep);
+        }
+      } else {
+        for (int64_t d = 0; d < a.size; ++d) {
+          const int64_t at = d * a.strides[3];
+          pairs[d] = even[at].bits | (static_cast<uint32_t>(odd[at].bits) << 16 & keep);
+        }
+      }
+      for (int64_t d = a.size; d < a.padded_size; ++d) pairs[d] = 0;
+      pairs += a.padded_size;
+    }
+  }
+}
+#endif
 
 template <typename M>
 constexpr float kStoredScale = 1.f;
 template <>
 constexpr float kStoredScale<E4m3> = 1.f / 448.f;
 
-// One stored row into fp32 weights that sum to one: slot 0 becomes 1 - sum of the others (the complement form).
-template <typename M>
-HGC_INLINE void decode_row(const M* stored, float* weights, int64_t s_kv) {
+// The probabilities of a stored row as weights of type W: zero in slot 0 and past the last key, whatever is stored there.
+// Returns their sum, as W holds them.
+template <typename M, typename W>
+HGC_INLINE float decode_row(const M* stored, W* weights, int64_t s_kv) {
   const Vec scale = broadcast(kStoredScale<M>);
   Vec sums = broadcast(0.f);
-  int64_t k = 1;
-  // Stored rows are padded to 16 slots, but only the s_kv first count: the rest may hold anything.
-  for (; k + Vec::kWidth <= s_kv; k += Vec::kWidth) {
-    const Vec p = mul(load(stored + k), scale);
+  for (int64_t k = 0; k < s_kv; k += Vec::kWidth) {
+    const int64_t from = k == 0;
+    const int64_t to = s_kv - k < Vec::kWidth ? s_kv - k : Vec::kWidth;
+    Vec p = from == 0 && to == Vec::kWidth ? load(stored + k) : load_lanes(stored + k, from, to);
+    p = round_to(mul(p, scale), W{});
     store(weights + k, p);
     sums = add(sums, p);
   }
-  float total = sum(sums);
-  for (; k < s_kv; ++k) {
-    weights[k] = to_float(stored[k]) * kStoredScale<M>;
-    total += weights[k];
-  }
-  weights[0] = 1.f - total;
+  return sum(sums);
 }
 
 #if defined(__AVX512F__)
@@ -189,9 +222,7 @@ HGC_INLINE void tile(const float* weights, int64_t weight_stride, const float* v
 }
 
 template <typename T, int kVectors>
-void write_tile(const float* weights, const float* values, const ApplyMap& a, T* out, int64_t rows, int64_t column) {
-  Vec acc[kRows][kVectors];
-  tile<kVectors>(weights, a.padded_s_kv, values + column, a.padded_size, a.s_kv, acc);
+HGC_INLINE void write_tile(const Vec (&acc)[kRows][kVectors], const ApplyMap& a, T* out, int64_t rows, int64_t column) {
   for (int64_t r = 0; r < rows; ++r) {
     T* line = out + r * a.heads * a.size;
     for (int n = 0; n < kVectors; ++n) {
@@ -207,11 +238,82 @@ void write_tile(const float* weights, const float* values, const ApplyMap& a, T*
   }
 }
 
+// A tile of queries of one head against its values in fp32.
 template <typename M, typename T>
+struct FloatTile {
+  float* weights;
+  int64_t stride;
+
+  static int64_t scratch(int64_t padded_s_kv) { return kRows * padded_s_kv; }
+  FloatTile(float* memory, const ApplyMap& a) : weights(memory), stride(a.padded_s_kv) {}
+  void decode(const M* stored, int64_t row, const ApplyMap& a) {
+    float* to = weights + row * stride;
+    to[0] = 1.f - decode_row(stored, to, a.s_kv);  // the complement form
+  }
+  template <int kVectors>
+  void multiply(const float* values, const ApplyMap& a, T* out, int64_t rows, int64_t column) {
+    Vec acc[kRows][kVectors];
+    tile<kVectors>(weights, stride, values + column, a.padded_size, a.s_kv, acc);
+    write_tile<T, kVectors>(acc, a, out, rows, column);
+  }
+};
+
+#if defined(__AVX512BF16__)
+HGC_INLINE __m512i load_pairs(const BFloat* p) { return _mm512_loadu_si512(p); }
+HGC_INLINE __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+
+// The same with bf16 products of keys two by two, as eager bf16 matrix products are computed here. Key 0 keeps its fp32
+// weight, 1 - the sum of the others as rounded.
+template <typename M>
+struct PairTile {
+  BFloat* weights;
+  int64_t stride;
+  float first_weight[kRows];
+
+  static int64_t scratch(int64_t padded_s_kv) { return kRows * padded_s_kv / 2; }
+  PairTile(float* memory, const ApplyMap& a) : weights(reinterpret_cast<BFloat*>(memory)), stride(a.padded_s_kv) {}
+
+  void decode(const M* stored, int64_t row, const ApplyMap& a) {
+    first_weight[row] = 1.f - decode_row(stored, weights + row * stride, a.s_kv);
+  }
+
+  template <int kVectors>
+  void multiply(const float* values, const ApplyMap& a, BFloat* out, int64_t rows, int64_t column) {
+    const BFloat* pairs = reinterpret_cast<const BFloat*>(values + a.padded_size) + 2 * column;
+    Vec acc[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < kVectors; ++n) {
+        acc[r][n] = mul(broadcast(first_weight[r]), load(values + column + n * Vec::kWidth));
+      }
+    }
+    for (int64_t k = 0; k < a.s_kv; k += 2) {
+      __m512i value[kVectors];
+      for (int n = 0; n < kVectors; ++n) value[n] = load_pairs(pairs + n * 2 * Vec::kWidth);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        memcpy(&pair, weights + r * stride + k, 4);
+        const __m512i weight = _mm512_set1_epi32(pair);
+        for (int n = 0; n < kVectors; ++n) acc[r][n].v = dot_pairs(acc[r][n].v, weight, value[n]);
+      }
+      pairs += 2 * a.padded_size;
+    }
+    write_tile<BFloat, kVectors>(acc, a, out, rows, column);
+  }
+};
+#endif
+
+template <typename M, typename T, typename Tile>
 bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
-  float* weights = static_cast<float*>(calloc(kRows * a.padded_s_kv, sizeof(float)));
-  if (!weights) return false;
+  float* memory = static_cast<float*>(calloc(Tile::scratch(a.padded_s_kv), sizeof(float)));
+  if (!memory) return false;
+  Tile tile(memory, a);
   const int64_t blocks = (a.s_q + kQueryBlock - 1) / kQueryBlock;
+  const int64_t vectors = (a.size + Vec::kWidth - 1) / Vec::kWidth;
+  // Columns in even parts: five vectors are three and two, not four and one.
+  const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors;
+  const int64_t step = (vectors + parts - 1) / parts;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / blocks;
     const int64_t first = item % blocks * kQueryBlock;
@@ -221,29 +323,30 @@ bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
       const int64_t rows = last - q < kRows ? last - q : kRows;
       for (int64_t h = 0; h < a.heads; ++h) {
         const M* stored = static_cast<const M*>(a.map_ptr) + ((b * a.s_q + q) * a.heads + h) * a.padded_s_kv;
-        for (int64_t r = 0; r < rows; ++r) {
-          decode_row(stored + r * a.heads * a.padded_s_kv, weights + r * a.padded_s_kv, a.s_kv);
-        }
-        const float* values = a.values_ptr + (b * a.heads + h) * a.s_kv * a.padded_size;
+        for (int64_t r = 0; r < rows; ++r) tile.decode(stored + r * a.heads * a.padded_s_kv, r, a);
+        const float* values = a.values_ptr + (b * a.heads + h) * packed_head(a.s_kv, a.padded_size);
         T* out = static_cast<T*>(a.out_ptr) + ((b * a.s_q + q) * a.heads + h) * a.size;
-        int64_t column = 0;
-        while (column < a.size) {
-          const int64_t vectors = (a.size - column + Vec::kWidth - 1) / Vec::kWidth;
-          const int64_t step = vectors < kMaxVectors ? vectors : kMaxVectors;
-          if (step == 1) write_tile<T, 1>(weights, values, a, out, rows, column);
-          if (step == 2) write_tile<T, 2>(weights, values, a, out, rows, column);
-          if constexpr (kMaxVectors >= 3) {
-            if (step == 3) write_tile<T, 3>(weights, values, a, out, rows, column);
+        for (int64_t at = 0; at < vectors; at += step) {
+          const int64_t column = at * Vec::kWidth;
+          switch (vectors - at < step ? vectors - at : step) {
+            case 1:
+              tile.template multiply<1>(values, a, out, rows, column);
+              break;
+            case 2:
+              tile.template multiply<2>(values, a, out, rows, column);
+              break;
+            case 3:
+              if constexpr (kMaxVectors >= 3) tile.template multiply<3>(values, a, out, rows, column);
+              break;
+            case 4:
+              if constexpr (kMaxVectors >= 4) tile.template multiply<4>(values, a, out, rows, column);
+              break;
           }
-          if constexpr (kMaxVectors >= 4) {
-            if (step == 4) write_tile<T, 4>(weights, values, a, out, rows, column);
-          }
-          column += step * Vec::kWidth;
         }
       }
     }
   }
-  free(weights);
+  free(memory);
   return true;
 }
 
@@ -262,14 +365,22 @@ void gather_strided_any(const GatherStrided& a, Element element, int64_t begin, 
 void pack_values_any(const PackValues& a, Element element, int64_t begin, int64_t end) {
   if (element == Element::kFloat) pack_values<float>(a, begin, end);
   if (element == Element::kHalf) pack_values<Half>(a, begin, end);
+#if defined(__AVX512BF16__)
+  if (element == Element::kBFloat) pack_pairs(a, begin, end);
+#else
   if (element == Element::kBFloat) pack_values<BFloat>(a, begin, end);
+#endif
 }
 
 template <typename M>
 bool apply_map_out(const ApplyMap& a, Element out, int64_t begin, int64_t end) {
-  if (out == Element::kFloat) return apply_map<M, float>(a, begin, end);
-  if (out == Element::kHalf) return apply_map<M, Half>(a, begin, end);
-  return apply_map<M, BFloat>(a, begin, end);
+  if (out == Element::kFloat) return apply_map<M, float, FloatTile<M, float>>(a, begin, end);
+  if (out == Element::kHalf) return apply_map<M, Half, FloatTile<M, Half>>(a, begin, end);
+#if defined(__AVX512BF16__)
+  return apply_map<M, BFloat, PairTile<M>>(a, begin, end);
+#else
+  return apply_map<M, BFloat, FloatTile<M, BFloat>>(a, begin, end);
+#endif
 }
 
 bool apply_map_any(const ApplyMap& a, Element map, Element out, int64_t begin, int64_t end) {

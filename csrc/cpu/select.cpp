@@ -30,6 +30,9 @@ const Kernels& pick() {
 #if defined(HGC_X86)
   const char* wish = std::getenv("HGC_CPU_ISA");
   const bool any = !wish || !*wish;
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && (any || !std::strcmp(wish, "avx512_bf16"))) {
+    return avx512_bf16::kTable;
+  }
   if (has_avx512() && (any || !std::strcmp(wish, "avx512"))) return avx512::kTable;
   if (has_avx2() && (any || !std::strcmp(wish, "avx2"))) return avx2::kTable;
 #endif

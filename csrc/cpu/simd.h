@@ -88,22 +88,40 @@ HGC_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 HGC_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 HGC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 HGC_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
-HGC_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-HGC_INLINE Vec load(const Half* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+HGC_INLINE Vec widen(__m256i x, Half) { return {_mm512_cvtph_ps(x)}; }
+HGC_INLINE Vec widen(__m256i x, BFloat) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
-HGC_INLINE Vec load(const BFloat* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-}
-HGC_INLINE Vec load(const E4m3* p) {
-  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+HGC_INLINE Vec widen(__m128i x, E4m3) {
+  const __m256i wide = _mm256_cvtepu8_epi16(x);
   const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
   const __m256i is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
   __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
   half = _mm256_or_si256(half, _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7e00)));
   return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.f))};
+}
+HGC_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+HGC_INLINE Vec load(const E4m3* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), E4m3{});
+}
+template <typename T>
+HGC_INLINE Vec load(const T* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+// Lanes [from, to) of what load would give, zero in the others.
+HGC_INLINE __mmask16 lanes(int64_t from, int64_t to) {
+  return static_cast<__mmask16>(((1u << to) - 1u) & ~((1u << from) - 1u));
+}
+HGC_INLINE Vec load_lanes(const float* p, int64_t from, int64_t to) {
+  return {_mm512_maskz_loadu_ps(lanes(from, to), p)};
+}
+HGC_INLINE Vec load_lanes(const E4m3* p, int64_t from, int64_t to) {
+  return widen(_mm_maskz_loadu_epi8(lanes(from, to), p), E4m3{});
+}
+template <typename T>
+HGC_INLINE Vec load_lanes(const T* p, int64_t from, int64_t to) {
+  return widen(_mm256_maskz_loadu_epi16(lanes(from, to), p), T{});
 }
 HGC_INLINE __m256i narrow(Vec a, BFloat) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -249,6 +267,15 @@ HGC_INLINE void stream_line(T* p, const Vec* a) {
 HGC_INLINE void copy_line(void* to, const void* from) { memcpy(to, from, kLineBytes); }
 HGC_INLINE void stream_fence() {}
 
+#endif
+
+#if !defined(__AVX512F__)
+template <typename T>
+HGC_INLINE Vec load_lanes(const T* p, int64_t from, int64_t to) {
+  T some[Vec::kWidth] = {};
+  for (int64_t i = from; i < to; ++i) some[i] = p[i];
+  return load(some);
+}
 #endif
 
 }  // namespace

@@ -52,7 +52,7 @@ def test_build_info_names_everything():
     info = hk.build_info()
     assert set(info) == {"torch", "libraries", "vector_set", "native", "kernels", "left_out"}
     assert info["libraries"]["cpu"] == "loaded"
-    assert info["vector_set"] in ("baseline", "avx2", "avx512")
+    assert info["vector_set"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     native = info["native"]
     assert native["cpu"]["compiler"] and native["cpu"]["flags"] and native["cpu"]["commit"]
     if "cuda" in native:

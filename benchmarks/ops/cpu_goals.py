@@ -1,0 +1,123 @@
+"""The CPU goals of the ops, measured in one run: variants interleaved, caches cold, medians of ratios.
+
+    python benchmarks/ops/cpu_goals.py --write
+
+gather_blocks: at least 0.9 of the byte ratio to eager `cat([hidden, skip + scale * residual])` on the
+three largest decoder inputs of SD1.5. apply_map: not slower than eager. Exits with 1 where one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from workloads import CROSS_ATTENTIONS, DECODER_INPUTS, eager_apply_map, eager_gather_blocks
+
+import hgc_kernels as hk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from measured import table, write_section
+
+BATCH = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def interleave(ours, eager, rounds):
+    """Median milliseconds of each, and the 20th, 50th and 80th percentile of eager over ours."""
+    cold = torch.empty(2**26, dtype=torch.uint8)
+    times = ([], [])
+    for _ in range(rounds):
+        for function, seconds in zip((ours, eager), times, strict=True):
+            cold.fill_(1)
+            begin = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begin)
+    ratios = sorted(theirs / mine for mine, theirs in zip(*times, strict=True))
+    spread = [ratios[int(share * (len(ratios) - 1))] for share in (0.2, 0.5, 0.8)]
+    return [statistics.median(seconds) * 1e3 for seconds in times], spread
+
+
+def gather_rows(rounds):
+    for shape in DECODER_INPUTS[:3]:
+        for name, dtype in DTYPES.items():
+            for order in ("NCHW", "channels_last"):
+                operands = shape.tensors(BATCH, dtype, "cpu", order == "channels_last")
+                assert torch.equal(
+                    hk.gather_blocks(*operands, scale=0.7), eager_gather_blocks(*operands, 0.7)
+                )
+                times, (low, middle, high) = interleave(
+                    lambda x=operands: hk.gather_blocks(*x, scale=0.7),
+                    lambda x=operands: eager_gather_blocks(*x, 0.7),
+                    rounds,
+                )
+                ratio = shape.eager_bytes(BATCH, dtype) / shape.bytes(BATCH, dtype)
+                speed = shape.bytes(BATCH, dtype) / times[0] / 1e6
+                yield (
+                    f"gather_blocks {shape.name} {name} {order}",
+                    [*times, low, middle, high, ratio, speed],
+                    middle / ratio,
+                    0.9,
+                )
+
+
+def apply_rows(rounds):
+    for shape in CROSS_ATTENTIONS[:4]:
+        for name, dtype in DTYPES.items():
+            format = "fp32" if name == "fp32" else "bf16"
+            v, map = shape.values(BATCH, dtype, "cpu"), shape.map(BATCH, format, "cpu")
+            full = hk.map_probabilities(map, shape.s_kv).to(dtype)
+            times, (low, middle, high) = interleave(
+                lambda v=v, map=map: hk.apply_map(map, v),
+                lambda v=v, full=full: eager_apply_map(full, v),
+                rounds,
+            )
+            yield f"apply_map {shape.name} {name}", [*times, low, middle, high, 1.0, 0.0], middle, 1.0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/measured.md")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for op in ("gather_blocks", "apply_map"):
+        assert hk.backends()[op]["cpu"][0] == "native", hk.backends()[op]["cpu"]
+    rows, failed = [], []
+    with torch.no_grad():
+        for measured in (gather_rows(options.rounds), apply_rows(options.rounds)):
+            for name, (ours, eager, low, middle, high, ratio, speed), reached, goal in measured:
+                rows.append(
+                    [name, f"{ours:.2f}", f"{eager:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                     f"{ratio:.2f}", f"{reached:.2f}", goal, f"{speed:.1f}" if speed else ""]
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+                if reached < goal:
+                    failed.append(name)
+    header = ["case", "hgc ms", "eager ms", "speedup (p20 to p80)", "byte ratio", "share reached", "goal", "GB/s"]
+    text = table(header, rows)
+    print(text)
+    if options.write:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        head = (
+            "## CPU goals of the ops\n\n"
+            f"{platform.machine()}, vector set {hk.build_info()['vector_set']}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, commit {commit or 'unknown'}, batch {BATCH}, {options.rounds} interleaved rounds "
+            "with caches cold. The byte ratio is `counts.eager_gather_blocks_bytes` over `counts.gather_blocks_bytes`; "
+            "the share reached is the median speedup over it.\n\n"
+        )
+        write_section("cpu-goals", "python benchmarks/ops/cpu_goals.py --write", head + text)
+    for name in failed:
+        print(f"BELOW GOAL {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The shapes and the rivals of the op benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import hgc_kernels as hk
+from hgc_kernels import counts
+from hgc_kernels.map_format import encode
+
+
+@dataclass(frozen=True)
+class DecoderInput:
+    """One concatenation of a UNet's decoder: [B, hidden, side, side] with [B, skip, side, side]."""
+
+    name: str
+    hidden: int
+    skip: int
+    side: int
+
+    def tensors(self, batch, dtype, device, channels_last=False):
+        """hidden, skip, residual."""
+        found = [
+            torch.randn(batch, channels, self.side, self.side, device=device).to(dtype)
+            for channels in (self.hidden, self.skip, self.skip)
+        ]
+        if channels_last:
+            found = [x.contiguous(memory_format=torch.channels_last) for x in found]
+        return found
+
+    def bytes(self, batch, dtype):
+        return counts.gather_blocks_bytes(
+            batch, self.hidden, self.skip, self.side**2, dtype.itemsize
+        )
+
+    def eager_bytes(self, batch, dtype):
+        return counts.eager_gather_blocks_bytes(
+            batch, self.hidden, self.skip, self.side**2, dtype.itemsize
+        )
+
+
+# The three largest of SD1.5 at 512 come first.
+DECODER_INPUTS = (
+    DecoderInput("sd15_up3_0", 640, 320, 64),
+    DecoderInput("sd15_up3_1", 320, 320, 64),
+    DecoderInput("sd15_up2_0", 1280, 640, 32),
+    DecoderInput("sd15_up1_0", 1280, 1280, 16),
+    DecoderInput("sdxl_up2_0", 640, 320, 128),
+    DecoderInput("sdxl_up1_0", 1280, 640, 64),
+)
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """One cross-attention: queries, heads and head size; 77 keys of `context` channels."""
+
+    name: str
+    s_q: int
+    heads: int
+    size: int
+    context: int
+    s_kv: int = 77
+
+    @property
+    def channels(self):
+        return self.heads * self.size
+
+    def values(self, batch, dtype, device):
+        """[B, S_kv, H, D], a projection viewed as heads."""
+        x = torch.randn(batch, self.s_kv, self.channels, device=device).to(dtype)
+        return x.view(batch, self.s_kv, self.heads, self.size)
+
+    def queries(self, batch, dtype, device):
+        x = torch.randn(batch, self.s_q, self.channels, device=device).to(dtype)
+        return x.view(batch, self.s_q, self.heads, self.size)
+
+    def map(self, batch, format, device):
+        """A stored map peaked at the first token."""
+        map = hk.new_map(batch, self.s_q, self.heads, self.s_kv, format=format, device=device)
+        scores = torch.randn(batch, self.s_q, self.heads, self.s_kv, device=device)
+        scores[..., 0] += 5
+        encode(torch.softmax(scores, -1), map)
+        return map
+
+
+CROSS_ATTENTIONS = (
+    CrossAttention("sd15_level0", 4096, 8, 40, 768),
+    CrossAttention("sd15_level1", 1024, 8, 80, 768),
+    CrossAttention("sd15_level2", 256, 8, 160, 768),
+    CrossAttention("sd15_mid", 64, 8, 160, 768),
+    CrossAttention("sdxl_level1", 4096, 10, 64, 2048),
+    CrossAttention("sdxl_level2", 1024, 20, 64, 2048),
+)
+
+
+def eager_gather_blocks(hidden, skip, residual, scale):
+    return torch.cat([hidden, skip + scale * residual], 1)
+
+
+def eager_apply_map(probabilities, v):
+    """Map times values in eager PyTorch: the full map [B, S_q, H, S_kv] in the dtype of the values,
+    nothing to decode.
+    """
+    out = torch.matmul(probabilities.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).contiguous()
+
+
+def eager_apply_map_project(probabilities, v, weight, bias, residual):
+    attended = eager_apply_map(probabilities, v).flatten(2)
+    return torch.nn.functional.linear(attended, weight, bias) + residual
+
+
+def eager_attend_and_store(q, k, v, scale):
+    """Attention that keeps its probabilities."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    probabilities = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * scale, -1)
+    out = torch.matmul(probabilities, v).transpose(1, 2).contiguous()
+    return out, probabilities.transpose(1, 2).contiguous()

@@ -1,0 +1,2 @@
+#define HGC_ISA avx512_bf16
+#include "kernels_impl.h"

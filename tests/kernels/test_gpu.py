@@ -1,0 +1,217 @@
+"""Every op on a GPU, in every dtype, against fp64. Run with `pytest -m gpu`; scripts/check_memory.sh runs these under
+compute-sanitizer.
+"""
+
+import pytest
+import torch
+from kernel_checks import (
+    DTYPES,
+    apply64,
+    apply_eager,
+    assert_within_rule,
+    attend64,
+    attend_eager,
+    decode64,
+    project64,
+    project_eager,
+    stored_map,
+    text_probabilities,
+)
+
+import hgc_kernels as hk
+from hgc_kernels.map_format import MAP_DTYPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+DECODER = {
+    "sd15_up3_0": (2, 640, 320, 64, 64),
+    "sdxl_up2_0": (1, 640, 320, 128, 128),
+    "odd_pixels": (3, 7, 13, 11, 5),
+    "one_pixel": (2, 5, 3, 1, 1),
+}
+# (B, S_q, H, S_kv, D)
+ATTENTION = {
+    "sd15_level0": (2, 4096, 8, 77, 40),
+    "sd15_level1": (2, 1024, 8, 77, 80),
+    "sd15_level2": (2, 256, 8, 77, 160),
+    "sd15_mid": (2, 64, 8, 77, 160),
+    "sdxl": (2, 1024, 20, 77, 64),
+    "image_prompt": (1, 300, 4, 257, 64),
+    "primes": (3, 37, 5, 13, 37),
+    "four_keys": (1, 129, 2, 4, 40),
+}
+KINDS = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def on_gpu(*shape, dtype):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@KINDS
+@pytest.mark.parametrize("shape", DECODER.values(), ids=DECODER)
+def test_gather_blocks_is_eager(shape, dtype, offset, channels_last):
+    batch, hidden_channels, skip_channels, height, width = shape
+    kind = DTYPES[dtype]
+
+    def make(samples, channels):
+        raw = on_gpu(samples * channels * height * width + offset, dtype=kind)[offset:]
+        if channels_last:
+            return raw.view(samples, height, width, channels).permute(0, 3, 1, 2)
+        return raw.view(samples, channels, height, width)
+
+    hidden, skip, residual = make(batch, hidden_channels), make(batch, skip_channels), make(batch, skip_channels)
+    rows = torch.arange(batch, device="cuda").flip(0)
+    with hk.use_backend("native"):
+        assert torch.equal(
+            hk.gather_blocks(hidden, skip, residual, scale=0.7), torch.cat([hidden, skip + 0.7 * residual], 1)
+        )
+        picked = hk.gather_blocks(hidden, skip, residual, rows)
+        assert torch.equal(picked, torch.cat([hidden, skip[rows] + residual[rows]], 1))
+        assert torch.equal(hk.gather_blocks(hidden, skip), torch.cat([hidden, skip], 1))
+
+
+@KINDS
+def test_gather_blocks_mixed_layouts(dtype):
+    hidden, skip, residual = (on_gpu(2, 6, 7, 9, dtype=DTYPES[dtype]) for _ in range(3))
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
+    residual = residual[:1, :1].expand_as(residual)
+    with hk.use_backend("native"):
+        assert torch.equal(hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1))
+
+
+@KINDS
+@pytest.mark.parametrize("width", [8, 7], ids=["vector", "element"])
+def test_rows_out_of_range_are_nan_and_read_nothing(width, dtype):
+    hidden, skip = (on_gpu(3, 4, 2, width, dtype=DTYPES[dtype]) for _ in range(2))
+    rows = torch.tensor([1, -1, 2**40], device="cuda")
+    with hk.use_backend("native"):
+        out = hk.gather_blocks(hidden, skip, skip, rows)
+    assert torch.equal(out[0], torch.cat([hidden[0], skip[1] + skip[1]]))
+    assert torch.equal(out[:, :4], hidden)
+    assert out[1:, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES, ids=str)
+@pytest.mark.parametrize("row", [(320, 8, 8), (7,), (5, 3, 2)], ids=str)
+def test_scatter_rows(row, dtype):
+    cache, fresh = on_gpu(4, *row, dtype=torch.float32).to(dtype), on_gpu(3, *row, dtype=torch.float32).to(dtype)
+    before = cache.clone()
+    rows = torch.tensor([3, 4, 0], device="cuda")  # the middle one is out of range: dropped
+    with hk.use_backend("native"):
+        hk.scatter_rows(cache, fresh, rows)
+    expected = before.clone()
+    expected[3], expected[0] = fresh[0], fresh[2]
+    assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+
+
+@KINDS
+def test_scatter_rows_strided(dtype):
+    cache = on_gpu(4, 6, 5, 16, dtype=DTYPES[dtype])[..., ::2]
+    fresh = on_gpu(2, 8, 5, 6, dtype=DTYPES[dtype]).transpose(1, 3)
+    rows, expected = torch.tensor([1, 3], device="cuda"), cache.clone()
+    expected[rows] = fresh
+    with hk.use_backend("native"):
+        hk.scatter_rows(cache, fresh, rows)
+    assert torch.equal(cache, expected)
+
+
+def projected(batch, tokens, count, size, kind):
+    return on_gpu(batch, tokens, count * size, dtype=kind).view(batch, tokens, count, size)
+
+
+@pytest.mark.parametrize("format", hk.FORMATS)
+@KINDS
+@pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
+def test_attention_ops(shape, dtype, format):
+    from dataclasses import replace
+
+    from hgc_kernels.ops.apply_map_project import launch
+
+    batch, s_q, count, s_kv, size = shape
+    kind = DTYPES[dtype]
+    q = projected(batch, s_q, count, size, kind)
+    k, v = (projected(batch, s_kv, count, size, kind) for _ in "kv")
+    map = hk.new_map(batch, s_q, count, s_kv, format=format, device="cuda")
+    map.view(torch.uint8).fill_(0x7F)  # poisoned
+    with hk.use_backend("triton"):
+        out = hk.attend_and_store(q, k, v, map)
+    scale = size**-0.5
+    reference, probabilities = attend64(q, k, v, scale)
+    eager, eager_probabilities = attend_eager(q, k, v, scale)
+    assert_within_rule(out, reference, eager, kind)
+    eager_map = stored_map(eager_probabilities.float().cpu(), format)
+    assert_within_rule(decode64(map, s_kv).cpu(), probabilities.cpu(), decode64(eager_map, s_kv), kind)
+
+    peaked = stored_map(text_probabilities(batch, s_q, count, s_kv), format).cuda()
+    with hk.use_backend("triton"):
+        applied = hk.apply_map(peaked, v)
+    reference, eager = apply64(peaked, v), apply_eager(peaked, v)
+    assert_within_rule(applied, reference, eager, kind)
+    channels = count * size
+    weight = on_gpu(channels, channels, dtype=kind) * channels**-0.5
+    bias, residual = on_gpu(channels, dtype=kind), on_gpu(batch, s_q, channels, dtype=kind)
+    chosen = launch.heuristic(kind, peaked.dtype, batch, s_q, s_kv, count, size, channels)
+    for form in ("folded", "two_stage"):
+        out = launch.apply_map_project(peaked, v, weight, bias, residual, replace(chosen, form=form))
+        assert_within_rule(
+            out,
+            project64(reference, weight, bias, residual),
+            project_eager(eager, weight, bias, residual),
+            kind,
+        )
+
+
+def test_backends_and_kernel_attributes():
+    table = hk.backends()
+    assert {op: devices["cuda"][0] for op, devices in table.items()} == {
+        "gather_blocks": "native",
+        "scatter_rows": "native",
+        "apply_map": "triton",
+        "apply_map_project": "triton",
+        "attend_and_store": "triton",
+    }
+    kernels = hk.build_info()["kernels"]
+    assert len(kernels) == 44
+    assert all(kernel["local_bytes"] == 0 for kernel in kernels)
+
+
+def test_compiled_on_the_gpu():
+    x = on_gpu(2, 8, 16, 16, dtype=torch.float16)
+    compiled = torch.compile(lambda a: hk.gather_blocks(a, a, a, scale=0.5) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), torch.cat([x, x + 0.5 * x], 1) * 2)
+
+
+def test_a_cuda_graph_captures_every_op():
+    """Nothing in an op waits for the device or allocates outside torch's pool."""
+    q, v = projected(2, 64, 4, 40, torch.float16), projected(2, 77, 4, 40, torch.float16)
+    map = hk.new_map(2, 64, 4, 77, device="cuda")
+    x, cache = on_gpu(2, 8, 16, 16, dtype=torch.float16), on_gpu(3, 8, dtype=torch.float16)
+    rows = torch.tensor([1, 0], device="cuda")
+    weight = on_gpu(160, 160, dtype=torch.float16)
+
+    def step():
+        hk.scatter_rows(cache, x[:, :, 0, 0], rows)
+        return (
+            hk.attend_and_store(q, v, v, map),
+            hk.apply_map(map, v),
+            hk.apply_map_project(map, v, weight),
+            hk.gather_blocks(x, x, x, rows, 0.3),
+        )
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for mine, other in zip(captured, expected, strict=True):
+        assert torch.equal(mine, other)
