@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 
 import hgc_kernels
 from hgc.cache import Cache, conditional_half
@@ -84,6 +85,11 @@ class Processor:
     def __reduce__(self) -> Any:
         # a pickled model is an uninstalled one
         return (_itself, (self.inner,))
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        # diffusers looks at the classes of processors, and makes new ones from them
+        return type(self.inner)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("inner", "name", "_standard"):
@@ -207,8 +213,22 @@ _ROW_BY_ROW = (
 
 def treats_rows_alike(processor: Any) -> bool:
     """Whether a processor is known to treat each row of a batch by itself."""
-    inner = processor.inner if isinstance(processor, Processor) else processor
-    return type(inner) in _ROW_BY_ROW
+    return type(unwrapped(processor)) in _ROW_BY_ROW
+
+
+def unwrapped(processor: Any) -> Any:
+    """The processor that hgc wrapped, or ``processor`` itself."""
+    while isinstance(processor, Processor):
+        processor = processor.inner
+    return processor
+
+
+def carries_text(model: torch.nn.Module) -> bool:
+    """Whether the text of ``model`` reaches cross-attentions named ``attn2`` alone."""
+    return not any(
+        getattr(module, "only_cross_attention", False) or isinstance(module, DualTransformer2DModel)
+        for module in model.modules()
+    )
 
 
 def cross_attentions(model: torch.nn.Module) -> dict[str, Attention]:

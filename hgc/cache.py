@@ -56,7 +56,8 @@ class Cache:
         buffer = None
         while len(values) >= history:
             old = values.pop().tensor
-            if buffer is None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+            fits = old.shape == tensor.shape and old.dtype == tensor.dtype
+            if buffer is None and fits and old.is_inference() == torch.is_inference_mode_enabled():
                 buffer = old
             else:
                 self.bytes -= old.nbytes
@@ -64,8 +65,8 @@ class Cache:
             if not self._grow(tensor.nbytes):
                 self.drop([name])
                 return
-            buffer = torch.empty_like(tensor)
-        buffer.copy_(tensor)
+            buffer = torch.empty_like(tensor.detach())
+        buffer.copy_(tensor.detach())
         values.insert(0, _Value(buffer, half, evaluation))
 
     def has(self, name: str, *, half: bool) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ from hgc.runs import (
     same_signature,
     signature,
 )
-from hgc.structure import UNetStructure, check_unet, controlnets, known_sources
+from hgc.structure import UNetStructure, check_unet, controlnets, has_hooks, known_sources
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
 
@@ -153,7 +155,9 @@ def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[
     if config is None:
         return ()
     return (
+        # the configs themselves: another adapter may come under the same name
         tuple(config),
+        tuple(config.values()),
         tuple(
             (
                 tuple(layer.active_adapters),
@@ -164,6 +168,12 @@ def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[
             for layer in layers
         ),
     )
+
+
+def _may_be_kept(source: Tensor) -> bool:
+    """Whether what is computed from ``source`` may stand for the run: a write to it would be seen,
+    and no graph of autograd hangs on it."""
+    return not source.is_inference() and not torch.is_grad_enabled()
 
 
 def _take_lora_scale(cross: dict[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
@@ -236,6 +246,16 @@ class Installation:
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
+        self._scaled_processors: list[Any] = []
+        self._weights: dict[int, tuple[list[Tensor], int]] = {}
+        self._cross_attentions = {
+            id(model): [
+                (attn, name) for name, attn in prompt_grain.cross_attentions(model).items()
+                if attn.to_k is not None
+            ]
+            for model in (unet, *nets)
+        }  # fmt: skip
+        self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
         self._active = known_sources()
         self._prompt_grain = True
         self._rows_are_samples = True
@@ -275,6 +295,12 @@ class Installation:
             module.__dict__.pop(_MARK, None)
         self.unet.__dict__.pop("_reset_stateful_cache", None)
         self._runs.clear()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes the calling thread's last run held at once; 0 before its first run."""
+        run = self._runs.last
+        return 0 if run is None else run.cache.peak_bytes
 
     def report(self) -> Any:
         """What the calling thread's last run did: a :class:`hgc.Report`.
@@ -329,6 +355,11 @@ class Installation:
             for model in self._networks()
             for processor in model.attn_processors.values()
         )
+        self._scaled_processors = [
+            processor
+            for processor in self.unet.attn_processors.values()
+            if isinstance(getattr(processor, "scale", None), (list, tuple))
+        ]
         found = [
             (attn, name) for model in self._networks()
             for name, attn in prompt_grain.cross_attentions(model).items()
@@ -340,8 +371,11 @@ class Installation:
             return
         self._restore_processors()
         # A processor with weights is a submodule; wrapping it would take them out of the model.
-        self._prompt_grain = not any(isinstance(a.processor, torch.nn.Module) for a, _ in found)
-        if not self._prompt_grain:
+        weighty = any(isinstance(attn.processor, torch.nn.Module) for attn, _ in found)
+        self._prompt_grain = self._carries_text and not weighty
+        if not self._prompt_grain and not weighty:
+            return
+        if weighty:
             self._say(
                 "processors",
                 "cross-attention processors with weights of their own (an IP-Adapter) are in "
@@ -349,14 +383,19 @@ class Installation:
             )
             return
         for attn, name in found:
-            wrapped = prompt_grain.wrap(name, attn.processor)
-            self._processors.append((attn, name, attn.processor, wrapped))
+            original = attn.processor
+            wrapped = prompt_grain.wrap(name, original)
+            self._processors.append((attn, name, original, wrapped))
             attn.processor = wrapped
 
     def _restore_processors(self) -> None:
-        for attn, _, original, wrapped in self._processors:
-            if attn.processor is wrapped:
-                attn.processor = original
+        # a user may have saved a wrapped processor and put it back: unwrap whatever is there
+        for model in self._networks():
+            for module in model.modules():
+                processor = getattr(module, "processor", None)
+                original = prompt_grain.unwrapped(processor)
+                if original is not processor:
+                    module.processor = original
         self._processors.clear()
 
     def _say(self, key: str, message: str) -> None:
@@ -384,23 +423,35 @@ class Installation:
                     self._assume_pair,
                 )
             )
+            if not self._may_step_through():
+                run.give_up("a block that would be run in part has hooks of its own")
         else:
             self._runs.use(run)
             if run.now is None and run.completed == position.index and run.broken is None:
-                run.broken = "one timestep was evaluated more than once"
+                run.give_up("one timestep was evaluated more than once")
         now = run.begin(position)
+        if not self._processors_in_place():
+            self._adopt_processors()
+            run.change("the attention processors changed")
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
-        if not run.text.is_(text) and not _is_part(text, run.text):
-            if not (isinstance(run.text.value, Tensor) and _is_part(run.text.value, Held(text))):
-                self._text_changed(run, now)
+        known = run.text.is_(text) or _is_part(text, run.text)
+        # a ControlNet may have a text of its own
+        known = known or (
+            cond is not None
+            and any(s.text is not None and s.text.is_(text) for s in run.slots if s.cond.is_(cond))
+        )
+        if not known:
+            if not _is_part(run.text.value, Held(text)):
+                self._text_changed(run, now, text)
             run.text = Held(text)
         return run, now
 
-    def _text_changed(self, run: Run, now: Evaluation) -> None:
+    def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
         planned = run.plan[now.index]
-        run.change("the text changed")
+        same_length = text.shape == run.text.value.shape
+        run.change("the text changed", keep_maps=self._config.fresh_values and same_length)
         if planned.attention == "reuse":
             if self._config.fresh_values and self._prompt_grain:
                 now.plan = dataclasses.replace(now.plan, attention="reuse")
@@ -411,18 +462,56 @@ class Installation:
                     "Config(fresh_values=True) keeps the maps and applies them to the new values",
                 )
 
+    def _may_step_through(self) -> bool:
+        """Whether no block that is run in part has hooks, which stepping through would skip."""
+        steps = self._config.steps
+        depths = {s.depth for s in steps} if steps is not None else {self._config.depth}
+        if steps is None and self._config.key_steps is None:
+            return True
+        structure = self._structure
+        for depth in depths:
+            if not isinstance(depth, int) or depth == 0:
+                continue
+            up, layer = structure.boundary(depth)
+            if layer > 0 and has_hooks(self.unet.up_blocks[up]):
+                return False
+            down, _ = structure.encoder[depth - 1]
+            whole = depth == len(structure.encoder) or structure.encoder[depth][0] != down
+            if down >= 0 and not whole and has_hooks(self.unet.down_blocks[down]):
+                return False
+        return True
+
+    def _processors_in_place(self) -> bool:
+        return all(attn.processor is wrapped for attn, _, _, wrapped in self._processors)
+
+    def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
+        """A value that changes when the weights that make keys and values do: when a LoRA is fused
+        or swapped. Versions only rise, so their sum tells."""
+        weights = []
+        for attn, _ in self._cross_attentions[id(model)]:
+            weights += [attn.to_k.weight, attn.to_v.weight]
+        held, generation = self._weights.get(id(model), ([], 0))
+        if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
+            generation += 1
+            self._weights[id(model)] = (weights, generation)
+        return generation, sum(0 if w.is_inference() else w._version for w in weights)
+
     def _collect_lora(self) -> None:
         for model in self._networks():
             config = getattr(model, "peft_config", None)
-            self._lora[id(model)] = (config and tuple(config), _lora_layers(model))
+            self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
 
     def _lora_now(self, model: torch.nn.Module) -> tuple[Any, ...]:
         config = getattr(model, "peft_config", None)
         known, layers = self._lora.get(id(model), (None, []))
-        if (config and tuple(config)) != known:
+        now = config and tuple(config.values())
+        if (now is None) != (known is None) or any(
+            a is not b for a, b in itertools.zip_longest(now or (), known or ())
+        ):
             self._collect_lora()
             _, layers = self._lora[id(model)]
-        return _lora_state(model, layers)
+        scales = [list(p.scale) for p in self._scaled_processors]
+        return (*_lora_state(model, layers), self._weights_now(model), scales)
 
     def _fail(self, run: Run) -> None:
         """An exception left the evaluation unfinished: keep nothing of the run."""
@@ -492,9 +581,9 @@ class Installation:
         try:
             slot = run.slot(net, controlnet_cond)
             if slot.called_at == position.index:
-                run.broken = "a ControlNet was called twice in one evaluation"
-                run.promote(run.broken)
+                run.give_up("a ControlNet was called twice in one evaluation")
             slot.called_at = position.index
+            slot.text = Held(encoder_hidden_states)
             run.factor = controlnet_cond.shape[-1] // sample.shape[-1]
             found = signature(
                 conditioning_scale, guess_mode, sample.shape, sample.dtype, sample.device,
@@ -565,7 +654,7 @@ class Installation:
         names = [*(f"residual/{j}" for j in range(len(shapes) - 1)), "residual/mid"]
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
-            now.control.append("off")
+            now.control[slot.index] = "off"
             return [zero_promise(shape, sample.dtype, sample.device) for shape in shapes]
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
@@ -578,14 +667,14 @@ class Installation:
                 run.promote("residuals are not cached")
         reused = now.plan.control == "reuse"
         if reused:
-            now.control.append("reused")
+            now.control[slot.index] = "reused"
         else:
             half = now.half and not is_part
             outputs = self._compute_control(
                 run, slot, sample, timestep, text, cond, arguments, index, half
             )
             self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
-            now.control.append("computed")
+            now.control[slot.index] = "computed"
             if not half:
                 return scale_residuals(net, outputs, scale, guess_mode)
             values = dict(zip(names, scale_residuals(net, outputs, scale, guess_mode), strict=True))
@@ -595,7 +684,7 @@ class Installation:
         def fresh_value(j: int) -> Tensor:
             if not held:
                 held.extend(compute_fresh())
-                slot.called_at = index
+                now.control[slot.index] = "computed"
             return held[j]
 
         def planned(name: str, j: int, half: bool) -> Terms | None:
@@ -634,7 +723,9 @@ class Installation:
         net = slot.net
         hint = run.cache.kept(slot.prefix + "hint")
         if hint is None:
-            hint = run.cache.keep(slot.prefix + "hint", embed_condition(net, cond))
+            hint = embed_condition(net, cond)
+            if _may_be_kept(cond):
+                hint = run.cache.keep(slot.prefix + "hint", hint)
         if half:
             batch = sample.shape[0]
             sample, text, hint = (conditional_half(x) for x in (sample, text, hint))
@@ -697,6 +788,7 @@ class Installation:
                 prefix=prefix,
                 evaluation=now.index,
                 half=half,
+                keep_projections=_may_be_kept(text),
                 mode=mode,
                 store=store,
                 map_format=map_format,
@@ -805,7 +897,7 @@ class Installation:
                 if now.half:
                     run.promote("an argument cannot be cut into halves")
             if wants_pair and run.pair.wants:
-                run.pair.compare(sample)
+                run.pair.compare(sample, encoder_hidden_states)
             now.batch = sample.shape[0]
             run.latent_size = (sample.shape[-2], sample.shape[-1])
             if now.plan.depth == 0:

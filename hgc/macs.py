@@ -17,7 +17,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
-from hgc.config import Config, StepPlan
+from hgc.config import Config, ConfigError, StepPlan
 from hgc.engine import Installation
 from hgc.planning import plan
 from hgc.runs import PairCheck
@@ -179,13 +179,12 @@ def _count(
             chosen.append(i)
             if i >= PairCheck.EVALUATIONS:
                 seen.setdefault(kind, []).append(i)
-    counted = dict(
-        zip(
-            chosen,
-            _run(unet, nets, [steps[i] for i in chosen], shapes, pair, [off[i] for i in chosen]),
-            strict=True,
-        )
-    )
+    try:
+        few = _run(unet, nets, [steps[i] for i in chosen], shapes, pair, [off[i] for i in chosen])
+    except ConfigError:
+        # one that was left out was read by one that stayed
+        return _run(unet, nets, steps, shapes, pair, off)
+    counted = dict(zip(chosen, few, strict=True))
     return [counted[i] if i in counted else counted[seen[kinds[i]][-1]] for i in range(len(steps))]
 
 
@@ -234,9 +233,10 @@ def _run(
                 with counter:
                     down, mid = None, None
                     for j, (net, cond) in enumerate(zip(nets, conds, strict=True)):
+                        # inpainting UNets have more channels than their ControlNet
                         scale = 0.0 if off[i][j] else 1.0
                         outputs = net(
-                            sample, schedule[i], encoder_hidden_states=text, controlnet_cond=cond,
+                            sample[:, : net.config.in_channels], schedule[i], encoder_hidden_states=text, controlnet_cond=cond,
                             conditioning_scale=scale, added_cond_kwargs=added, return_dict=False,
                         )  # fmt: skip
                         if down is None:
@@ -319,11 +319,14 @@ def count_macs(
 
 
 def count_performed(
-    installation: Installation, steps: Sequence[StepPlan], shapes: Shapes, off: list[list[bool]]
+    nets: Sequence[Any],
+    installation: Installation,
+    steps: Sequence[StepPlan],
+    shapes: Shapes,
+    off: Sequence[Sequence[bool]],
 ) -> tuple[list[Macs], Macs]:
     """MACs of evaluations that were performed, and of one made in full, for the report."""
     unet = _meta(installation.unet)
-    nets = [_meta(net) for net in installation.controlnets][: len(off[0])]
-    on = [[False] * len(nets)]
-    full = _run(unet, nets, None, shapes, False, on)[0]
-    return _count(unet, nets, steps, shapes, True, off), full
+    meta_nets = [_meta(net) for net in nets]
+    full = _run(unet, meta_nets, None, shapes, False, [[False] * len(meta_nets)])[0]
+    return _count(unet, meta_nets, steps, shapes, True, off), full

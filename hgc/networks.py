@@ -221,7 +221,8 @@ def _encode(
             if len(skips) >= count:
                 break
             sample = _layer(attentions, i, resnet(sample, emb), attention)
-            if i == last and extra is not None:
+            # a block without attention adds it after its downsampler, which is not run here
+            if i == last and extra is not None and with_attention:
                 sample = sample + extra
             skips.append(sample)
     if intrablock and not full:

@@ -30,6 +30,7 @@ class Row:
         macs: MACs done.
         milliseconds: Host time inside hgc and the models. On a GPU it is the time to launch.
         held_bytes: Bytes the run held at the end of the evaluation.
+        batch: Rows of the batch.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Row:
     macs: Macs
     milliseconds: float
     held_bytes: int
+    batch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Report:
     @property
     def full_macs(self) -> Macs:
         """MACs of the same run without hgc."""
-        return self.full_evaluation * len(self.rows)
+        share = sum(row.batch for row in self.rows) / self.rows[0].batch
+        full = self.full_evaluation
+        return Macs(round(full.total * share), round(full.paper * share))
 
     @property
     def milliseconds(self) -> float:
@@ -106,13 +110,22 @@ class Report:
         first = run.report[0]
         shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
         steps = [row.plan for row in run.report]
-        off = [[state == "off" for state in row.control] for row in run.report]
-        macs, full = count_performed(installation, steps, shapes, off)
+        off = [
+            [row.control.get(slot.index, "off") == "off" for slot in run.slots]
+            for row in run.report
+        ]
+        nets = [slot.net for slot in run.slots]
+        macs, full = count_performed(nets, installation, steps, shapes, off)
+        # all work is done row by row of the batch, which may shrink within a run
+        batches = [row.batch / first.batch for row in run.report]
+        macs = [
+            Macs(round(m.total * b), round(m.paper * b)) for m, b in zip(macs, batches, strict=True)
+        ]
         rows = tuple(
             Row(
                 index=row.index,
                 why=row.why,
-                control=tuple(row.control),
+                control=tuple(row.control[k] for k in sorted(row.control)),
                 depth=row.plan.depth,
                 encoder=row.plan.encoder,
                 attention=row.plan.attention,
@@ -120,6 +133,7 @@ class Report:
                 macs=counted,
                 milliseconds=row.milliseconds,
                 held_bytes=row.held_bytes,
+                batch=row.batch,
             )
             for row, counted in zip(run.report, macs, strict=True)
         )

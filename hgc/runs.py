@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import sys
 import threading
 import time
 from typing import Any
@@ -119,10 +120,11 @@ def position_of(timestep: Any) -> Position | None:
 
 
 class PairCheck:
-    """Whether the batch is a classifier-free guidance pair: its halves equal at two evaluations.
+    """Whether the batch is a classifier-free guidance pair: one sample twice, with two texts.
 
     Two images made from one seed without guidance look like a pair at the first evaluation and
-    then part, hence two. The comparison runs on the device and is read an evaluation later.
+    then part, since their texts differ: two evaluations must agree. Every later one is compared
+    too. The comparison runs on the device and is read an evaluation later.
     """
 
     EVALUATIONS = 2
@@ -136,25 +138,23 @@ class PairCheck:
     @property
     def wants(self) -> bool:
         """Whether another evaluation is to be compared."""
-        return not self._refuted and len(self._pending) + self._agreed < self.EVALUATIONS
+        return not self._refuted
 
     def refute(self) -> None:
         """The batch is not, or may not be, a pair."""
         self._refuted = True
 
-    def compare(self, sample: Tensor) -> None:
-        """Start the comparison of the two halves of ``sample``."""
-        batch = sample.shape[0]
-        if batch % 2:
+    def compare(self, sample: Tensor, text: Tensor) -> None:
+        """Start the comparison of the halves of ``sample`` and of ``text``."""
+        if sample.shape[0] % 2 or text.shape[0] != sample.shape[0]:
             self._refuted = True
         elif self._assume is not None:
             self._pending.append((self._assume, None))
         elif sample.device.type == "cpu":
-            first, second = sample.chunk(2)
-            self._pending.append((torch.equal(first, second), None))
+            same_text = torch.equal(*text.chunk(2))
+            self._pending.append((torch.equal(*sample.chunk(2)) and not same_text, None))
         else:
-            first, second = sample.chunk(2)
-            equal = torch.eq(first, second).all()
+            equal = torch.eq(*sample.chunk(2)).all() & torch.ne(*text.chunk(2)).any()
             flag = torch.empty((), dtype=torch.bool, pin_memory=sample.is_cuda)
             flag.copy_(equal, non_blocking=True)
             event = None
@@ -183,9 +183,9 @@ class ControlSlot:
     net: Any
     cond: Held
     index: int
+    text: Held | None = None
     called_at: int = -1
     signature: tuple[Held, ...] = ()
-    rank: int = 0
 
     @property
     def prefix(self) -> str:
@@ -201,7 +201,8 @@ class Evaluation:
         index: Position in the run.
         plan: What was done, as a step plan.
         why: ``"plan"``, or why the plan was not followed.
-        control: For each ControlNet called, ``"computed"``, ``"reused"`` or ``"off"``.
+        control: What each ControlNet called did, by the index of its slot: ``"computed"``,
+            ``"reused"`` or ``"off"``.
         milliseconds: Host time spent in hgc and the models; on a GPU, the time to launch.
         batch: Rows of the batch.
         half: Whether only the conditional half was computed.
@@ -210,7 +211,7 @@ class Evaluation:
     index: int
     plan: StepPlan
     why: str = "plan"
-    control: list[str] = dataclasses.field(default_factory=list)
+    control: dict[int, str] = dataclasses.field(default_factory=dict)
     milliseconds: float = 0.0
     batch: int = 0
     half: bool = False
@@ -232,6 +233,7 @@ class Run:
         self.position = position
         self.first = position.index
         self.cache = Cache(config.max_cache_bytes)
+        self._assume = assume
         self.pair = PairCheck(assume)
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
@@ -249,11 +251,11 @@ class Run:
         self.tokens = text.shape[1]
         self.factor = 8
         if config.steps is not None and config.num_evaluations != position.total:
+            self.plan = [_FULL_STEP] * position.total
             self.broken = (
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
                 f"run has {position.total}"
             )
-            self.plan = [_FULL_STEP] * position.total
         else:
             self.plan = plan(config, position.total)
         self.history = max(max(len(s.forecast), len(s.guidance_forecast)) for s in self.plan)
@@ -319,11 +321,19 @@ class Run:
             self.now.half = False
             self.now.why = why
 
-    def change(self, why: str) -> None:
+    def give_up(self, why: str) -> None:
+        """Compute the rest of the run in full."""
+        self.broken = why
+        self.plan = [_FULL_STEP] * len(self.plan)
+        self.cache.drop_history()
+        if self.now is not None:
+            self.promote(why)
+
+    def change(self, why: str, *, keep_maps: bool = False) -> None:
         """Something that features depend on has changed: drop them and compute in full."""
         assert self.now is not None
-        keep = [n for n in self.cache.names() if "map/" in n]
-        self.cache.drop(n for n in self.cache.names() if n not in keep)
+        self.pair = PairCheck(self._assume)
+        self.cache.drop(n for n in self.cache.names() if not (keep_maps and "map/" in n))
         self.cache.drop_kept("unet/")
         self.cache.drop_kept("control")
         self.promote(why)
@@ -370,6 +380,7 @@ class Run:
         for slot in self.slots:
             slot.signature = ()
             slot.cond = Held(None)
+            slot.text = None
 
     # -- ControlNets ------------------------------------------------------------------------
 
@@ -396,6 +407,10 @@ class Runs(threading.local):
 
     def add(self, run: Run) -> Run:
         """Take in a new run."""
+        for old in list(self.runs.values()):
+            # held by us alone: the pipeline call that made it is gone, by an exception perhaps
+            if not old.finished and sys.getrefcount(old.text.value) <= 2:
+                self.forget(old)
         while len(self.runs) >= self.LIMIT:
             self.runs.popitem(last=False)[1].free()
         self.runs[id(run)] = run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,6 +66,39 @@ def _refuse_compiled(name: str, module: Any) -> None:
         )
 
 
+def _refuse_replaced(name: str, module: Any, base: type) -> None:
+    """hgc runs the layers of a model itself: a forward that is not diffusers' own would be lost."""
+    if type(module).forward is not base.forward:
+        raise TypeError(
+            f"{name} is a {type(module).__name__} with a forward of its own, which hgc would not "
+            f"run; supported: {base.__name__}"
+        )
+    slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    own = module.__dict__.get(slot)
+    plain = isinstance(own, types.MethodType) and own.__func__ is type(module).forward
+    if own is not None and not plain and not hasattr(module, "_hgc_installation"):
+        raise TypeError(
+            f"the forward of {name} ({type(module).__name__}) was replaced by {own!r}, which hgc "
+            "would not run: undo that first"
+        )
+    if hasattr(module, "_diffusers_hook"):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) has diffusers hooks on it (group offload, a cache), "
+            "which hgc would not run: remove them first"
+        )
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether something is attached to ``module`` that runs only when it is called as a whole."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or hasattr(module, "_hf_hook")
+        or hasattr(module, "_diffusers_hook")
+    )
+
+
 def check_unet(unet: Any) -> None:
     """Raise TypeError, naming the class and the supported ones, where hgc cannot run ``unet``."""
     _refuse_compiled("unet", unet)
@@ -75,6 +109,7 @@ def check_unet(unet: Any) -> None:
         raise TypeError(
             f"unet must be a diffusers UNet2DConditionModel; got {type(unet).__name__}.{hint}"
         )
+    _refuse_replaced("unet", unet, UNet2DConditionModel)
     for kind, found, supported in (
         ("down block", unet.down_blocks, _DOWN),
         ("up block", unet.up_blocks, _UP),
@@ -107,7 +142,9 @@ def controlnets(controlnet: Any) -> tuple[ControlNetModel, ...]:
     unique: list[ControlNetModel] = []
     for net in nets:
         _refuse_compiled("controlnet", net)
-        if type(net) is not ControlNetModel:
+        if type(net) is ControlNetModel:
+            _refuse_replaced("controlnet", net, ControlNetModel)
+        else:
             raise TypeError(
                 "controlnet must be a diffusers ControlNetModel, a list of them, or a "
                 f"MultiControlNetModel; got {type(net).__name__}"

@@ -544,6 +544,22 @@ def test_halves_called_one_by_one_are_two_runs(sd15):
             assert torch.equal(together[i][j], alone[j][i])
 
 
+def test_the_same_text_on_another_schedule_is_another_run(sd15):
+    """A loop that stops, and one that starts in the middle of a schedule of its own."""
+    config = SOME.replace(guidance="both")
+    sample, text = torch.randn(1, 4, 16, 16), models.text(0)
+    first, second = torch.arange(6).flip(0) * 100, torch.arange(6).flip(0) * 100
+    with torch.no_grad():
+        with hgc.install(sd15.unet, config=config):
+            expected = [sd15.unet(-sample, t, text).sample for t in second[4:]]
+        with hgc.install(sd15.unet, config=config):
+            for t in first[:4]:
+                sd15.unet(sample, t, text)
+            found = [sd15.unet(-sample, t, text).sample for t in second[4:]]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_timesteps_of_unknown_origin_are_computed_in_full(sd15):
     sample, text = torch.randn(1, 4, 16, 16), models.text(0)
     with torch.no_grad():
@@ -866,3 +882,207 @@ def test_report(sd15):
     assert all(row.milliseconds > 0 for row in report.rows)
     assert "some: " in str(report) and str(report).count("\n") == 7
     assert "milliseconds" in report.to_json()
+
+
+# -- what an adversarial reading found ----------------------------------------------------------
+
+
+def test_a_pair_that_ends_is_not_halved(sd15):
+    """Guidance switched off by a callback: two images are left, and no pair."""
+    rows = []
+    handle = sd15.unet.conv_in.register_forward_hook(lambda m, a, out: rows.append(len(out)))
+
+    def callback(pipe, i, t, kwargs):
+        if i == 2:
+            pipe._guidance_scale = 1.0
+            return {k: kwargs[k].chunk(2)[-1] for k in ("prompt_embeds", "image")}
+        return {}
+
+    config = Config(num_evaluations=8, key_steps=(0, 3, 4), depth=1, guidance="reuse")
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    try:
+        with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+            models.draw(
+                sd15,
+                steps=8,
+                prompt_embeds=models.text(0, 2),
+                negative_prompt_embeds=models.text(500, 2),
+                latents=latents,
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "image"],
+            )
+            report = installed.report()
+    finally:
+        handle.remove()
+    assert rows == [4, 4, 2, 2, 2, 2, 2, 2]
+    assert [row.batch for row in report.rows] == [4, 4, 4, 2, 2, 2, 2, 2]
+    assert report.full_macs.total == pytest.approx(report.full_evaluation.total * 5.5)
+
+
+def test_forwards_that_hgc_would_lose_are_refused(sd15):
+    import types
+
+    from diffusers import UNet2DConditionModel
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Mine(UNet2DConditionModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    config = {k: v for k, v in sd15.unet.config.items() if not k.startswith("_")}
+    with pytest.raises(TypeError, match="Mine with a forward of its own"):
+        hgc.install(Mine(**config))
+    unet = copy.deepcopy(sd15.unet)
+    unet.forward = types.MethodType(lambda self, *a, **k: None, unet)
+    with pytest.raises(TypeError, match="forward of unet .* was replaced"):
+        hgc.install(unet)
+    unet = copy.deepcopy(sd15.unet)
+    HookRegistry.check_if_exists_or_initialize(unet).register_hook(ModelHook(), "mine")
+    with pytest.raises(TypeError, match="diffusers hooks"):
+        hgc.install(unet)
+
+
+def test_hooks_on_a_block_run_in_part_are_kept(sd15):
+    block = sd15.unet.up_blocks[3]
+    reference = models.draw(sd15)
+    handle = block.register_forward_hook(lambda m, a, out: out * 1.5)
+    try:
+        hooked = models.draw(sd15)
+        assert not torch.equal(hooked, reference)
+        with (
+            hgc.install(sd15.unet, sd15.controlnet, config=SOME),
+            pytest.warns(HgcWarning, match="run in part has hooks"),
+        ):
+            assert torch.equal(models.draw(sd15), hooked)
+    finally:
+        handle.remove()
+
+
+def test_a_lora_swapped_within_a_run_is_seen(sd15):
+    from peft import LoraConfig
+
+    def swap(unet, seed):
+        if getattr(unet, "peft_config", None):
+            unet.delete_adapters("default")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet.add_adapter(
+                LoraConfig(r=2, init_lora_weights=False, target_modules=["to_k", "to_v"])
+            )
+
+    def callback(pipe, i, t, kwargs):
+        if i == 2:
+            swap(pipe.unet, 2)
+        return {}
+
+    unet = copy.deepcopy(sd15.unet)
+    pipe = models.sd15_pipeline(unet, sd15.controlnet)
+    swap(unet, 1)
+    reference = models.draw(pipe, callback_on_step_end=callback)
+    swap(unet, 1)
+    with hgc.install(unet, sd15.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe, callback_on_step_end=callback), reference)
+
+
+def test_processors_changed_within_a_run(sd15):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    original = sd15.unet.attn_processors
+
+    def callback(pipe, i, t, kwargs):
+        if i == 2:
+            pipe.unet.set_attn_processor(AttnProcessor())
+        return {}
+
+    try:
+        reference = models.draw(sd15, callback_on_step_end=callback)
+        sd15.unet.set_attn_processor(original)
+        with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
+            assert torch.equal(models.draw(sd15, callback_on_step_end=callback), reference)
+            saved = dict(sd15.unet.attn_processors)
+            sd15.unet.set_default_attn_processor()
+            models.draw(sd15)
+            sd15.unet.set_attn_processor(saved)
+            models.draw(sd15)
+        assert all(
+            type(p).__module__.startswith("diffusers") for p in sd15.unet.attn_processors.values()
+        )
+    finally:
+        sd15.unet.set_attn_processor(original)
+
+
+def test_unets_with_text_in_their_first_attention():
+    unet = models.sd15_unet(only_cross_attention=True)
+    pipe = models.sd15_pipeline(unet, models.sd15_controlnet())
+    reference = models.draw(pipe)
+    with hgc.install(unet, pipe.controlnet, config="exact"):
+        assert torch.equal(models.draw(pipe), reference)
+
+
+def test_gradients_through_the_unet(sd15):
+    sample, text = torch.randn(1, 4, 16, 16), models.text(0)
+    schedule = torch.arange(4).flip(0) * 100
+
+    def gradients():
+        found = []
+        for t in schedule:
+            x = sample.clone().requires_grad_()
+            sd15.unet(x, t, text).sample.square().sum().backward()
+            found.append(x.grad)
+        sd15.unet.zero_grad()
+        return found
+
+    reference = gradients()
+    with hgc.install(sd15.unet, config="exact"):
+        for a, b in zip(gradients(), reference, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_inference_mode_and_back(sd15):
+    config = SOME.replace(guidance="both")
+    sample, text = torch.randn(1, 4, 16, 16), models.text(0)
+    schedule = torch.arange(6).flip(0) * 100
+    with hgc.install(sd15.unet, config=config):
+        for i, t in enumerate(schedule):
+            with torch.inference_mode() if i % 2 else torch.no_grad():
+                sd15.unet(sample, t, text)
+
+
+def test_an_abandoned_run_is_forgotten(sd15):
+    def fail(pipe, i, t, kwargs):
+        if i == 3:
+            raise Stop
+        return {}
+
+    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+        for seed in range(3):
+            with pytest.raises(Stop):
+                models.draw(sd15, seed=seed, callback_on_step_end=fail)
+        models.draw(sd15)
+        assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
+
+
+def test_t2i_adapter_residuals_at_every_depth(sdxl):
+    """Adapters add to the encoder; on an unchanged input every depth gives the full result."""
+    unet = sdxl.unet
+    text, schedule = models.text(0), torch.full((12,), 500)
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    added = {"text_embeds": models.text(7)[:, 0, :8], "time_ids": torch.ones(1, 6)}
+    shapes = [(1, 8, 8, 8), (1, 16, 4, 4), (1, 16, 4, 4)]
+    features = [
+        torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)
+    ]
+    steps = [StepPlan()] * 3 + [StepPlan(control="off", depth=k) for k in range(1, 10)]
+    config = Config(num_evaluations=12, steps=tuple(steps))
+
+    def evaluate(t):
+        return unet(
+            sample, t, text, added_cond_kwargs=added,
+            down_intrablock_additional_residuals=[f.clone() for f in features],
+        ).sample  # fmt: skip
+
+    with torch.no_grad():
+        reference = evaluate(schedule[0])
+        with hgc.install(unet, config=config):
+            for t in schedule:
+                assert torch.equal(evaluate(t), reference)
