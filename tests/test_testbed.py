@@ -208,9 +208,7 @@ def test_pictures_keep_to_their_condition_and_not_to_another(segmentation_pipe, 
 def test_two_conditions_and_another_scheduler(scenes):
     from diffusers import DDIMScheduler, MultiControlNetModel
 
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    )
+    scheduler = DDIMScheduler.from_pretrained(testbed.path(), subfolder="scheduler")
     pipe = testbed.load_pipeline(["canny", "depth"], scheduler=scheduler)
     assert isinstance(pipe.controlnet, MultiControlNetModel)
     assert pipe.scheduler is scheduler

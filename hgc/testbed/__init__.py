@@ -102,28 +102,34 @@ def load_pipeline(
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     nets = [
         ControlNetModel.from_pretrained(
-            folder / f"controlnet_{name}", torch_dtype=dtype, local_files_only=True
+            folder / f"controlnet_{name}", dtype=dtype, local_files_only=True
         )
         for name in names
     ]
     more = {} if scheduler is None else {"scheduler": scheduler}
-    # diffusers loads a pipeline's parts behind a bar of its own, which is noise at this size.
-    from diffusers.utils import logging
+    # Both libraries load behind a progress bar, which is noise at this size.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         pipeline = StableDiffusionControlNetPipeline.from_pretrained(
             folder,
             controlnet=nets[0] if isinstance(condition, str) else nets,
             safety_checker=None,
-            torch_dtype=dtype,
+            dtype=dtype,
             local_files_only=True,
             **more,
         )
     finally:
-        if bar:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
