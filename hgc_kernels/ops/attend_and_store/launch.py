@@ -30,7 +30,7 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
     keys = next_power_of_two(s_kv)
     if dtype == torch.float32:
         # Full fp32 runs on the ordinary units, with both operands in registers: small tiles.
-        if head.padded > 80:
+        if head.padded > 64:
             return LaunchConfig(16, 16, head, num_warps=8, num_stages=1)
         return LaunchConfig(32, min(keys, 32), head, num_warps=4, num_stages=1)
     # A text prompt (77 tokens) is one tile of 128: all scores of a query stay in registers.
