@@ -41,7 +41,7 @@ class Budget:
 
     def of(self, rule: Config) -> float:
         keys = rule.key_steps
-        count = self.first + (len(keys) - 1) * self.key
+        count = self.first + (len(keys) - 1 - len(rule.conditional_key_steps) / 2) * self.key
         for i in range(rule.num_evaluations):
             if i not in keys:
                 count += self.shallow[rule.depth] * (2 if i == 1 else 1)
@@ -88,14 +88,20 @@ class Scorer:
         return float(d.mean() + 0.1 * d.max()), float(d.mean()), float(d.max())
 
 
-def neighbours(rule: Config, rng: random.Random):
-    """Rules that differ in one thing."""
-    keys = rule.key_steps
+def neighbours(rule: Config, fixed: bool):
+    """Rules that differ in one thing; ``fixed`` keeps the number of steps."""
+    keys, halves = rule.key_steps, rule.conditional_key_steps
+    for key in keys[2:]:
+        changed = set(halves) ^ {key}
+        yield rule.replace(conditional_key_steps=tuple(sorted(changed)))
+    for key in set(range(1, rule.num_evaluations)) - set(keys):
+        yield rule.replace(key_steps=tuple(sorted({*keys, key})))
     for j in range(1, len(keys)):
         for move in (-1, 1):
             moved = sorted({*keys[:j], keys[j] + move, *keys[j + 1 :]})
             if len(moved) == len(keys) and moved[-1] < rule.num_evaluations:
-                yield rule.replace(key_steps=tuple(moved))
+                kept = [keys[j] + move if k == keys[j] else k for k in halves]
+                yield rule.replace(key_steps=tuple(moved), conditional_key_steps=tuple(kept))
     for damping in (-0.15, 0.15):
         value = round(rule.forecast + damping, 2)
         yield rule.replace(forecast=value)
@@ -103,16 +109,17 @@ def neighbours(rule: Config, rng: random.Random):
     for depth in {1, 2, 3} - {rule.depth}:
         yield rule.replace(depth=depth)
     for steps in (rule.num_evaluations - 1, rule.num_evaluations + 1):
-        if steps > keys[-2] + 1 and steps <= 20:
+        if not fixed and not halves and steps > keys[-2] + 1 and steps <= 20:
             scale = (steps - 1) / (rule.num_evaluations - 1)
             scaled = sorted({round(k * scale) for k in keys})
             if len(scaled) == len(keys):
                 yield rule.replace(num_evaluations=steps, key_steps=tuple(scaled))
 
 
-def starts(limit: float, budget: Budget):
+def starts(limit: float, budget: Budget, fixed: int | None):
     """Rules with evenly spread keys that use up the budget."""
-    for steps, depth, count in itertools.product((10, 12, 14, 17, 20), (1, 2, 3), range(3, 9)):
+    lengths = (10, 12, 14, 17, 20) if fixed is None else (fixed,)
+    for steps, depth, count in itertools.product(lengths, (1, 2, 3), range(3, 9)):
         if count >= steps:
             continue
         keys = tuple(round(j * (steps - 1) / (count - 1)) for j in range(count))
@@ -130,6 +137,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--conditions", nargs="+", default=["segmentation", "depth"])
+    parser.add_argument("--steps", type=int, help="keep to this number of steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -147,16 +155,16 @@ def main() -> None:
             found = tried[text]
             print(
                 f"{budget.of(rule):.2f}T {found[1]:.4f} worst {found[2]:.4f} "
-                f"steps {rule.num_evaluations} keys {rule.key_steps} depth {rule.depth} "
+                f"steps {rule.num_evaluations} keys {rule.key_steps} depth {rule.depth} halves {rule.conditional_key_steps} "
                 f"forecast {rule.forecast} guidance {rule.guidance_forecast}",
                 flush=True,
             )
         return tried[text]
 
-    pool = sorted(starts(arguments.budget, budget), key=lambda r: -budget.of(r))
+    pool = sorted(starts(arguments.budget, budget, arguments.steps), key=lambda r: -budget.of(r))
     best = min(pool[:10], key=score)
     while time.monotonic() < deadline:
-        around = [r for r in neighbours(best, rng) if budget.of(r) <= arguments.budget]
+        around = [r for r in neighbours(best, arguments.steps is not None) if budget.of(r) <= arguments.budget]
         rng.shuffle(around)
         for rule in around:
             if time.monotonic() > deadline:

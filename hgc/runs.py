@@ -382,6 +382,13 @@ class Run:
             slot.cond = Held(None)
             slot.text = None
 
+    def is_abandoned(self) -> bool:
+        """Whether nobody but this run holds its text: the pipeline call that made it is gone, by
+        an exception perhaps."""
+        text = self.text.value
+        ours = 1 + sum(slot.text is not None and slot.text.value is text for slot in self.slots)
+        return sys.getrefcount(text) <= ours + 2  # `text`, and the argument
+
     # -- ControlNets ------------------------------------------------------------------------
 
     def slot(self, net: Any, cond: Any) -> ControlSlot:
@@ -408,8 +415,7 @@ class Runs(threading.local):
     def add(self, run: Run) -> Run:
         """Take in a new run."""
         for old in list(self.runs.values()):
-            # held by us alone: the pipeline call that made it is gone, by an exception perhaps
-            if not old.finished and sys.getrefcount(old.text.value) <= 2:
+            if not old.finished and old.is_abandoned():
                 self.forget(old)
         while len(self.runs) >= self.LIMIT:
             self.runs.popitem(last=False)[1].free()

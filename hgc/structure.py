@@ -73,6 +73,11 @@ def _refuse_replaced(name: str, module: Any, base: type) -> None:
             f"{name} is a {type(module).__name__} with a forward of its own, which hgc would not "
             f"run; supported: {base.__name__}"
         )
+    if hasattr(module, "_diffusers_hook"):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) has diffusers hooks on it (group offload, a cache), "
+            "which hgc would not run: remove them first"
+        )
     slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own = module.__dict__.get(slot)
     plain = isinstance(own, types.MethodType) and own.__func__ is type(module).forward
@@ -80,11 +85,6 @@ def _refuse_replaced(name: str, module: Any, base: type) -> None:
         raise TypeError(
             f"the forward of {name} ({type(module).__name__}) was replaced by {own!r}, which hgc "
             "would not run: undo that first"
-        )
-    if hasattr(module, "_diffusers_hook"):
-        raise TypeError(
-            f"{name} ({type(module).__name__}) has diffusers hooks on it (group offload, a cache), "
-            "which hgc would not run: remove them first"
         )
 
 
