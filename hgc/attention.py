@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor as processors
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 
@@ -226,7 +227,8 @@ def unwrapped(processor: Any) -> Any:
 def carries_text(model: torch.nn.Module) -> bool:
     """Whether the text of ``model`` reaches cross-attentions named ``attn2`` alone."""
     return not any(
-        getattr(module, "only_cross_attention", False) or isinstance(module, DualTransformer2DModel)
+        isinstance(module, DualTransformer2DModel)
+        or (isinstance(module, BasicTransformerBlock) and module.only_cross_attention)
         for module in model.modules()
     )
 

@@ -197,8 +197,7 @@ class _Studio:
 
         with hgc.install(self._pipe.unet, self._pipe.controlnet, config=one.config) as cached:
             images, seconds = self._call(one.steps, scenes)
-            run = cached._runs.last
-            return images, seconds, 0 if run is None else run.cache.peak_bytes
+            return images, seconds, cached.peak_bytes
 
     def _call(self, steps: int, scenes: Sequence[Scene]) -> tuple[np.ndarray, float]:
         import torch
