@@ -347,8 +347,8 @@ def main():
         print(f"\n{title}\n\n{text}")
     if options.write:
         note = (
-            f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts and "
-            "map formats."
+            f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts "
+            "and map formats."
         )
         body = "\n\n".join(f"### {title}\n\n{text}" for title, text in sections)
         write_section(

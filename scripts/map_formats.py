@@ -2,9 +2,9 @@
 
     python scripts/map_formats.py --write
 
-The maps are peaked at the first token as text attention is: it takes a share of about `first`, a few
-other tokens most of the rest. Errors are relative, ||out - exact|| / ||exact||, in fp64 arithmetic, so
-that they are the storage's alone.
+The maps are peaked at the first token as text attention is: it takes a share of about `first`, a
+few other tokens most of the rest. Errors are relative, ||out - exact|| / ||exact||, in fp64
+arithmetic, so that they are the storage's alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write the table into docs/measured.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into docs/measured.md"
+    )
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(S_KV, HEADS, SIZE, generator=generator, dtype=torch.float64)
@@ -73,9 +75,9 @@ def main() -> None:
     print(text)
     if options.write:
         note = (
-            f"## Map formats\n\n{S_Q} queries, {HEADS} heads of {SIZE}, {S_KV} keys, seed 0. A token is one "
-            "query of all heads. Equal bytes a format, so the forms differ by their error alone; the "
-            "complement form is the one used.\n\n"
+            f"## Map formats\n\n{S_Q} queries, {HEADS} heads of {SIZE}, {S_KV} keys, seed 0. A "
+            "token is one query of all heads. Equal bytes a format, so the forms differ by their error "
+            "alone; the complement form is the one used.\n\n"
         )
         write_section("map-formats", "python scripts/map_formats.py --write", note + text)
 

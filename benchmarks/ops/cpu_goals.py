@@ -1,9 +1,11 @@
-"""The CPU goals of the ops, measured in one run: variants interleaved, caches cold, medians of ratios.
+"""The CPU goals of the ops, measured in one run: variants interleaved, caches cold, medians of
+ratios.
 
     python benchmarks/ops/cpu_goals.py --write
 
-gather_blocks: at least 0.9 of the byte ratio to eager `cat([hidden, skip + scale * residual])` on the
-three largest decoder inputs of SD1.5. apply_map: not slower than eager. Exits with 1 where one fails.
+gather_blocks: at least 0.9 of the byte ratio to eager `cat([hidden, skip + scale * residual])` on
+the three largest decoder inputs of SD1.5. apply_map: not slower than eager. Exits with 1 where one
+fails.
 """
 
 from __future__ import annotations
@@ -77,14 +79,23 @@ def apply_rows(rounds):
                 lambda v=v, full=full: eager_apply_map(full, v),
                 rounds,
             )
-            yield f"apply_map {shape.name} {name}", [*times, low, middle, high, 1.0, 0.0], middle, 1.0
+            yield (
+                f"apply_map {shape.name} {name}",
+                [*times, low, middle, high, 1.0, 0.0],
+                middle,
+                1.0,
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/measured.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into docs/measured.md"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -101,17 +112,29 @@ def main():
                 print(rows[-1], flush=True)
                 if reached < goal:
                     failed.append(name)
-    header = ["case", "hgc ms", "eager ms", "speedup (p20 to p80)", "byte ratio", "share reached", "goal", "GB/s"]
+    header = [
+        "case",
+        "hgc ms",
+        "eager ms",
+        "speedup (p20 to p80)",
+        "byte ratio",
+        "share reached",
+        "goal",
+        "GB/s",
+    ]
     text = table(header, rows)
     print(text)
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         head = (
             "## CPU goals of the ops\n\n"
-            f"{platform.machine()}, vector set {hk.build_info()['vector_set']}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, commit {commit or 'unknown'}, batch {BATCH}, {options.rounds} interleaved rounds "
-            "with caches cold. The byte ratio is `counts.eager_gather_blocks_bytes` over `counts.gather_blocks_bytes`; "
-            "the share reached is the median speedup over it.\n\n"
+            f"{platform.machine()}, vector set {hk.build_info()['vector_set']}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit "
+            f"{commit or 'unknown'}, batch {BATCH}, {options.rounds} interleaved rounds with "
+            "caches cold. The byte ratio is `counts.eager_gather_blocks_bytes` over "
+            "`counts.gather_blocks_bytes`; the share reached is the median speedup over it.\n\n"
         )
         write_section("cpu-goals", "python benchmarks/ops/cpu_goals.py --write", head + text)
     for name in failed:

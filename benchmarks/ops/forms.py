@@ -1,6 +1,6 @@
 """The estimates behind the choice between the folded and the two-stage apply_map_project.
 
-    python benchmarks/ops/forms.py --write
+python benchmarks/ops/forms.py --write
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from measured import table, write_section
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/measured.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into docs/measured.md"
+    )
     options = parser.parse_args()
     rows = []
     for shape in CROSS_ATTENTIONS:
@@ -39,12 +41,21 @@ def main() -> None:
                  f"{first / 1e9:.2f} + {second / 1e9:.2f}", f"{costs['folded'] * 1e6:.1f}",
                  f"{costs['two_stage'] * 1e6:.1f}", chosen]
             )  # fmt: skip
-    header = ["shape", "map", "folded GFLOP", "two-stage GFLOP", "folded us", "two-stage us", "chosen"]
+    header = [
+        "shape",
+        "map",
+        "folded GFLOP",
+        "two-stage GFLOP",
+        "folded us",
+        "two-stage us",
+        "chosen",
+    ]
     text = table(header, rows)
     print(text)
     if options.write:
         note = (
-            "## Folded or two stages\n\nEstimates, not measurements: counted FLOPs and bytes over one "
+            "## Folded or two stages\n\n"
+            "Estimates, not measurements: counted FLOPs and bytes over one "
             "data-centre GPU's rates (see `apply_map_project.launch`), fp16, batch 2, 77 keys.\n\n"
         )
         write_section("forms", "python benchmarks/ops/forms.py --write", note + text)

@@ -1,7 +1,7 @@
 """Microbenchmarks of the ops at SD1.5 512 and SDXL 1024 shapes.
 
-    pytest benchmarks/ops --benchmark-only                       # CPU, and CUDA where there is a GPU
-    pytest benchmarks/ops --benchmark-only -k "cuda and fp16" --benchmark-json out.json
+    pytest benchmarks/ops --benchmark-only                       # CPU, and CUDA where there is a
+    GPU pytest benchmarks/ops --benchmark-only -k "cuda and fp16" --benchmark-json out.json
 
 Every op against the same maths in eager PyTorch and under torch.compile, and the whole cached
 cross-attention against diffusers' own. `extra_info` carries bytes, FLOPs, GB/s, and on a GPU the
@@ -110,7 +110,9 @@ def test_gather_blocks(benchmark, shape, device, dtype, variant):
     ours = functools.partial(hk.gather_blocks, scale=0.7)
     function = pick(variant, ours, functools.partial(eager_gather_blocks, scale=0.7))
     if variant == "hgc":
-        assert torch.equal(ours(hidden, skip, residual), eager_gather_blocks(hidden, skip, residual, 0.7))
+        assert torch.equal(
+            ours(hidden, skip, residual), eager_gather_blocks(hidden, skip, residual, 0.7)
+        )
     moved = shape.bytes(BATCH, DTYPES[dtype])
     measure(benchmark, lambda: function(hidden, skip, residual), device, moved=moved)
 
@@ -155,7 +157,9 @@ def test_attend_and_store(benchmark, shape, device, dtype, format, variant):
     k, v = (shape.values(BATCH, DTYPES[dtype], device) for _ in "kv")
     scale = shape.size**-0.5
     function = pick(
-        variant, lambda: hk.attend_and_store(q, k, v, map), lambda: eager_attend_and_store(q, k, v, scale)
+        variant,
+        lambda: hk.attend_and_store(q, k, v, map),
+        lambda: eager_attend_and_store(q, k, v, scale),
     )
     sizes = (BATCH, shape.s_q, shape.s_kv, shape.heads, shape.size)
     moved = counts.attend_and_store_bytes(*sizes, q.element_size(), format)
@@ -181,7 +185,9 @@ def test_apply_map_project(benchmark, shape, device, dtype, format, variant):
     kind = DTYPES[dtype]
     v, map = shape.values(BATCH, kind, device), shape.map(BATCH, format, device)
     full = hk.map_probabilities(map, shape.s_kv).to(kind)
-    weight = torch.randn(shape.channels, shape.channels, device=device).to(kind) * shape.channels**-0.5
+    weight = (
+        torch.randn(shape.channels, shape.channels, device=device).to(kind) * shape.channels**-0.5
+    )
     bias = torch.randn(shape.channels, device=device).to(kind)
     residual = torch.randn(BATCH, shape.s_q, shape.channels, device=device).to(kind)
     if variant == "baddbmm":

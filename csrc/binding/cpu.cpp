@@ -34,8 +34,8 @@ class Rows {
     values_.reset(new int64_t[n > 0 ? n : 1]);
     for (int64_t i = 0; i < n; ++i) {
       values_[i] = from[i * rows.stride(0)];
-      STD_TORCH_CHECK(values_[i] >= 0 && values_[i] < bound, "rows: expected indices in [0, ", bound, "), got ",
-                      values_[i]);
+      STD_TORCH_CHECK(values_[i] >= 0 && values_[i] < bound, "rows: expected indices in [0, ",
+                      bound, "), got ", values_[i]);
     }
   }
   const int64_t* get() const { return values_.get(); }
@@ -46,7 +46,8 @@ class Rows {
 
 // Bytes a thread should have to do, so that starting it pays.
 constexpr int64_t kGrainBytes = 64 * 1024;
-// A result that will not fit the caches is written past them: no line of it is read first, none of the inputs evicted.
+// A result that will not fit the caches is written past them: no line of it is read first, none of
+// the inputs evicted.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
 Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Tensor> residual,
@@ -77,15 +78,25 @@ Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Ten
                              residual ? residual->stride(0) : 0,
                              static_cast<float>(scale),
                              elements * element_bytes >= kStreamBytes};
-    torch::stable::parallel_for(0, elements, kGrainBytes / element_bytes, [&](int64_t begin, int64_t end) {
-      kernels().gather_dense(a, element, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, elements, kGrainBytes / element_bytes,
+        [&](int64_t begin, int64_t end) { kernels().gather_dense(a, element, begin, end); });
     return out;
   }
-  cpu::GatherStrided a{hidden.const_data_ptr(), skip.const_data_ptr(), residual_ptr, rows_ptr,
-                       out.mutable_data_ptr(),  g.hidden_channels,     g.skip_channels, g.height,
-                       g.width,                 {},                    {},              {},
-                       {},                      static_cast<float>(scale)};
+  cpu::GatherStrided a{hidden.const_data_ptr(),
+                       skip.const_data_ptr(),
+                       residual_ptr,
+                       rows_ptr,
+                       out.mutable_data_ptr(),
+                       g.hidden_channels,
+                       g.skip_channels,
+                       g.height,
+                       g.width,
+                       {},
+                       {},
+                       {},
+                       {},
+                       static_cast<float>(scale)};
   for (int d = 0; d < 4; ++d) {
     a.hidden_strides[d] = hidden.stride(d);
     a.skip_strides[d] = skip.stride(d);
@@ -93,17 +104,19 @@ Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Ten
     a.out_strides[d] = out.stride(d);
   }
   const int64_t line_bytes = g.width * element_bytes;
-  torch::stable::parallel_for(
-      0, g.batch * (g.hidden_channels + g.skip_channels) * g.height, kGrainBytes / 4 / line_bytes + 1,
-      [&](int64_t begin, int64_t end) { kernels().gather_strided(a, element, begin, end); });
+  torch::stable::parallel_for(0, g.batch * (g.hidden_channels + g.skip_channels) * g.height,
+                              kGrainBytes / 4 / line_bytes + 1, [&](int64_t begin, int64_t end) {
+                                kernels().gather_strided(a, element, begin, end);
+                              });
   return out;
 }
 
 // Copies elements [begin, end) of a row, counted in the order of the loops.
-void copy_part(const RowLoops& loops, char* cache, const char* fresh, int64_t element_bytes, int64_t begin,
-               int64_t end) {
+void copy_part(const RowLoops& loops, char* cache, const char* fresh, int64_t element_bytes,
+               int64_t begin, int64_t end) {
   if (loops.is_run()) {
-    std::memcpy(cache + begin * element_bytes, fresh + begin * element_bytes, (end - begin) * element_bytes);
+    std::memcpy(cache + begin * element_bytes, fresh + begin * element_bytes,
+                (end - begin) * element_bytes);
     return;
   }
   int64_t index[RowLoops::kMaxDims];
@@ -141,17 +154,19 @@ void scatter_rows(const Tensor& cache, const Tensor& fresh, const Tensor& rows) 
           const int64_t sample = begin / loops.elements;
           const int64_t first = begin - sample * loops.elements;
           const int64_t n = std::min(end - begin, loops.elements - first);
-          copy_part(loops, cache_ptr + row_list.get()[sample] * cache_row, fresh_ptr + sample * fresh_row,
-                    element_bytes, first, first + n);
+          copy_part(loops, cache_ptr + row_list.get()[sample] * cache_row,
+                    fresh_ptr + sample * fresh_row, element_bytes, first, first + n);
           begin += n;
         }
       });
 }
 
 Tensor apply_map(const Tensor& map, const Tensor& v) {
-  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous(), "map: expected a contiguous tensor of 4 dimensions");
-  STD_TORCH_CHECK(is_float_type(map.scalar_type()) || map.scalar_type() == ScalarType::Float8_e4m3fn,
-                  "map: expected float32, float16, bfloat16 or float8_e4m3fn");
+  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous(),
+                  "map: expected a contiguous tensor of 4 dimensions");
+  STD_TORCH_CHECK(
+      is_float_type(map.scalar_type()) || map.scalar_type() == ScalarType::Float8_e4m3fn,
+      "map: expected float32, float16, bfloat16 or float8_e4m3fn");
   STD_TORCH_CHECK(v.dim() == 4, "v: expected 4 dimensions");
   STD_TORCH_CHECK(is_float_type(v.scalar_type()), "v: expected float32, float16 or bfloat16");
   STD_TORCH_CHECK(map.device() == v.device(), "map: expected the device of v");
@@ -161,27 +176,35 @@ Tensor apply_map(const Tensor& map, const Tensor& v) {
   const int64_t size = v.size(3);
   const int64_t s_q = map.size(1);
   STD_TORCH_CHECK(s_kv >= 1, "v: expected at least one key");
-  STD_TORCH_CHECK(map.size(0) == batch && map.size(2) == heads, "map: expected the batch and heads of v");
-  STD_TORCH_CHECK(map.size(3) == (s_kv + 15) / 16 * 16, "map: expected a last size of S_kv padded to 16");
+  STD_TORCH_CHECK(map.size(0) == batch && map.size(2) == heads,
+                  "map: expected the batch and heads of v");
+  STD_TORCH_CHECK(map.size(3) == (s_kv + 15) / 16 * 16,
+                  "map: expected a last size of S_kv padded to 16");
   const std::array<int64_t, 4> sizes{batch, s_q, heads, size};
-  Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, v.scalar_type(), std::nullopt, v.device());
+  Tensor out =
+      torch::stable::empty({sizes.data(), sizes.size()}, v.scalar_type(), std::nullopt, v.device());
   if (out.numel() == 0) return out;
 
   const int64_t padded_size = (size + cpu::kValuePad - 1) / cpu::kValuePad * cpu::kValuePad;
   const std::array<int64_t, 1> packed_size{batch * heads * cpu::packed_head(s_kv, padded_size)};
-  Tensor values =
-      torch::stable::empty({packed_size.data(), packed_size.size()}, ScalarType::Float, std::nullopt, v.device());
+  Tensor values = torch::stable::empty({packed_size.data(), packed_size.size()}, ScalarType::Float,
+                                       std::nullopt, v.device());
   float* values_ptr = static_cast<float*>(values.mutable_data_ptr());
-  const cpu::PackValues pack{v.const_data_ptr(), values_ptr, heads, s_kv, size, padded_size,
+  const cpu::PackValues pack{v.const_data_ptr(),
+                             values_ptr,
+                             heads,
+                             s_kv,
+                             size,
+                             padded_size,
                              {v.stride(0), v.stride(1), v.stride(2), v.stride(3)}};
   const Element value_element = element_of(v.scalar_type());
-  torch::stable::parallel_for(0, batch * heads, kGrainBytes / (s_kv * padded_size * 4) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                kernels().pack_values(pack, value_element, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, batch * heads, kGrainBytes / (s_kv * padded_size * 4) + 1,
+      [&](int64_t begin, int64_t end) { kernels().pack_values(pack, value_element, begin, end); });
 
-  const cpu::ApplyMap a{map.const_data_ptr(), values_ptr, out.mutable_data_ptr(), s_q, heads,
-                        s_kv,                 map.size(3), size,                  padded_size};
+  const cpu::ApplyMap a{
+      map.const_data_ptr(), values_ptr, out.mutable_data_ptr(), s_q, heads, s_kv, map.size(3), size,
+      padded_size};
   const Element map_element = element_of(map.scalar_type());
   const int64_t blocks = (s_q + cpu::kQueryBlock - 1) / cpu::kQueryBlock;
   std::atomic<bool> done{true};
@@ -203,5 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(hgc_native, CPU, m) {
 
 extern "C" {
 __attribute__((visibility("default"))) const char* hgc_build_info() { return HGC_BUILD_INFO; }
-__attribute__((visibility("default"))) const char* hgc_cpu_isa() { return hgc::cpu::kernels().name; }
+__attribute__((visibility("default"))) const char* hgc_cpu_isa() {
+  return hgc::cpu::kernels().name;
+}
 }

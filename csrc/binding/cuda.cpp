@@ -22,7 +22,8 @@ cudaStream_t current_stream(const Tensor& x) {
 }
 
 void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the kernel did not launch: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, op,
+                  ": the kernel did not launch: ", cudaGetErrorString(error));
 }
 
 cuda::RowIndex row_index(const std::optional<Tensor>& rows, int64_t bound) {
@@ -120,17 +121,20 @@ STABLE_TORCH_LIBRARY_IMPL(hgc_native, CUDA, m) {
 extern "C" {
 __attribute__((visibility("default"))) const char* hgc_build_info() { return HGC_BUILD_INFO; }
 
-// Fills in the index-th kernel's name and attributes. Returns 1 past the last kernel, and -1 with the CUDA error's text in
-// *name where there is no device to ask.
-__attribute__((visibility("default"))) int hgc_kernel_attributes(int index, const char** name, int* registers,
-                                                                 int64_t* shared_bytes, int64_t* local_bytes,
+// Fills in the index-th kernel's name and attributes. Returns 1 past the last kernel, and -1 with
+// the CUDA error's text in *name where there is no device to ask.
+__attribute__((visibility("default"))) int hgc_kernel_attributes(int index, const char** name,
+                                                                 int* registers,
+                                                                 int64_t* shared_bytes,
+                                                                 int64_t* local_bytes,
                                                                  int* max_threads) {
   int gather_count = 0;
   int scatter_count = 0;
   const hgc::cuda::NamedKernel* gather = hgc::cuda::gather_kernels(&gather_count);
   const hgc::cuda::NamedKernel* scatter = hgc::cuda::scatter_kernels(&scatter_count);
   if (index < 0 || index >= gather_count + scatter_count) return 1;
-  const hgc::cuda::NamedKernel& kernel = index < gather_count ? gather[index] : scatter[index - gather_count];
+  const hgc::cuda::NamedKernel& kernel =
+      index < gather_count ? gather[index] : scatter[index - gather_count];
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
   if (error != cudaSuccess) {

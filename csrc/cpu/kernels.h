@@ -7,8 +7,9 @@ namespace hgc::cpu {
 
 enum class Element : int { kFloat, kHalf, kBFloat, kE4m3 };
 
-// cat(hidden, skip[rows] + scale * residual[rows]) over inputs whose samples are dense in one and the same order. In
-// NCHW order a sample is one run of C * H * W elements; in channels_last order it is H * W runs of C elements.
+// cat(hidden, skip[rows] + scale * residual[rows]) over inputs whose samples are dense in one and
+// the same order. In NCHW order a sample is one run of C * H * W elements; in channels_last order
+// it is H * W runs of C elements.
 struct GatherDense {
   const void* hidden_ptr;
   const void* skip_ptr;
@@ -37,7 +38,8 @@ struct GatherStrided {
   float scale;
 };
 
-// values: of every (b, h) packed_head floats, laid out by pack_values as its instruction set likes them. map: [B, S_q, H, padded_s_kv]. out: [B, S_q, H, size].
+// values: of every (b, h) packed_head floats, laid out by pack_values as its instruction set likes
+// them. map: [B, S_q, H, padded_s_kv]. out: [B, S_q, H, size].
 struct ApplyMap {
   const void* map_ptr;
   const float* values_ptr;
@@ -54,8 +56,8 @@ struct PackValues {
 
 struct Kernels {
   const char* name;
-  // Each works on items [begin, end) of its own: elements of the result, lines (b, c, y), blocks of kQueryBlock queries
-  // (b, q / kQueryBlock), heads (b, h).
+  // Each works on items [begin, end) of its own: elements of the result, lines (b, c, y), blocks of
+  // kQueryBlock queries (b, q / kQueryBlock), heads (b, h).
   void (*gather_dense)(const GatherDense&, Element, int64_t begin, int64_t end);
   void (*gather_strided)(const GatherStrided&, Element, int64_t begin, int64_t end);
   // Returns false where scratch memory could not be had.
@@ -67,10 +69,14 @@ struct Kernels {
 inline constexpr int64_t kQueryBlock = 24;
 inline constexpr int64_t kValuePad = 16;
 
-// Floats that the packed values of a head take: a row a key, and one more for a layout that keeps key 0 twice.
-constexpr int64_t packed_head(int64_t s_kv, int64_t padded_size) { return (s_kv + 1) * padded_size; }
+// Floats that the packed values of a head take: a row a key, and one more for a layout that keeps
+// key 0 twice.
+constexpr int64_t packed_head(int64_t s_kv, int64_t padded_size) {
+  return (s_kv + 1) * padded_size;
+}
 
-// The best table that this processor runs. HGC_CPU_ISA=baseline|avx2|avx512|avx512_bf16 asks for a lesser one (tests).
+// The best table that this processor runs. HGC_CPU_ISA=baseline|avx2|avx512|avx512_bf16 asks for a
+// lesser one (tests).
 const Kernels& kernels();
 
 namespace baseline {

@@ -1,6 +1,6 @@
-// The kernels, written once over simd.h. Included by one file an instruction set, which names it in HGC_ISA.
-// No standard library templates here: their out-of-line copies would be compiled for this instruction set and could then
-// be linked into code that runs on any processor.
+// The kernels, written once over simd.h. Included by one file an instruction set, which names it in
+// HGC_ISA. No standard library templates here: their out-of-line copies would be compiled for this
+// instruction set and could then be linked into code that runs on any processor.
 #include <stdlib.h>
 
 #include "kernels.h"
@@ -28,7 +28,8 @@ void copy_run(T* out, const T* from, int64_t n, bool stream) {
     return;
   }
   constexpr int64_t kLine = kLineBytes / sizeof(T);
-  int64_t i = ((kLineBytes - reinterpret_cast<uintptr_t>(out) % kLineBytes) % kLineBytes) / sizeof(T);
+  int64_t i =
+      ((kLineBytes - reinterpret_cast<uintptr_t>(out) % kLineBytes) % kLineBytes) / sizeof(T);
   memcpy(out, from, i * sizeof(T));
   for (; i + kLine <= n; i += kLine) copy_line(out + i, from + i);
   memcpy(out + i, from + i, (n - i) * sizeof(T));
@@ -40,7 +41,8 @@ void blend_run(T* out, const T* skip, const T* residual, float scale, int64_t n,
   const Vec scale_vec = broadcast(scale);
   int64_t i = 0;
   if (stream && n >= 4 * kLine) {
-    const int64_t head = ((kLineBytes - reinterpret_cast<uintptr_t>(out) % kLineBytes) % kLineBytes) / sizeof(T);
+    const int64_t head =
+        ((kLineBytes - reinterpret_cast<uintptr_t>(out) % kLineBytes) % kLineBytes) / sizeof(T);
     for (; i < head; ++i) out[i] = blend(skip[i], residual[i], scale);
     for (; i + kLine <= n; i += kLine) {
       Vec line[kLine / Vec::kWidth];
@@ -50,7 +52,8 @@ void blend_run(T* out, const T* skip, const T* residual, float scale, int64_t n,
       stream_line(out + i, line);
     }
   }
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(out + i, blend_vec(skip + i, residual + i, scale_vec));
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth)
+    store(out + i, blend_vec(skip + i, residual + i, scale_vec));
   for (; i < n; ++i) out[i] = blend(skip[i], residual[i], scale);
 }
 
@@ -67,7 +70,8 @@ void gather_dense(const GatherDense& a, int64_t begin, int64_t end) {
     const int64_t stop = (end - index * run < run) ? end - index * run : run;
     if (column < a.hidden_run) {
       const int64_t n = (stop < a.hidden_run ? stop : a.hidden_run) - column;
-      const T* hidden = static_cast<const T*>(a.hidden_ptr) + sample * a.hidden_stride + within * a.hidden_run;
+      const T* hidden =
+          static_cast<const T*>(a.hidden_ptr) + sample * a.hidden_stride + within * a.hidden_run;
       copy_run(out + i, hidden + column, n, a.stream);
       i += n;
       column += n;
@@ -78,7 +82,8 @@ void gather_dense(const GatherDense& a, int64_t begin, int64_t end) {
       const int64_t offset = within * a.skip_run + (column - a.hidden_run);
       const T* skip = static_cast<const T*>(a.skip_ptr) + row * a.skip_stride + offset;
       if (a.residual_ptr) {
-        const T* residual = static_cast<const T*>(a.residual_ptr) + row * a.residual_stride + offset;
+        const T* residual =
+            static_cast<const T*>(a.residual_ptr) + row * a.residual_stride + offset;
         blend_run(out + i, skip, residual, a.scale, n, a.stream);
       } else {
         copy_run(out + i, skip, n, a.stream);
@@ -96,17 +101,19 @@ void gather_strided(const GatherStrided& a, int64_t begin, int64_t end) {
     const int64_t y = line % a.height;
     const int64_t c = line / a.height % channels;
     const int64_t b = line / a.height / channels;
-    T* out = static_cast<T*>(a.out_ptr) + b * a.out_strides[0] + c * a.out_strides[1] + y * a.out_strides[2];
+    T* out = static_cast<T*>(a.out_ptr) + b * a.out_strides[0] + c * a.out_strides[1] +
+             y * a.out_strides[2];
     if (c < a.hidden_channels) {
-      const T* hidden = static_cast<const T*>(a.hidden_ptr) + b * a.hidden_strides[0] + c * a.hidden_strides[1] +
-                        y * a.hidden_strides[2];
-      for (int64_t x = 0; x < a.width; ++x) out[x * a.out_strides[3]] = hidden[x * a.hidden_strides[3]];
+      const T* hidden = static_cast<const T*>(a.hidden_ptr) + b * a.hidden_strides[0] +
+                        c * a.hidden_strides[1] + y * a.hidden_strides[2];
+      for (int64_t x = 0; x < a.width; ++x)
+        out[x * a.out_strides[3]] = hidden[x * a.hidden_strides[3]];
       continue;
     }
     const int64_t row = a.rows_ptr ? a.rows_ptr[b] : b;
     const int64_t k = c - a.hidden_channels;
-    const T* skip = static_cast<const T*>(a.skip_ptr) + row * a.skip_strides[0] + k * a.skip_strides[1] +
-                    y * a.skip_strides[2];
+    const T* skip = static_cast<const T*>(a.skip_ptr) + row * a.skip_strides[0] +
+                    k * a.skip_strides[1] + y * a.skip_strides[2];
     if (!a.residual_ptr) {
       for (int64_t x = 0; x < a.width; ++x) out[x * a.out_strides[3]] = skip[x * a.skip_strides[3]];
       continue;
@@ -114,7 +121,8 @@ void gather_strided(const GatherStrided& a, int64_t begin, int64_t end) {
     const T* residual = static_cast<const T*>(a.residual_ptr) + row * a.residual_strides[0] +
                         k * a.residual_strides[1] + y * a.residual_strides[2];
     for (int64_t x = 0; x < a.width; ++x) {
-      out[x * a.out_strides[3]] = blend(skip[x * a.skip_strides[3]], residual[x * a.residual_strides[3]], a.scale);
+      out[x * a.out_strides[3]] =
+          blend(skip[x * a.skip_strides[3]], residual[x * a.residual_strides[3]], a.scale);
     }
   }
 }
@@ -148,7 +156,8 @@ void pack_pairs(const PackValues& a, int64_t begin, int64_t end) {
     const BFloat* v = static_cast<const BFloat*>(a.v_ptr) + b * a.strides[0] + h * a.strides[2];
     float* first = a.values_ptr + item * packed_head(a.s_kv, a.padded_size);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(first + a.padded_size);
-    for (int64_t d = 0; d < a.padded_size; ++d) first[d] = d < a.size ? to_float(v[d * a.strides[3]]) : 0.f;
+    for (int64_t d = 0; d < a.padded_size; ++d)
+      first[d] = d < a.size ? to_float(v[d * a.strides[3]]) : 0.f;
     for (int64_t k = 0; k < a.s_kv; k += 2) {
       const BFloat* even = v + k * a.strides[1];
       const BFloat* odd = even + (k + 1 < a.s_kv ? a.strides[1] : 0);
@@ -175,8 +184,8 @@ constexpr float kStoredScale = 1.f;
 template <>
 constexpr float kStoredScale<E4m3> = 1.f / 448.f;
 
-// The probabilities of a stored row as weights of type W: zero in slot 0 and past the last key, whatever is stored there.
-// Returns their sum, as W holds them.
+// The probabilities of a stored row as weights of type W: zero in slot 0 and past the last key,
+// whatever is stored there. Returns their sum, as W holds them.
 template <typename M, typename W>
 HGC_INLINE float decode_row(const M* stored, W* weights, int64_t s_kv) {
   const Vec scale = broadcast(kStoredScale<M>);
@@ -206,8 +215,8 @@ static_assert(kQueryBlock % kRows == 0, "a block of queries is whole tiles");
 
 // out[r, :] = sum_k weights[r, k] values[k, :] for kRows rows and kVectors vectors of columns.
 template <int kVectors>
-HGC_INLINE void tile(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride,
-                     int64_t s_kv, Vec (&acc)[kRows][kVectors]) {
+HGC_INLINE void tile(const float* weights, int64_t weight_stride, const float* values,
+                     int64_t value_stride, int64_t s_kv, Vec (&acc)[kRows][kVectors]) {
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVectors; ++n) acc[r][n] = broadcast(0.f);
   }
@@ -222,7 +231,8 @@ HGC_INLINE void tile(const float* weights, int64_t weight_stride, const float* v
 }
 
 template <typename T, int kVectors>
-HGC_INLINE void write_tile(const Vec (&acc)[kRows][kVectors], const ApplyMap& a, T* out, int64_t rows, int64_t column) {
+HGC_INLINE void write_tile(const Vec (&acc)[kRows][kVectors], const ApplyMap& a, T* out,
+                           int64_t rows, int64_t column) {
   for (int64_t r = 0; r < rows; ++r) {
     T* line = out + r * a.heads * a.size;
     for (int n = 0; n < kVectors; ++n) {
@@ -264,8 +274,8 @@ HGC_INLINE __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
 
-// The same with bf16 products of keys two by two, as eager bf16 matrix products are computed here. Key 0 keeps its fp32
-// weight, 1 - the sum of the others as rounded.
+// The same with bf16 products of keys two by two, as eager bf16 matrix products are computed here.
+// Key 0 keeps its fp32 weight, 1 - the sum of the others as rounded.
 template <typename M>
 struct PairTile {
   BFloat* weights;
@@ -273,7 +283,8 @@ struct PairTile {
   float first_weight[kRows];
 
   static int64_t scratch(int64_t padded_s_kv) { return kRows * padded_s_kv / 2; }
-  PairTile(float* memory, const ApplyMap& a) : weights(reinterpret_cast<BFloat*>(memory)), stride(a.padded_s_kv) {}
+  PairTile(float* memory, const ApplyMap& a)
+      : weights(reinterpret_cast<BFloat*>(memory)), stride(a.padded_s_kv) {}
 
   void decode(const M* stored, int64_t row, const ApplyMap& a) {
     first_weight[row] = 1.f - decode_row(stored, weights + row * stride, a.s_kv);
@@ -318,11 +329,13 @@ bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
     const int64_t b = item / blocks;
     const int64_t first = item % blocks * kQueryBlock;
     const int64_t last = first + kQueryBlock < a.s_q ? first + kQueryBlock : a.s_q;
-    // Heads inside, so that the map, which is far larger than the values, is read in the order it lies in memory.
+    // Heads inside, so that the map, which is far larger than the values, is read in the order it
+    // lies in memory.
     for (int64_t q = first; q < last; q += kRows) {
       const int64_t rows = last - q < kRows ? last - q : kRows;
       for (int64_t h = 0; h < a.heads; ++h) {
-        const M* stored = static_cast<const M*>(a.map_ptr) + ((b * a.s_q + q) * a.heads + h) * a.padded_s_kv;
+        const M* stored =
+            static_cast<const M*>(a.map_ptr) + ((b * a.s_q + q) * a.heads + h) * a.padded_s_kv;
         for (int64_t r = 0; r < rows; ++r) tile.decode(stored + r * a.heads * a.padded_s_kv, r, a);
         const float* values = a.values_ptr + (b * a.heads + h) * packed_head(a.s_kv, a.padded_size);
         T* out = static_cast<T*>(a.out_ptr) + ((b * a.s_q + q) * a.heads + h) * a.size;
@@ -336,10 +349,12 @@ bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
               tile.template multiply<2>(values, a, out, rows, column);
               break;
             case 3:
-              if constexpr (kMaxVectors >= 3) tile.template multiply<3>(values, a, out, rows, column);
+              if constexpr (kMaxVectors >= 3)
+                tile.template multiply<3>(values, a, out, rows, column);
               break;
             case 4:
-              if constexpr (kMaxVectors >= 4) tile.template multiply<4>(values, a, out, rows, column);
+              if constexpr (kMaxVectors >= 4)
+                tile.template multiply<4>(values, a, out, rows, column);
               break;
           }
         }
@@ -394,6 +409,7 @@ bool apply_map_any(const ApplyMap& a, Element map, Element out, int64_t begin, i
 
 #define HGC_NAME_(x) #x
 #define HGC_NAME(x) HGC_NAME_(x)
-const Kernels kTable = {HGC_NAME(HGC_ISA), gather_dense_any, gather_strided_any, apply_map_any, pack_values_any};
+const Kernels kTable = {HGC_NAME(HGC_ISA), gather_dense_any, gather_strided_any, apply_map_any,
+                        pack_values_any};
 
 }  // namespace hgc::cpu::HGC_ISA

@@ -10,7 +10,8 @@ namespace {
 bool has_avx2() {
 #if defined(HGC_X86)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 #else
   return false;
 #endif
@@ -30,7 +31,8 @@ const Kernels& pick() {
 #if defined(HGC_X86)
   const char* wish = std::getenv("HGC_CPU_ISA");
   const bool any = !wish || !*wish;
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && (any || !std::strcmp(wish, "avx512_bf16"))) {
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+      (any || !std::strcmp(wish, "avx512_bf16"))) {
     return avx512_bf16::kTable;
   }
   if (has_avx512() && (any || !std::strcmp(wish, "avx512"))) return avx512::kTable;

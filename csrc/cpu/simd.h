@@ -1,5 +1,6 @@
-// A vector of fp32 lanes and its loads and stores, for the instruction set that this file is compiled for. Everything is
-// in an anonymous namespace: the same source is compiled several times and the copies must not be merged.
+// A vector of fp32 lanes and its loads and stores, for the instruction set that this file is
+// compiled for. Everything is in an anonymous namespace: the same source is compiled several times
+// and the copies must not be merged.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,8 @@ HGC_INLINE float to_float(Half x) {
 HGC_INLINE float to_float(E4m3 x) {
   if ((x.bits & 0x7fu) == 0x7fu) return float_of_bits(0x7fc00000u);
   // An fp16 with the same fields is 2^-8 times as large, subnormals too.
-  return to_float(Half{static_cast<uint16_t>((x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7)}) * 256.f;
+  return to_float(Half{static_cast<uint16_t>((x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7)}) *
+         256.f;
 }
 
 template <typename T>
@@ -70,8 +72,10 @@ HGC_INLINE Half from_float<Half>(float x) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x47800000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65536 and more
-  if (magnitude < 0x38800000u) {  // below 2^-14: at 0.5 an fp32 has steps of 2^-24, so the addition rounds for us
-    return {static_cast<uint16_t>(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u))};
+  if (magnitude < 0x38800000u) {  // below 2^-14: at 0.5 an fp32 has steps of 2^-24, so the addition
+                                  // rounds for us
+    return {static_cast<uint16_t>(sign |
+                                  (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u))};
   }
   const uint32_t rounded = magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u);
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
@@ -152,7 +156,9 @@ HGC_INLINE void stream_line(T* p, const Vec* a) {
   const __m512i low = _mm512_castsi256_si512(narrow(a[0], T{}));
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(low, narrow(a[1], T{}), 1));
 }
-HGC_INLINE void copy_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from)); }
+HGC_INLINE void copy_line(void* to, const void* from) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
 HGC_INLINE void stream_fence() { _mm_sfence(); }
 
 #elif defined(__AVX2__)
@@ -216,7 +222,8 @@ HGC_INLINE void stream_line(float* p, const Vec* a) {
 }
 template <typename T>
 HGC_INLINE void stream_line(T* p, const Vec* a) {
-  for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, narrow(a[i], T{}));
+  for (int i = 0; i < 4; ++i)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, narrow(a[i], T{}));
 }
 HGC_INLINE void copy_line(void* to, const void* from) {
   const __m256i* source = static_cast<const __m256i*>(from);

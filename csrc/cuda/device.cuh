@@ -15,16 +15,19 @@ inline constexpr int kThreads = 256;
 inline constexpr int kUnroll = 4;
 inline constexpr int kVectorBytes = 16;
 
-// n / divisor for n below 2^31, by one multiplication (Granlund and Montgomery, "Division by invariant integers using
-// multiplication", 1994, with the shift folded in).
+// n / divisor for n below 2^31, by one multiplication (Granlund and Montgomery, "Division by
+// invariant integers using multiplication", 1994, with the shift folded in).
 class FastDivisor {
  public:
   FastDivisor() = default;
   explicit FastDivisor(uint32_t divisor) : divisor_(divisor) {
     while (shift_ < 32 && (uint64_t{1} << shift_) < divisor) ++shift_;
-    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
+    multiplier_ = static_cast<uint32_t>(
+        ((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
   }
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier_) + n) >> shift_; }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return (__umulhi(n, multiplier_) + n) >> shift_;
+  }
   __device__ __forceinline__ void split(uint32_t n, uint32_t* quotient_out, uint32_t* rest) const {
     *quotient_out = quotient(n);
     *rest = n - *quotient_out * divisor_;
@@ -61,14 +64,20 @@ struct Wide {
 };
 
 // Whether every index a kernel forms, the overhang of its last block included, stays below 2^31.
-inline bool fits_narrow(int64_t items) { return items < (int64_t{1} << 31) - 2 * kThreads * kUnroll; }
+inline bool fits_narrow(int64_t items) {
+  return items < (int64_t{1} << 31) - 2 * kThreads * kUnroll;
+}
 
-inline bool is_aligned(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % kVectorBytes == 0; }
+inline bool is_aligned(const void* ptr) {
+  return reinterpret_cast<uintptr_t>(ptr) % kVectorBytes == 0;
+}
 
 __device__ __forceinline__ int64_t row_of(const RowIndex& rows, int64_t sample) {
   return rows.ptr ? rows.ptr[sample * rows.stride] : sample;
 }
-__device__ __forceinline__ bool in_range(const RowIndex& rows, int64_t row) { return row >= 0 && row < rows.bound; }
+__device__ __forceinline__ bool in_range(const RowIndex& rows, int64_t row) {
+  return row >= 0 && row < rows.bound;
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

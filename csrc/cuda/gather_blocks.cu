@@ -5,15 +5,16 @@
 namespace hgc::cuda {
 namespace {
 
-// Rounds scale * residual to T before the sum, as eager's two ops do; the _rn intrinsics are never fused into an FMA.
+// Rounds scale * residual to T before the sum, as eager's two ops do; the _rn intrinsics are never
+// fused into an FMA.
 template <typename T>
 __device__ __forceinline__ T blend(T skip, T residual, float scale) {
   const float scaled = to_float(from_float<T>(__fmul_rn(scale, to_float(residual))));
   return from_float<T>(__fadd_rn(to_float(skip), scaled));
 }
 
-// kWidth elements of T as the registers that one load fills. Plain words rather than an array of T, which the compiler
-// keeps in local memory on some targets.
+// kWidth elements of T as the registers that one load fills. Plain words rather than an array of T,
+// which the compiler keeps in local memory on some targets.
 template <typename T, int kWidth>
 struct Packed {
   using Word = std::conditional_t<kWidth == 1, T, uint4>;
@@ -37,8 +38,9 @@ __device__ __forceinline__ uint32_t blend_word(uint32_t skip, uint32_t residual,
 
 template <typename T>
 __device__ __forceinline__ uint4 blend_packed(uint4 skip, uint4 residual, float scale) {
-  return make_uint4(blend_word<T>(skip.x, residual.x, scale), blend_word<T>(skip.y, residual.y, scale),
-                    blend_word<T>(skip.z, residual.z, scale), blend_word<T>(skip.w, residual.w, scale));
+  return make_uint4(
+      blend_word<T>(skip.x, residual.x, scale), blend_word<T>(skip.y, residual.y, scale),
+      blend_word<T>(skip.z, residual.z, scale), blend_word<T>(skip.w, residual.w, scale));
 }
 template <typename T>
 __device__ __forceinline__ T blend_packed(T skip, T residual, float scale) {
@@ -50,7 +52,9 @@ __device__ __forceinline__ typename Packed<T, kWidth>::Word not_a_number() {
   if constexpr (kWidth == 1) {
     return from_float<T>(__int_as_float(0x7fc00000));
   } else {
-    const uint32_t word = sizeof(T) == 4 ? 0x7fc00000u : std::is_same_v<T, __half> ? 0x7e007e00u : 0x7fc07fc0u;
+    const uint32_t word = sizeof(T) == 4              ? 0x7fc00000u
+                          : std::is_same_v<T, __half> ? 0x7e007e00u
+                                                      : 0x7fc07fc0u;
     return make_uint4(word, word, word, word);
   }
 }
@@ -63,8 +67,8 @@ struct GatherDivisors {
   typename Size::Index total;              // vectors of the result
 };
 
-// One vector of kWidth elements a step and thread; kWidth 1 is the path for pointers or sizes that are not multiples of
-// 16 bytes.
+// One vector of kWidth elements a step and thread; kWidth 1 is the path for pointers or sizes that
+// are not multiples of 16 bytes.
 template <typename T, int kWidth, bool kResidual, typename Size>
 __global__ void __launch_bounds__(kThreads)
     gather_blocks_dense_kernel(const GatherDense args, const GatherDivisors<Size> divisors) {
@@ -83,7 +87,8 @@ __global__ void __launch_bounds__(kThreads)
     divisors.run.split(i, &run, &column);
     divisors.runs_per_sample.split(run, &sample, &within);
     if (column < divisors.hidden_vectors) {
-      const int64_t offset = sample * args.hidden_stride + within * args.hidden_run + static_cast<int64_t>(column) * kWidth;
+      const int64_t offset = sample * args.hidden_stride + within * args.hidden_run +
+                             static_cast<int64_t>(column) * kWidth;
       value[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.hidden_ptr) + offset);
       continue;
     }
@@ -94,11 +99,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t offset =
         within * args.skip_run + static_cast<int64_t>(column - divisors.hidden_vectors) * kWidth;
-    value[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.skip_ptr) + row * args.skip_stride + offset);
+    value[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.skip_ptr) +
+                                             row * args.skip_stride + offset);
     if constexpr (kResidual) {
       is_skip[u] = true;
-      residual[u] =
-          *reinterpret_cast<const Vec*>(static_cast<const T*>(args.residual_ptr) + row * args.residual_stride + offset);
+      residual[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.residual_ptr) +
+                                                  row * args.residual_stride + offset);
     }
   }
 #pragma unroll
@@ -108,7 +114,8 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kResidual) {
       if (is_skip[u]) value[u] = blend_packed<T>(value[u], residual[u], args.scale);
     }
-    *reinterpret_cast<Vec*>(static_cast<T*>(args.out_ptr) + static_cast<int64_t>(i) * kWidth) = value[u];
+    *reinterpret_cast<Vec*>(static_cast<T*>(args.out_ptr) + static_cast<int64_t>(i) * kWidth) =
+        value[u];
   }
 }
 
@@ -126,42 +133,47 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_strided_kernel(const G
   if (b >= args.samples) return;
   T value;
   if (c < args.hidden_channels) {
-    value = static_cast<const T*>(args.hidden_ptr)[b * args.hidden_strides[0] + c * args.hidden_strides[1] +
-                                                   y * args.hidden_strides[2] + x * args.hidden_strides[3]];
+    value = static_cast<const T*>(
+        args.hidden_ptr)[b * args.hidden_strides[0] + c * args.hidden_strides[1] +
+                         y * args.hidden_strides[2] + x * args.hidden_strides[3]];
   } else {
     const int64_t row = row_of(args.rows, b);
     const int64_t k = c - args.hidden_channels;
     if (!in_range(args.rows, row)) {
       value = from_float<T>(__int_as_float(0x7fc00000));
     } else {
-      value = static_cast<const T*>(args.skip_ptr)[row * args.skip_strides[0] + k * args.skip_strides[1] +
-                                                   y * args.skip_strides[2] + x * args.skip_strides[3]];
+      value = static_cast<const T*>(
+          args.skip_ptr)[row * args.skip_strides[0] + k * args.skip_strides[1] +
+                         y * args.skip_strides[2] + x * args.skip_strides[3]];
       if constexpr (kResidual) {
-        const T residual =
-            static_cast<const T*>(args.residual_ptr)[row * args.residual_strides[0] + k * args.residual_strides[1] +
-                                                     y * args.residual_strides[2] + x * args.residual_strides[3]];
+        const T residual = static_cast<const T*>(
+            args.residual_ptr)[row * args.residual_strides[0] + k * args.residual_strides[1] +
+                               y * args.residual_strides[2] + x * args.residual_strides[3]];
         value = blend(value, residual, args.scale);
       }
     }
   }
-  static_cast<T*>(args.out_ptr)[b * args.out_strides[0] + c * args.out_strides[1] + y * args.out_strides[2] +
-                                x * args.out_strides[3]] = value;
+  static_cast<T*>(args.out_ptr)[b * args.out_strides[0] + c * args.out_strides[1] +
+                                y * args.out_strides[2] + x * args.out_strides[3]] = value;
 }
 
 template <typename T, int kWidth, bool kResidual, typename Size>
 cudaError_t launch_dense(const GatherDense& args, int64_t vectors, cudaStream_t stream) {
   using Index = typename Size::Index;
   using Divisor = typename Size::Divisor;
-  const GatherDivisors<Size> divisors{Divisor(static_cast<Index>((args.hidden_run + args.skip_run) / kWidth)),
-                                      Divisor(static_cast<Index>(args.runs_per_sample)),
-                                      static_cast<Index>(args.hidden_run / kWidth), static_cast<Index>(vectors)};
-  gather_blocks_dense_kernel<T, kWidth, kResidual, Size><<<grid_of(vectors), kThreads, 0, stream>>>(args, divisors);
+  const GatherDivisors<Size> divisors{
+      Divisor(static_cast<Index>((args.hidden_run + args.skip_run) / kWidth)),
+      Divisor(static_cast<Index>(args.runs_per_sample)),
+      static_cast<Index>(args.hidden_run / kWidth), static_cast<Index>(vectors)};
+  gather_blocks_dense_kernel<T, kWidth, kResidual, Size>
+      <<<grid_of(vectors), kThreads, 0, stream>>>(args, divisors);
   return cudaGetLastError();
 }
 
 template <typename T, int kWidth>
 cudaError_t pick_dense(const GatherDense& args, cudaStream_t stream) {
-  const int64_t vectors = args.samples * args.runs_per_sample * ((args.hidden_run + args.skip_run) / kWidth);
+  const int64_t vectors =
+      args.samples * args.runs_per_sample * ((args.hidden_run + args.skip_run) / kWidth);
   if (fits_narrow(vectors)) {
     return args.residual_ptr ? launch_dense<T, kWidth, true, Narrow>(args, vectors, stream)
                              : launch_dense<T, kWidth, false, Narrow>(args, vectors, stream);
@@ -173,8 +185,9 @@ cudaError_t pick_dense(const GatherDense& args, cudaStream_t stream) {
 template <typename T>
 cudaError_t gather_dense_of(const GatherDense& args, cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(T);
-  const bool aligned = is_aligned(args.hidden_ptr) && is_aligned(args.skip_ptr) && is_aligned(args.residual_ptr) &&
-                       is_aligned(args.out_ptr) && args.hidden_run % kWidth == 0 && args.skip_run % kWidth == 0 &&
+  const bool aligned = is_aligned(args.hidden_ptr) && is_aligned(args.skip_ptr) &&
+                       is_aligned(args.residual_ptr) && is_aligned(args.out_ptr) &&
+                       args.hidden_run % kWidth == 0 && args.skip_run % kWidth == 0 &&
                        args.hidden_stride % kWidth == 0 && args.skip_stride % kWidth == 0 &&
                        args.residual_stride % kWidth == 0;
   return aligned ? pick_dense<T, kWidth>(args, stream) : pick_dense<T, 1>(args, stream);
@@ -193,21 +206,21 @@ cudaError_t gather_strided_of(const GatherStrided& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define HGC_DENSE(T, kWidth, kResidual, Size)                          \
+#define HGC_DENSE(T, kWidth, kResidual, Size)                                    \
   {"gather_blocks_dense_kernel<" #T ", " #kWidth ", " #kResidual ", " #Size ">", \
    reinterpret_cast<const void*>(&gather_blocks_dense_kernel<T, kWidth, kResidual, Size>)}
-#define HGC_DENSE_ALL(T, kWidth)                                                                    \
-  HGC_DENSE(T, kWidth, true, Narrow), HGC_DENSE(T, kWidth, false, Narrow), HGC_DENSE(T, kWidth, true, Wide), \
-      HGC_DENSE(T, kWidth, false, Wide)
-#define HGC_STRIDED(T, kResidual)                            \
+#define HGC_DENSE_ALL(T, kWidth)                                           \
+  HGC_DENSE(T, kWidth, true, Narrow), HGC_DENSE(T, kWidth, false, Narrow), \
+      HGC_DENSE(T, kWidth, true, Wide), HGC_DENSE(T, kWidth, false, Wide)
+#define HGC_STRIDED(T, kResidual)                          \
   {"gather_blocks_strided_kernel<" #T ", " #kResidual ">", \
    reinterpret_cast<const void*>(&gather_blocks_strided_kernel<T, kResidual>)}
 
 const NamedKernel kKernels[] = {
-    HGC_DENSE_ALL(float, 4),         HGC_DENSE_ALL(float, 1),  HGC_DENSE_ALL(__half, 8),
-    HGC_DENSE_ALL(__half, 1),        HGC_DENSE_ALL(__nv_bfloat16, 8), HGC_DENSE_ALL(__nv_bfloat16, 1),
-    HGC_STRIDED(float, true),        HGC_STRIDED(float, false),  HGC_STRIDED(__half, true),
-    HGC_STRIDED(__half, false),      HGC_STRIDED(__nv_bfloat16, true), HGC_STRIDED(__nv_bfloat16, false),
+    HGC_DENSE_ALL(float, 4),    HGC_DENSE_ALL(float, 1),          HGC_DENSE_ALL(__half, 8),
+    HGC_DENSE_ALL(__half, 1),   HGC_DENSE_ALL(__nv_bfloat16, 8),  HGC_DENSE_ALL(__nv_bfloat16, 1),
+    HGC_STRIDED(float, true),   HGC_STRIDED(float, false),        HGC_STRIDED(__half, true),
+    HGC_STRIDED(__half, false), HGC_STRIDED(__nv_bfloat16, true), HGC_STRIDED(__nv_bfloat16, false),
 };
 
 }  // namespace

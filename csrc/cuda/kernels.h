@@ -1,4 +1,5 @@
-// Launchers of the CUDA kernels: raw pointers and a stream in, a cudaError_t out, nothing known of torch.
+// Launchers of the CUDA kernels: raw pointers and a stream in, a cudaError_t out, nothing known of
+// torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,8 +17,9 @@ struct RowIndex {
   int64_t bound;
 };
 
-// cat(hidden, skip[rows] + scale * residual[rows]) over inputs whose samples are dense in one and the same order; see
-// hgc::cpu::GatherDense for the fields. A sample whose row is out of range becomes NaN.
+// cat(hidden, skip[rows] + scale * residual[rows]) over inputs whose samples are dense in one and
+// the same order; see hgc::cpu::GatherDense for the fields. A sample whose row is out of range
+// becomes NaN.
 struct GatherDense {
   const void* hidden_ptr;
   const void* skip_ptr;
@@ -45,7 +47,8 @@ struct GatherStrided {
   float scale;
 };
 
-// cache[rows[i]] = fresh[i]; a row out of range is dropped. A row is `dims` nested loops, the last the innermost.
+// cache[rows[i]] = fresh[i]; a row out of range is dropped. A row is `dims` nested loops, the last
+// the innermost.
 struct ScatterRows {
   static constexpr int kMaxDims = 16;
   void* cache_ptr;

@@ -3,11 +3,13 @@
 namespace hgc::cuda {
 namespace {
 
-// Rows that are contiguous in both, moved in units of T: 16 bytes where everything is a multiple of that.
+// Rows that are contiguous in both, moved in units of T: 16 bytes where everything is a multiple of
+// that.
 template <typename T, typename Size>
 __global__ void __launch_bounds__(kThreads)
     scatter_rows_dense_kernel(const ScatterRows args, const typename Size::Divisor units_a_row,
-                              const typename Size::Index total, const int64_t cache_stride, const int64_t fresh_stride) {
+                              const typename Size::Index total, const int64_t cache_stride,
+                              const int64_t fresh_stride) {
   using Index = typename Size::Index;
   const Index first = static_cast<Index>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
   T value[kUnroll];
@@ -59,10 +61,11 @@ cudaError_t launch_dense(const ScatterRows& args, cudaStream_t stream) {
   const int64_t total = args.samples * units;
   if (fits_narrow(total)) {
     scatter_rows_dense_kernel<T, Narrow><<<grid_of(total), kThreads, 0, stream>>>(
-        args, FastDivisor(static_cast<uint32_t>(units)), static_cast<uint32_t>(total), cache_stride, fresh_stride);
+        args, FastDivisor(static_cast<uint32_t>(units)), static_cast<uint32_t>(total), cache_stride,
+        fresh_stride);
   } else {
-    scatter_rows_dense_kernel<T, Wide>
-        <<<grid_of(total), kThreads, 0, stream>>>(args, WideDivisor(units), total, cache_stride, fresh_stride);
+    scatter_rows_dense_kernel<T, Wide><<<grid_of(total), kThreads, 0, stream>>>(
+        args, WideDivisor(units), total, cache_stride, fresh_stride);
   }
   return cudaGetLastError();
 }
@@ -76,16 +79,27 @@ cudaError_t launch_element(const ScatterRows& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define HGC_SCATTER(T)                                                                                          \
-  {"scatter_rows_dense_kernel<" #T ", Narrow>", reinterpret_cast<const void*>(&scatter_rows_dense_kernel<T, Narrow>)}, \
-      {"scatter_rows_dense_kernel<" #T ", Wide>", reinterpret_cast<const void*>(&scatter_rows_dense_kernel<T, Wide>)}
-#define HGC_SCATTER_STRIDED(T) \
-  {"scatter_rows_strided_kernel<" #T ">", reinterpret_cast<const void*>(&scatter_rows_strided_kernel<T>)}
+#define HGC_SCATTER(T)                                                     \
+  {"scatter_rows_dense_kernel<" #T ", Narrow>",                            \
+   reinterpret_cast<const void*>(&scatter_rows_dense_kernel<T, Narrow>)},  \
+  {                                                                        \
+    "scatter_rows_dense_kernel<" #T ", Wide>",                             \
+        reinterpret_cast<const void*>(&scatter_rows_dense_kernel<T, Wide>) \
+  }
+#define HGC_SCATTER_STRIDED(T)            \
+  {"scatter_rows_strided_kernel<" #T ">", \
+   reinterpret_cast<const void*>(&scatter_rows_strided_kernel<T>)}
 
 const NamedKernel kKernels[] = {
-    HGC_SCATTER(uint4),           HGC_SCATTER(uint8_t),          HGC_SCATTER(uint16_t),
-    HGC_SCATTER(uint32_t),        HGC_SCATTER(uint64_t),         HGC_SCATTER_STRIDED(uint8_t),
-    HGC_SCATTER_STRIDED(uint16_t), HGC_SCATTER_STRIDED(uint32_t), HGC_SCATTER_STRIDED(uint64_t),
+    HGC_SCATTER(uint4),
+    HGC_SCATTER(uint8_t),
+    HGC_SCATTER(uint16_t),
+    HGC_SCATTER(uint32_t),
+    HGC_SCATTER(uint64_t),
+    HGC_SCATTER_STRIDED(uint8_t),
+    HGC_SCATTER_STRIDED(uint16_t),
+    HGC_SCATTER_STRIDED(uint32_t),
+    HGC_SCATTER_STRIDED(uint64_t),
 };
 
 }  // namespace
@@ -93,7 +107,8 @@ const NamedKernel kKernels[] = {
 cudaError_t scatter_rows(const ScatterRows& args, cudaStream_t stream) {
   const int64_t bytes = args.element_bytes;
   const bool aligned = args.is_run && is_aligned(args.cache_ptr) && is_aligned(args.fresh_ptr) &&
-                       args.elements * bytes % kVectorBytes == 0 && args.cache_stride * bytes % kVectorBytes == 0 &&
+                       args.elements * bytes % kVectorBytes == 0 &&
+                       args.cache_stride * bytes % kVectorBytes == 0 &&
                        args.fresh_stride * bytes % kVectorBytes == 0;
   if (aligned) return launch_dense<uint4>(args, stream);
   switch (bytes) {

@@ -13,7 +13,8 @@ namespace {
 
 class Library {
  public:
-  explicit Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL)) {
+  explicit Library(const std::string& path)
+      : handle_(dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL)) {
     if (!handle_) throw py::import_error(dlerror());
   }
   ~Library() { dlclose(handle_); }
@@ -39,11 +40,14 @@ py::object library_info(const std::string& path) {
   return parse(Library(path).find<const char*()>("hgc_build_info")());
 }
 
-std::string cpu_vector_set(const std::string& path) { return Library(path).find<const char*()>("hgc_cpu_isa")(); }
+std::string cpu_vector_set(const std::string& path) {
+  return Library(path).find<const char*()>("hgc_cpu_isa")();
+}
 
 py::list kernel_attributes(const std::string& path) {
   const Library library(path);
-  auto* ask = library.find<int(int, const char**, int*, int64_t*, int64_t*, int*)>("hgc_kernel_attributes");
+  auto* ask =
+      library.find<int(int, const char**, int*, int64_t*, int64_t*, int*)>("hgc_kernel_attributes");
   py::list kernels;
   for (int index = 0;; ++index) {
     const char* name = nullptr;
@@ -70,7 +74,9 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "What the compiled kernel libraries are.";
   m.def("build_info", &build_info, "How this module was built.");
   m.def("library_info", &library_info, py::arg("path"), "How the op library at `path` was built.");
-  m.def("cpu_vector_set", &cpu_vector_set, py::arg("path"), "The vector set that the CPU library uses here.");
+  m.def("cpu_vector_set", &cpu_vector_set, py::arg("path"),
+        "The vector set that the CPU library uses here.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("path"),
-        "Registers, shared and local bytes and threads of each CUDA kernel. Raises RuntimeError without a GPU.");
+        "Registers, shared and local bytes and threads of each CUDA kernel. Raises RuntimeError "
+        "without a GPU.");
 }

@@ -153,8 +153,18 @@ def test_other_vector_sets(vectors):
         "(native and (primes or one or sixteen or sd15_up2)) or special or mixed or every_stored"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen,
-         folder / "test_gather_blocks.py", folder / "test_apply_map.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            chosen,
+            folder / "test_gather_blocks.py",
+            folder / "test_apply_map.py",
+        ],
         env={**os.environ, "HGC_CPU_ISA": vectors},
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
-"""Every op on a GPU, in every dtype, against fp64. Run with `pytest -m gpu`; scripts/check_memory.sh runs these under
-compute-sanitizer.
+"""Every op on a GPU, in every dtype, against fp64. Run with `pytest -m gpu`;
+scripts/check_memory.sh runs these under compute-sanitizer.
 """
 
 import pytest
@@ -64,11 +64,16 @@ def test_gather_blocks_is_eager(shape, dtype, offset, channels_last):
             return raw.view(samples, height, width, channels).permute(0, 3, 1, 2)
         return raw.view(samples, channels, height, width)
 
-    hidden, skip, residual = make(batch, hidden_channels), make(batch, skip_channels), make(batch, skip_channels)
+    hidden, skip, residual = (
+        make(batch, hidden_channels),
+        make(batch, skip_channels),
+        make(batch, skip_channels),
+    )
     rows = torch.arange(batch, device="cuda").flip(0)
     with hk.use_backend("native"):
         assert torch.equal(
-            hk.gather_blocks(hidden, skip, residual, scale=0.7), torch.cat([hidden, skip + 0.7 * residual], 1)
+            hk.gather_blocks(hidden, skip, residual, scale=0.7),
+            torch.cat([hidden, skip + 0.7 * residual], 1),
         )
         picked = hk.gather_blocks(hidden, skip, residual, rows)
         assert torch.equal(picked, torch.cat([hidden, skip[rows] + residual[rows]], 1))
@@ -81,7 +86,9 @@ def test_gather_blocks_mixed_layouts(dtype):
     hidden = hidden.contiguous(memory_format=torch.channels_last)
     residual = residual[:1, :1].expand_as(residual)
     with hk.use_backend("native"):
-        assert torch.equal(hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1))
+        assert torch.equal(
+            hk.gather_blocks(hidden, skip, residual), torch.cat([hidden, skip + residual], 1)
+        )
 
 
 @KINDS
@@ -99,7 +106,10 @@ def test_rows_out_of_range_are_nan_and_read_nothing(width, dtype):
 @pytest.mark.parametrize("dtype", MAP_DTYPES, ids=str)
 @pytest.mark.parametrize("row", [(320, 8, 8), (7,), (5, 3, 2)], ids=str)
 def test_scatter_rows(row, dtype):
-    cache, fresh = on_gpu(4, *row, dtype=torch.float32).to(dtype), on_gpu(3, *row, dtype=torch.float32).to(dtype)
+    cache, fresh = (
+        on_gpu(4, *row, dtype=torch.float32).to(dtype),
+        on_gpu(3, *row, dtype=torch.float32).to(dtype),
+    )
     before = cache.clone()
     rows = torch.tensor([3, 4, 0], device="cuda")  # the middle one is out of range: dropped
     with hk.use_backend("native"):
@@ -145,7 +155,9 @@ def test_attention_ops(shape, dtype, format):
     eager, eager_probabilities = attend_eager(q, k, v, scale)
     assert_within_rule(out, reference, eager, kind)
     eager_map = stored_map(eager_probabilities.float().cpu(), format)
-    assert_within_rule(decode64(map, s_kv).cpu(), probabilities.cpu(), decode64(eager_map, s_kv), kind)
+    assert_within_rule(
+        decode64(map, s_kv).cpu(), probabilities.cpu(), decode64(eager_map, s_kv), kind
+    )
 
     peaked = stored_map(text_probabilities(batch, s_q, count, s_kv), format).cuda()
     with hk.use_backend("triton"):
@@ -157,7 +169,9 @@ def test_attention_ops(shape, dtype, format):
     bias, residual = on_gpu(channels, dtype=kind), on_gpu(batch, s_q, channels, dtype=kind)
     chosen = launch.heuristic(kind, peaked.dtype, batch, s_q, s_kv, count, size, channels)
     for form in ("folded", "two_stage"):
-        out = launch.apply_map_project(peaked, v, weight, bias, residual, replace(chosen, form=form))
+        out = launch.apply_map_project(
+            peaked, v, weight, bias, residual, replace(chosen, form=form)
+        )
         assert_within_rule(
             out,
             project64(reference, weight, bias, residual),
