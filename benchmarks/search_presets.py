@@ -155,7 +155,8 @@ def main() -> None:
             found = tried[text]
             print(
                 f"{budget.of(rule):.2f}T {found[1]:.4f} worst {found[2]:.4f} "
-                f"steps {rule.num_evaluations} keys {rule.key_steps} depth {rule.depth} halves {rule.conditional_key_steps} "
+                f"steps {rule.num_evaluations} keys {rule.key_steps} depth {rule.depth} "
+                f"halves {rule.conditional_key_steps} "
                 f"forecast {rule.forecast} guidance {rule.guidance_forecast}",
                 flush=True,
             )
@@ -164,7 +165,11 @@ def main() -> None:
     pool = sorted(starts(arguments.budget, budget, arguments.steps), key=lambda r: -budget.of(r))
     best = min(pool[:10], key=score)
     while time.monotonic() < deadline:
-        around = [r for r in neighbours(best, arguments.steps is not None) if budget.of(r) <= arguments.budget]
+        around = [
+            r
+            for r in neighbours(best, arguments.steps is not None)
+            if budget.of(r) <= arguments.budget
+        ]
         rng.shuffle(around)
         for rule in around:
             if time.monotonic() > deadline:

@@ -236,7 +236,8 @@ def _run(
                         # inpainting UNets have more channels than their ControlNet
                         scale = 0.0 if off[i][j] else 1.0
                         outputs = net(
-                            sample[:, : net.config.in_channels], schedule[i], encoder_hidden_states=text, controlnet_cond=cond,
+                            sample[:, : net.config.in_channels], schedule[i],
+                            encoder_hidden_states=text, controlnet_cond=cond,
                             conditioning_scale=scale, added_cond_kwargs=added, return_dict=False,
                         )  # fmt: skip
                         if down is None:

@@ -76,8 +76,8 @@ def main() -> None:
     if options.write:
         note = (
             f"## Map formats\n\n{S_Q} queries, {HEADS} heads of {SIZE}, {S_KV} keys, seed 0. A "
-            "token is one query of all heads. Equal bytes a format, so the forms differ by their error "
-            "alone; the complement form is the one used.\n\n"
+            "token is one query of all heads. Equal bytes a format, so the forms differ by their "
+            "error alone; the complement form is the one used.\n\n"
         )
         write_section("map-formats", "python scripts/map_formats.py --write", note + text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -250,7 +251,7 @@ def test_forecast_is_the_linear_combination(sd15):
 
 
 def test_depth_the_model_does_not_have_is_refused(sdxl):
-    with pytest.raises(ValueError, match="config.depth must be at most 9.*got 12"):
+    with pytest.raises(ValueError, match=r"config.depth must be at most 9.*got 12"):
         hgc.install(sdxl.unet, sdxl.controlnet, config=Config(key_steps=(0,), depth=12))
 
 
@@ -511,9 +512,11 @@ def test_one_step_evaluated_twice_is_computed_in_full(sd15):
     with torch.no_grad():
         expected = [[sd15.unet(x, t, text).sample for x in tiles] for t in schedule]
         config = SOME.replace(guidance="both")
-        with hgc.install(sd15.unet, sd15.controlnet, config=config):
-            with pytest.warns(HgcWarning, match="evaluated more than once"):
-                found = [[sd15.unet(x, t, text).sample for x in tiles] for t in schedule]
+        with (
+            hgc.install(sd15.unet, sd15.controlnet, config=config),
+            pytest.warns(HgcWarning, match="evaluated more than once"),
+        ):
+            found = [[sd15.unet(x, t, text).sample for x in tiles] for t in schedule]
     for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
         assert torch.equal(a, b)
 
@@ -564,10 +567,12 @@ def test_timesteps_of_unknown_origin_are_computed_in_full(sd15):
     sample, text = torch.randn(1, 4, 16, 16), models.text(0)
     with torch.no_grad():
         expected = [sd15.unet(sample, t, text).sample for t in (900, 800, 700)]
-        with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
-            with pytest.warns(HgcWarning, match="not an element of a tensor of timesteps"):
-                for t, out in zip((900, 800, 700), expected, strict=True):
-                    assert torch.equal(sd15.unet(sample, torch.tensor(t), text).sample, out)
+        with (
+            hgc.install(sd15.unet, sd15.controlnet, config=SOME),
+            pytest.warns(HgcWarning, match="not an element of a tensor of timesteps"),
+        ):
+            for t, out in zip((900, 800, 700), expected, strict=True):
+                assert torch.equal(sd15.unet(sample, torch.tensor(t), text).sample, out)
 
 
 # -- text that changes -----------------------------------------------------------------------
@@ -605,9 +610,11 @@ def test_changed_text_with_maps_applies_them_to_fresh_values(sd15):
         kept = models.draw(sd15, **change_text(3))
         rows = installed.report().rows
     assert [row.attention for row in rows] == ["compute"] * 2 + ["reuse"] * 4
-    with hgc.install(sd15.unet, sd15.controlnet, config=config.replace(fresh_values=False)):
-        with pytest.warns(HgcWarning, match="fresh_values=True"):
-            computed = models.draw(sd15, **change_text(3))
+    with (
+        hgc.install(sd15.unet, sd15.controlnet, config=config.replace(fresh_values=False)),
+        pytest.warns(HgcWarning, match="fresh_values=True"),
+    ):
+        computed = models.draw(sd15, **change_text(3))
     reference = models.draw(sd15, **change_text(3))
     unchanged = models.draw(sd15)
 
@@ -747,11 +754,17 @@ def test_models_of_other_families_are_refused_by_name(sd15):
     from diffusers import UNet2DModel
 
     with pytest.raises(TypeError, match="UNet2DConditionModel; got UNet2DModel"):
-        hgc.install(UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4,
-                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))  # fmt: skip
-    with pytest.raises(TypeError, match="Pass pipe.unet and pipe.controlnet, not the pipeline"):
+        hgc.install(
+            UNet2DModel(
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2,
+            )
+        )
+    with pytest.raises(TypeError, match=r"Pass pipe.unet and pipe.controlnet, not the pipeline"):
         hgc.install(sd15)
-    with pytest.raises(TypeError, match="ControlNetModel, a list of them.*got AutoencoderKL"):
+    with pytest.raises(TypeError, match=r"ControlNetModel, a list of them.*got AutoencoderKL"):
         hgc.install(sd15.unet, sd15.vae)
     odd = models.sd15_unet(
         down_block_types=("SimpleCrossAttnDownBlock2D",) + ("DownBlock2D",) * 3,
@@ -934,7 +947,7 @@ def test_forwards_that_hgc_would_lose_are_refused(sd15):
         hgc.install(Mine(**config))
     unet = copy.deepcopy(sd15.unet)
     unet.forward = types.MethodType(lambda self, *a, **k: None, unet)
-    with pytest.raises(TypeError, match="forward of unet .* was replaced"):
+    with pytest.raises(TypeError, match=r"forward of unet .* was replaced"):
         hgc.install(unet)
     unet = copy.deepcopy(sd15.unet)
     HookRegistry.check_if_exists_or_initialize(unet).register_hook(ModelHook(), "mine")
@@ -1056,10 +1069,8 @@ def test_an_abandoned_run_is_forgotten(sd15):
 
     with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
         for seed in range(3):
-            try:
+            with contextlib.suppress(Stop):
                 models.draw(sd15, seed=seed, callback_on_step_end=fail)
-            except Stop:
-                pass
         models.draw(sd15)
         assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
 
