@@ -9,7 +9,7 @@ import pytest
 
 import hgc_kernels as hk
 
-ROOT = Path(hk.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIB = Path(hk.__file__).resolve().parent / "lib"
 KNOWN = ROOT / "csrc" / "binding" / "torch_2_10_symbols.txt"
 
