@@ -165,6 +165,8 @@ def test_other_vector_sets(vectors):
             folder / "test_gather_blocks.py",
             folder / "test_apply_map.py",
         ],
+        # not the root of the repository, which `-m` would put before the installed package
+        cwd=folder,
         env={**os.environ, "HGC_CPU_ISA": vectors},
         capture_output=True,
         text=True,
