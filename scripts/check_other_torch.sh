@@ -17,7 +17,7 @@ if [ ! -x "$environment/bin/python" ]; then
 fi
 cd "$root"
 # The tests of the pipelines need diffusers, which this environment does without: only tests/kernels
-# is run, and without the root conftest of the others.
+# is run, and without the conftest of the others.
 PYTHONPATH=$root HGC_CPU_ISA= "$environment/bin/python" - <<'PYTHON'
 import torch
 

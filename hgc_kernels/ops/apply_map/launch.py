@@ -26,15 +26,18 @@ class LaunchConfig:
     num_stages: int
 
 
-def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
+def heuristic(
+    dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
+) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
     head = head_tiles(size)
     if dtype == torch.float32:
         block_m = 32 if head.padded <= 80 else 16
         return LaunchConfig(block_m, 16, head, num_warps=4, num_stages=1)
-    # 77 tokens are two steps of 64; a step of 128 would load half of nothing.
+    # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head or an
+    # fp32 map wants the registers that such a step takes.
     wide = head.padded > 128
-    block_n = min(next_power_of_two(s_kv), 32 if wide else 64)
+    block_n = min(next_power_of_two(s_kv), 32 if wide or map_dtype == torch.float32 else 64)
     block_m = 64 if s_q > 32 else 32
     return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
 
@@ -46,7 +49,7 @@ def apply_map(
 ) -> torch.Tensor:
     batch, s_kv, heads, size = v.shape
     s_q = map.shape[1]
-    config = config or heuristic(v.dtype, s_q, s_kv, size)
+    config = config or heuristic(v.dtype, map.dtype, s_q, s_kv, size)
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out
