@@ -604,12 +604,21 @@ def test_changed_text_is_obeyed(sd15):
     assert torch.equal(exact, models.draw(sd15, **change_text(3)))
 
 
-def test_changed_text_with_maps_applies_them_to_fresh_values(sd15):
+def test_changed_text_with_maps_applies_them_to_fresh_values(sd15, monkeypatch):
+    import hgc_kernels
+
+    applied = []
+    original = hgc_kernels.apply_map
+    monkeypatch.setattr(
+        hgc_kernels, "apply_map", lambda m, v: (applied.append(tuple(v.shape)), original(m, v))[1]
+    )
     config = Config(num_evaluations=6, attention_gate=0.2, fresh_values=True, map_format="fp32")
     with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
         kept = models.draw(sd15, **change_text(3))
         rows = installed.report().rows
     assert [row.attention for row in rows] == ["compute"] * 2 + ["reuse"] * 4
+    # once in each cross-attention of both networks; outputs are reused from then on
+    assert len(applied) == 16 + 7
     with (
         hgc.install(sd15.unet, sd15.controlnet, config=config.replace(fresh_values=False)),
         pytest.warns(HgcWarning, match="fresh_values=True"),
