@@ -337,6 +337,15 @@ bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
         const M* stored =
             static_cast<const M*>(a.map_ptr) + ((b * a.s_q + q) * a.heads + h) * a.padded_s_kv;
         for (int64_t r = 0; r < rows; ++r) tile.decode(stored + r * a.heads * a.padded_s_kv, r, a);
+        // The next queries' rows lie right behind these: each head asks for its share of them,
+        // early enough to hide the way from memory. A prefetch past the end of the map is no
+        // access.
+        const int64_t share = rows * a.padded_s_kv;
+        const M* next = static_cast<const M*>(a.map_ptr) +
+                        (b * a.s_q + q + rows) * a.heads * a.padded_s_kv + h * share;
+        if (q + rows < a.s_q) {
+          for (int64_t i = 0; i < share; i += 64 / sizeof(M)) __builtin_prefetch(next + i);
+        }
         const float* values = a.values_ptr + (b * a.heads + h) * packed_head(a.s_kv, a.padded_size);
         T* out = static_cast<T*>(a.out_ptr) + ((b * a.s_q + q) * a.heads + h) * a.size;
         for (int64_t at = 0; at < vectors; at += step) {
