@@ -82,6 +82,46 @@ def project_flops(rows: int, inner: int, channels: int) -> int:
     return 2 * rows * inner * channels
 
 
+def apply_map_project_bytes(
+    batch: int,
+    s_q: int,
+    s_kv: int,
+    heads: int,
+    size: int,
+    channels: int,
+    itemsize: int,
+    format: str,
+    *,
+    residual: bool = True,
+) -> int:
+    """Map, values, projection, bias and residual read, the result written; nothing in between."""
+    map_bytes = batch * s_q * heads * padded(s_kv) * FORMATS[format].itemsize
+    read = batch * s_kv * heads * size + heads * size * channels + channels
+    return map_bytes + (read + batch * s_q * channels * (2 if residual else 1)) * itemsize
+
+
+def apply_map_project_flops(
+    batch: int, s_q: int, s_kv: int, heads: int, size: int, channels: int
+) -> int:
+    """Of the definition: map times values, then the projection."""
+    return apply_map_flops(batch, s_q, s_kv, heads, size) + project_flops(
+        batch * s_q, heads * size, channels
+    )
+
+
+def cross_attention_flops(
+    batch: int, s_q: int, s_kv: int, heads: int, size: int, channels: int, context: int
+) -> int:
+    """A whole cross-attention: four projections and attention between them."""
+    inner = heads * size
+    return (
+        project_flops(batch * s_q, channels, inner)
+        + 2 * project_flops(batch * s_kv, context, inner)
+        + attend_and_store_flops(batch, s_q, s_kv, heads, size)
+        + project_flops(batch * s_q, inner, channels)
+    )
+
+
 def fold_bytes(batch: int, s_kv: int, heads: int, size: int, channels: int, itemsize: int) -> int:
     """Values and projection read, folded values [batch, heads * padded s_kv, channels] written."""
     read = batch * s_kv * heads * size + heads * size * channels

@@ -4,6 +4,7 @@ tile.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +57,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 def as_bytes(map: torch.Tensor) -> torch.Tensor:
     """An e4m3 map as the bytes that the kernels read and write; others as they are."""
     return map.view(torch.uint8) if map.dtype == torch.float8_e4m3fn else map
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Makes x's GPU the current one: Triton launches there, on its current stream, wherever the
+    tensors lie.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,3 +119,36 @@ def eager_attend_and_store(q, k, v, scale):
     probabilities = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * scale, -1)
     out = torch.matmul(probabilities, v).transpose(1, 2).contiguous()
     return out, probabilities.transpose(1, 2).contiguous()
+
+
+def whole_cross_attention(
+    shape: CrossAttention, batch: int, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """(hgc's, diffusers'): a block's cross-attention with fresh values, from hidden states to
+    hidden states.
+
+    diffusers: norm, to_q, to_k, to_v, scaled_dot_product_attention, to_out, residual. hgc: to_v and
+    one op; the norm, the queries and the keys are not needed. The map is the one that diffusers'
+    would compute, so both give the same result.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    attention = Attention(shape.channels, shape.context, heads=shape.heads, dim_head=shape.size)
+    attention = attention.to(device, dtype).eval()
+    norm = torch.nn.LayerNorm(shape.channels).to(device, dtype)
+    hidden = torch.randn(batch, shape.s_q, shape.channels, device=device).to(dtype)
+    prompt = torch.randn(batch, shape.s_kv, shape.context, device=device).to(dtype)
+    map = hk.new_map(batch, shape.s_q, shape.heads, shape.s_kv, device=device)
+    heads = (shape.heads, shape.size)
+    q, k = attention.to_q(norm(hidden)).unflatten(-1, heads), attention.to_k(prompt)
+    hk.attend_and_store(q, k.unflatten(-1, heads), attention.to_v(prompt).unflatten(-1, heads), map)
+    projection = attention.to_out[0]
+
+    def theirs() -> torch.Tensor:
+        return attention(norm(hidden), encoder_hidden_states=prompt) + hidden
+
+    def ours() -> torch.Tensor:
+        v = attention.to_v(prompt).unflatten(-1, heads)
+        return hk.apply_map_project(map, v, projection.weight, projection.bias, hidden)
+
+    return ours, theirs

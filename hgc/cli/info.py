@@ -60,8 +60,20 @@ def run() -> None:
     built = Table(title="build", title_justify="left", show_header=False)
     for device, state in build["libraries"].items():
         built.add_row(f"{device} library", Text(str(state)))
+    built.add_row("CPU vectors", Text(str(build["vector_set"])))
     for name, value in build["native"].items():
         built.add_row(str(name), Text(str(value)))
     for name, why in build["left_out"].items():
         built.add_row(f"left out: {name}", Text(str(why)))
+    kernels = build["kernels"]
+    if isinstance(kernels, str):
+        built.add_row("CUDA kernels", Text(kernels))
     out.print(built)
+    if isinstance(kernels, str):
+        return
+    table = Table(title="CUDA kernels", title_justify="left")
+    for head in ("kernel", "registers", "shared bytes", "local bytes", "max threads"):
+        table.add_column(head)
+    for kernel in kernels:
+        table.add_row(Text(kernel["name"]), *(str(value) for value in list(kernel.values())[1:]))
+    out.print(table)

@@ -4,7 +4,11 @@ references.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc_kernels as hk
 from hgc_kernels.map_format import encode, scale_of
@@ -57,6 +61,32 @@ def assert_guards_intact(x: torch.Tensor) -> None:
         assert torch.equal(
             guard.float().nan_to_num(nan=-1.0), fill.float().nan_to_num(nan=-1.0).expand(GUARD)
         )
+
+
+class _GuardedAllocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # the interpreter, too, makes tensors this way: of no elements, to point elsewhere
+        if func is not torch.ops.aten.new_empty.default or not out.numel():
+            return out
+        self.made.append(guarded(torch.full_like(out, float("nan")), fill=7.0))
+        return self.made[-1]
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """What a launcher allocates in the body is NaN, and nothing is written beside it. For direct
+    calls of a launcher: the dispatcher hides what an op does.
+    """
+    with _GuardedAllocations() as mode:
+        yield
+    assert mode.made
+    for x in mode.made:
+        assert_guards_intact(x)
 
 
 def heads(

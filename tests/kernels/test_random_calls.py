@@ -79,12 +79,13 @@ def spoil(x, how):
     return x
 
 
-def check(op, arguments, names, run_reference, mutated=None):
-    """Run the op; compare with the reference, or read the error."""
+def check(op, arguments, names, run_reference, *, valid, mutated=None):
+    """Run the op; compare with the reference, or read the error, which no valid call may raise."""
     before = arguments[mutated].clone() if mutated else None
     try:
         out = getattr(hk, op)(**arguments)
     except (TypeError, ValueError, IndexError) as error:
+        assert not valid, f"a valid call was refused: {error!r}"
         assert re.match(rf"({'|'.join(names)}): ", str(error)), f"no argument is named in {error!r}"
         return
     if mutated:
@@ -150,7 +151,11 @@ def test_gather_blocks(
         return reference(a["hidden"], a["skip"], a.get("residual"), a.get("rows"), scale)
 
     if all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in arguments.values()):
-        check("gather_blocks", {**arguments, "scale": scale}, names, run_reference)
+        valid = how is None
+        if valid and use_rows:
+            index = arguments["rows"].tolist()
+            valid = len(index) == batch and all(0 <= row < samples for row in index)
+        check("gather_blocks", {**arguments, "scale": scale}, names, run_reference, valid=valid)
     else:
         with pytest.raises((TypeError, ValueError), match=rf"({'|'.join(names)}): "):
             hk.gather_blocks(**arguments, scale=scale)
@@ -184,7 +189,9 @@ def test_scatter_rows(rest, samples, rows, dtype, cache_layout, fresh_layout, ho
         with pytest.raises(TypeError, match="cache: "):
             hk.scatter_rows(**arguments)
     else:
-        check("scatter_rows", arguments, names, run_reference, mutated="cache")
+        valid = how is None and cache_layout != "expanded" and len(set(rows)) == len(rows)
+        valid = valid and all(0 <= row < samples for row in rows)
+        check("scatter_rows", arguments, names, run_reference, valid=valid, mutated="cache")
 
 
 def map_of(batch, s_q, count, s_kv, format, seed):
@@ -214,7 +221,10 @@ def test_apply_map(batch, s_q, count, s_kv, size, dtype, format, layout, how, wh
     arguments[names[which % 2]] = spoil(arguments[names[which % 2]], how)
     from hgc_kernels.ops.apply_map.reference import apply_map as reference
 
-    check("apply_map", arguments, names, lambda a: reference(a["map"], a["v"]))
+    def run_reference(a):
+        return reference(a["map"], a["v"])
+
+    check("apply_map", arguments, names, run_reference, valid=how is None)
 
 
 @random_calls
@@ -238,6 +248,7 @@ def test_attend_and_store(batch, s_q, count, s_kv, size, dtype, format, layout, 
     try:
         out = hk.attend_and_store(**arguments)
     except (TypeError, ValueError) as error:
+        assert how is not None, f"a valid call was refused: {error!r}"
         assert re.match(rf"({'|'.join(names)}): ", str(error)), f"no argument is named in {error!r}"
         return
     expected = run_reference(arguments)
@@ -279,7 +290,7 @@ def test_apply_map_project(batch, s_q, count, s_kv, size, dtype, format, layout,
     def run_reference(a):
         return reference(a["map"], a["v"], a["weight"], a.get("bias"), a.get("residual"))
 
-    check("apply_map_project", arguments, names, run_reference)
+    check("apply_map_project", arguments, names, run_reference, valid=how is None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kernel_checks import (
     attend_eager,
     decode64,
     guarded,
+    guarded_allocations,
     heads,
     project64,
     project_eager,
@@ -54,6 +55,8 @@ def _sizes(dtype):
 
 @pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
 def test_attend_and_store(dtype, format, size, s_kv):
+    from hgc_kernels.ops.attend_and_store import launch
+
     batch, s_q, count = _sizes(dtype)
     kind = DTYPES[dtype]
     q = heads(batch, s_q, count, size, kind)
@@ -62,10 +65,10 @@ def test_attend_and_store(dtype, format, size, s_kv):
         torch.full((batch, s_q, count, hk.padded(s_kv)), float("nan")).to(hk.FORMATS[format]),
         fill=7.0,
     )
-    with hk.use_backend("triton"):
-        out = hk.attend_and_store(q, k, v, map)
-    assert_guards_intact(map)
     scale = size**-0.5
+    with guarded_allocations():
+        out = launch.attend_and_store(q, k, v, scale, map)
+    assert_guards_intact(map)
     reference, probabilities = attend64(q, k, v, scale)
     eager, eager_probabilities = attend_eager(q, k, v, scale)
     assert out.is_contiguous() and out.dtype == kind
@@ -79,14 +82,16 @@ def test_attend_and_store(dtype, format, size, s_kv):
 
 @pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
 def test_apply_map(dtype, format, size, s_kv):
+    from hgc_kernels.ops.apply_map import launch
+
     batch, s_q, count = _sizes(dtype)
     v = heads(batch, s_kv, count, size, DTYPES[dtype])
     map = guarded(stored_map(text_probabilities(batch, s_q, count, s_kv), format))
     # Slot 0 and the padding are not to be read here.
     map[..., :1] = float("nan")
     map[..., s_kv:] = float("nan")
-    with hk.use_backend("triton"):
-        out = hk.apply_map(map, v)
+    with guarded_allocations():
+        out = launch.apply_map(map, v)
     assert out.is_contiguous() and out.dtype == v.dtype
     assert_within_rule(out, apply64(map, v), apply_eager(map, v), v.dtype)
 
@@ -113,7 +118,8 @@ def test_apply_map_project(dtype, format, size, s_kv, form):
     chosen = launch.heuristic(
         v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0]
     )
-    out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
+    with guarded_allocations():
+        out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
     reference = project64(apply64(map, v), weight, bias, residual)
     eager = project_eager(apply_eager(map, v), weight, bias, residual)
     assert_within_rule(out, reference, eager, v.dtype)
@@ -142,19 +148,32 @@ def test_apply_map_project_operands(form, bias, residual):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed"])
-def test_views(view):
+def test_views(view, dtype):
     """Strided inputs as diffusers makes them, one view for all operands."""
-    q, k, v = (
-        heads(2, 21, 3, 40, torch.float16, view),
-        *(heads(2, 13, 3, 40, torch.float16, view) for _ in "kv"),
-    )
-    map = hk.new_map(2, 21, 3, 13)
+    from hgc_kernels.ops.apply_map_project import launch
+
+    kind = DTYPES[dtype]
+    q = heads(2, 21, 3, 40, kind, view)
+    k, v = (heads(2, 13, 3, 40, kind, view) for _ in "kv")
+    map, weight = hk.new_map(2, 21, 3, 13), torch.randn(24, 120).to(kind) * 120**-0.5
     with hk.use_backend("triton"):
         out = hk.attend_and_store(q, k, v, map, scale=0.3)
         applied = hk.apply_map(map, v)
-    assert_within_rule(out, attend64(q, k, v, 0.3)[0], attend_eager(q, k, v, 0.3)[0], torch.float16)
-    assert_within_rule(applied, apply64(map, v), apply_eager(map, v), torch.float16)
+    assert_within_rule(out, attend64(q, k, v, 0.3)[0], attend_eager(q, k, v, 0.3)[0], kind)
+    reference, eager = apply64(map, v), apply_eager(map, v)
+    assert_within_rule(applied, reference, eager, kind)
+    chosen = launch.heuristic(v.dtype, map.dtype, 2, 21, 13, 3, 40, 24)
+    for form in ("folded", "two_stage"):
+        config = replace(chosen, form=form)
+        projected = launch.apply_map_project(map, v, weight, None, None, config)
+        assert_within_rule(
+            projected,
+            project64(reference, weight, None, None),
+            project_eager(eager, weight, None, None),
+            kind,
+        )
 
 
 def test_large_scores_do_not_overflow():

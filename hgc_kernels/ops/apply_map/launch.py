@@ -10,6 +10,7 @@ from hgc_kernels.launch_config import (
     dot_precision,
     head_tiles,
     next_power_of_two,
+    on_device_of,
 )
 from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 
@@ -55,11 +56,12 @@ def apply_map(
         return out
     is_e4m3 = map.dtype == torch.float8_e4m3fn
     grid = (heads * -(-s_q // config.block_m) * batch,)
-    apply_map_kernel[grid](
-        as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
-        D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
-        IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device_of(out):
+        apply_map_kernel[grid](
+            as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
+            D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
+            IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hgc_kernels import counts
-from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles
+from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, on_device_of
 from hgc_kernels.map_format import FORMATS
 from hgc_kernels.ops.apply_map.launch import E4M3_UNIT
 from hgc_kernels.ops.apply_map.launch import apply_map as apply_map_triton
@@ -102,16 +102,18 @@ def _main(
     batch, rows, inner = left.shape
     channels = right.shape[2]
     grid = (batch * -(-rows // config.block_m) * -(-channels // config.block_n),)
-    apply_map_project_main_kernel[grid](
-        as_bytes(left), right, out if bias is None else bias, out if residual is None else residual,
-        out, unit, rows, inner, channels, left.stride(0), left.stride(1), *right.stride(),
-        0 if bias is None else bias.stride(0),
-        *((0, 0, 0) if residual is None else residual.stride()),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        IS_E4M3=left.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(right.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device_of(out):
+        apply_map_project_main_kernel[grid](
+            as_bytes(left), right, out if bias is None else bias,
+            out if residual is None else residual, out, unit, rows, inner, channels,
+            left.stride(0), left.stride(1), *right.stride(),
+            0 if bias is None else bias.stride(0),
+            *((0, 0, 0) if residual is None else residual.stride()),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            IS_E4M3=left.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(right.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
 
 def apply_map_project(
@@ -152,12 +154,13 @@ def apply_map_project(
         * -(-padded_s_kv // config.fold_block_n)
         * -(-channels // config.fold_block_c),
     )
-    apply_map_project_fold_kernel[grid](
-        v, weight, folded, s_kv, heads, channels, *v.stride(), *weight.stride(),
-        D=size, S_KV_PAD=padded_s_kv, BLOCK_N=config.fold_block_n, BLOCK_C=config.fold_block_c,
-        BLOCK_D=config.head.first, BLOCK_REST=config.head.second, PRECISION=dot_precision(v.dtype),
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
+    with on_device_of(out):
+        apply_map_project_fold_kernel[grid](
+            v, weight, folded, s_kv, heads, channels, *v.stride(), *weight.stride(),
+            D=size, S_KV_PAD=padded_s_kv, BLOCK_N=config.fold_block_n, BLOCK_C=config.fold_block_c,
+            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
+            PRECISION=dot_precision(v.dtype), num_warps=4, num_stages=1,
+        )  # fmt: skip
     unit = E4M3_UNIT if map.dtype == torch.float8_e4m3fn else 1.0
     _main(map.view(batch, s_q, heads * padded_s_kv), folded, bias, residual, out, unit, config)
     return out

@@ -11,6 +11,7 @@ from hgc_kernels.launch_config import (
     dot_precision,
     head_tiles,
     next_power_of_two,
+    on_device_of,
 )
 from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kernel
 
@@ -56,12 +57,13 @@ def attend_and_store(
         return out
     stored = as_bytes(map)
     grid = (heads * -(-s_q // config.block_m) * batch,)
-    attend_and_store_kernel[grid](
-        q, k, v, stored, out, scale / math.log(2), s_q, s_kv, heads,
-        *q.stride(), *k.stride(), *v.stride(),
-        D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
-        IS_E4M3=map.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device_of(out):
+        attend_and_store_kernel[grid](
+            q, k, v, stored, out, scale / math.log(2), s_q, s_kv, heads,
+            *q.stride(), *k.stride(), *v.stride(),
+            D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
+            IS_E4M3=map.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(q.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out

@@ -5,6 +5,8 @@ import torch
 from hgc_kernels import checks
 from hgc_kernels.map_format import MAP_DTYPES
 
+MAX_DIMS = 16  # as the kernels' RowLoops
+
 
 def scatter_rows(
     cache: torch.Tensor,  # [N, ...], written in place
@@ -16,7 +18,7 @@ def scatter_rows(
     Equivalent to:
         cache[rows] = fresh
 
-    fp32, fp16, bf16 or float8_e4m3fn; any strides; at least one dimension. `rows` must be distinct
+    fp32, fp16, bf16 or float8_e4m3fn; any strides; 1 to 16 dimensions. `rows` must be distinct
     and in [0, N). `fresh` must not overlap `cache`. Rows that are not named keep their bits. The
     values are written, no gradient flows.
 
@@ -26,8 +28,10 @@ def scatter_rows(
     """
     checks.tensor("cache", cache, None, MAP_DTYPES)
     checks.tensor("fresh", fresh, None, MAP_DTYPES)
-    if cache.ndim < 1:
-        raise ValueError("cache: expected at least one dimension, got shape ()")
+    if not 1 <= cache.ndim <= MAX_DIMS:
+        raise ValueError(
+            f"cache: expected 1 to {MAX_DIMS} dimensions, got shape {tuple(cache.shape)}"
+        )
     if fresh.ndim != cache.ndim or fresh.shape[1:] != cache.shape[1:]:
         raise ValueError(
             f"fresh: expected the shape of cache {tuple(cache.shape)} but for the first size, "

@@ -1,0 +1,111 @@
+#!/bin/sh
+# What `pip install .` does in fresh environments: with everything there, and with a part missing.
+#
+#     scripts/check_installs.sh                    # every case, a few minutes
+#     scripts/check_installs.sh no-nvcc no-torch   # some
+#
+#   full         torch there: the CPU and the CUDA library and the introspection module
+#   no-torch     no torch in the environment when the package is built
+#   no-nvcc      no CUDA compiler: all but the CUDA library
+#   no-compiler  no C++ compiler: nothing compiled, the ops run their references
+#   require      HGC_REQUIRE_EXT=1 and no C++ compiler: an error
+#
+# PYTHON chooses the interpreter. The environments are made in a temporary folder and removed.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+unset HGC_REQUIRE_EXT HGC_NO_EXT HGC_CUDA HGC_TORCH_INCLUDE CXX CUDACXX || true
+
+# A folder with links to every program on PATH but those whose names begin with one of the given
+# ones.
+path_without() {
+    folder=$work/path-$1
+    mkdir -p "$folder"
+    old_ifs=$IFS
+    IFS=:
+    for part in $PATH; do
+        for program in "$part"/*; do
+            name=${program##*/}
+            for prefix in "$@"; do
+                case $name in "$prefix"*) continue 2 ;; esac
+            done
+            [ -e "$folder/$name" ] || ln -s "$program" "$folder/$name" 2>/dev/null || true
+        done
+    done
+    IFS=$old_ifs
+    echo "$folder"
+}
+
+environment() {
+    "$python" -m venv "$work/$1"
+    [ "$1" = no-torch ] || "$work/$1/bin/pip" install --quiet -c "$root/constraints.txt" torch
+}
+
+# A copy: the build leaves its folders in the source tree.
+install() {
+    rm -rf "$work/source"
+    mkdir "$work/source"
+    (cd "$root" && tar cf - --exclude ./.git --exclude ./build --exclude ./outputs \
+        --exclude ./hgc_kernels/lib --exclude './hgc_kernels/_native*' .) | tar xf - -C "$work/source"
+    name=$1
+    shift
+    env "$@" "$work/$name/bin/pip" install --quiet -c "$root/constraints.txt" "$work/source"
+}
+
+# expect CASE LIBRARIES LEFT_OUT: words each, compared with what the install says of itself.
+expect() {
+    (cd "$work" && "$work/$1/bin/hgc" info && "$work/$1/bin/python" - "$2" "$3" <<'PYTHON'
+import sys
+import torch
+import hgc_kernels as hk
+built, left_out = (set(words.split()) for words in sys.argv[1:])
+info = hk.build_info()
+assert set(info["left_out"]) == left_out, info["left_out"]
+assert set(info["native"]) == built, info["native"]
+x = torch.randn(1, 4, 8, 8)
+assert torch.equal(hk.gather_blocks(x, x, x), torch.cat([x, x + x], 1))
+chosen = hk.backends()["gather_blocks"]["cpu"]
+assert chosen[0] == ("native" if "cpu" in built else "reference"), chosen
+PYTHON
+    )
+    echo "$1: as it should be"
+}
+
+run() {
+    echo "== $1"
+    environment "$1"
+    case $1 in
+        full)
+            install full
+            expect full "cpu cuda introspection" ""
+            ;;
+        no-torch)
+            install no-torch
+            expect no-torch "" "cpu cuda introspection"
+            ;;
+        no-nvcc)
+            install no-nvcc PATH="$(path_without nvcc)" CUDA_HOME=/nonexistent CUDA_PATH=
+            expect no-nvcc "cpu introspection" "cuda"
+            ;;
+        no-compiler)
+            install no-compiler PATH="$(path_without c++ g++ clang++)"
+            expect no-compiler "" "cpu cuda introspection"
+            ;;
+        require)
+            if install require HGC_REQUIRE_EXT=1 PATH="$(path_without c++ g++ clang++)" \
+                > "$work/log" 2>&1; then
+                echo "require: installed without a compiler" >&2
+                exit 1
+            fi
+            grep "the cpu part was demanded, but no C++ compiler was found" "$work/log"
+            echo "require: as it should be"
+            ;;
+        *) echo "$1: no such case" >&2 && exit 2 ;;
+    esac
+    rm -rf "${work:?}/$1"
+}
+
+[ $# -gt 0 ] || set -- full no-torch no-nvcc no-compiler require
+for case in "$@"; do run "$case"; done

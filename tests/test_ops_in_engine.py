@@ -1,0 +1,90 @@
+"""The engine on the op library: which ops it calls, and what a choice of backend does to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import models
+import pytest
+import torch
+
+import hgc
+import hgc_kernels as hk
+from hgc import Config
+from hgc_kernels import backend
+
+SHALLOW = Config(num_evaluations=6, key_steps=(0, 3), depth=1)
+MAPS = Config(num_evaluations=6, attention_gate=0.2, fresh_values=True)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Calls that reached the dispatcher, an op."""
+    calls = Counter()
+    resolve = backend._resolve
+    monkeypatch.setattr(
+        backend, "_resolve", lambda op, *rest: calls.update([op]) or resolve(op, *rest)
+    )
+    return calls
+
+
+def draw(pipe, config, **changes):
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        return models.draw(pipe, **changes), installed.report().rows
+
+
+def test_decoder_inputs_go_through_gather_blocks(sd15, ran):
+    _, rows = draw(sd15, SHALLOW)
+    shallow = sum(row.depth == 1 for row in rows)
+    assert shallow == 4
+    # the last block is stepped through by layer, and the blocks before it are called whole
+    layers = len(sd15.unet.up_blocks[-1].resnets)
+    assert ran == {"gather_blocks": shallow + layers * (len(rows) - shallow)}
+
+
+def test_attention_that_keeps_maps_goes_through_attend_and_store(sd15, ran):
+    draw(sd15, MAPS)
+    # the last evaluation before the gate, in each cross-attention of both networks
+    assert ran["attend_and_store"] % (16 + 7) == 0 and ran["attend_and_store"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backend_of_gather_blocks_changes_no_bit(dtype):
+    pipe = models.sd15_pipeline().to(dtype)
+    changes = {"prompt_embeds": models.text(0).to(dtype)}
+    changes["negative_prompt_embeds"] = models.text(500).to(dtype)
+    found = []
+    for choice in ("native", "reference"):
+        with hk.use_backend(choice, "gather_blocks"):
+            found.append(draw(pipe, SHALLOW, **changes)[0])
+    assert torch.equal(*found)
+
+
+def test_an_explicit_backend_is_not_left(sd15):
+    with (
+        hk.use_backend("triton", "gather_blocks"),
+        pytest.raises(hk.BackendError, match=r"gather_blocks.*triton"),
+    ):
+        draw(sd15, SHALLOW)
+    with (
+        hk.use_backend("native", "attend_and_store"),
+        pytest.raises(hk.BackendError, match=r"attend_and_store.*native"),
+    ):
+        draw(sd15, MAPS)
+
+
+def test_auto_says_once_that_the_kernels_are_missing(sd15, monkeypatch):
+    expected, _ = draw(sd15, SHALLOW)
+    key = ("gather_blocks", "native", "cpu")
+    missing = backend.Implementation(*key[:2], ("cpu",), "", lambda device: "it was not built")
+    monkeypatch.setattr(backend, "_resolved", {})
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_implementations", {**backend._implementations, key: missing})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        out, _ = draw(sd15, SHALLOW)
+        draw(sd15, SHALLOW)
+    said = [str(warning.message) for warning in said if "gather_blocks" in str(warning.message)]
+    assert len(said) == 1 and "it was not built" in said[0]
+    assert torch.equal(out, expected)
