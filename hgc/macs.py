@@ -8,7 +8,10 @@ Norms, activations and elementwise work are not counted in either.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,9 +130,20 @@ def macs_of(counter: FlopCounterMode) -> Macs:
     return Macs(total, total - attention // 2)
 
 
-def _meta(model: Any) -> Any:
+# A model's class and its config as JSON: all that its MACs depend on.
+_Described = tuple[type, str]
+
+
+def _describe(model: Any) -> _Described:
+    # diffusers leaves private entries (a local path, for one) and versions out of from_config.
+    return type(model), json.dumps(dict(model.config), sort_keys=True, default=str)
+
+
+@functools.lru_cache(maxsize=16)
+def _meta(described: _Described) -> Any:
+    kind, config = described
     with torch.device("meta"):
-        return type(model).from_config(model.config).eval()
+        return kind.from_config(json.loads(config)).eval()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +167,16 @@ class Shapes:
     dtype: torch.dtype = torch.float32
 
 
+Off = tuple[tuple[bool, ...], ...]
+
+
 def _count(
-    unet: Any,
-    nets: Sequence[Any],
-    steps: Sequence[StepPlan],
+    unet: _Described,
+    nets: tuple[_Described, ...],
+    steps: tuple[StepPlan, ...],
     shapes: Shapes,
     pair: bool,
-    off: Sequence[Sequence[bool]],
+    off: Off,
 ) -> list[Macs]:
     """MACs of each evaluation of a run that follows ``steps``.
 
@@ -169,7 +186,7 @@ def _count(
     known to be a guidance pair.
     """
     kinds = [
-        (dataclasses.replace(s, forecast=(1.0,), guidance_forecast=(1.0,)), tuple(o))
+        (dataclasses.replace(s, forecast=(1.0,), guidance_forecast=(1.0,)), o)
         for s, o in zip(steps, off, strict=True)
     ]
     chosen: list[int] = []
@@ -179,24 +196,42 @@ def _count(
             chosen.append(i)
             if i >= PairCheck.EVALUATIONS:
                 seen.setdefault(kind, []).append(i)
+    few_steps, few_off = tuple(steps[i] for i in chosen), tuple(off[i] for i in chosen)
     try:
-        few = _run(unet, nets, [steps[i] for i in chosen], shapes, pair, [off[i] for i in chosen])
+        few = _run(unet, nets, few_steps, shapes, pair, few_off)
     except ConfigError:
         # one that was left out was read by one that stayed
-        return _run(unet, nets, steps, shapes, pair, off)
+        return list(_run(unet, nets, steps, shapes, pair, off))
     counted = dict(zip(chosen, few, strict=True))
     return [counted[i] if i in counted else counted[seen[kinds[i]][-1]] for i in range(len(steps))]
 
 
+# The meta models are kept between counts, and a count installs hgc on them.
+_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=256)
 def _run(
+    unet: _Described,
+    nets: tuple[_Described, ...],
+    steps: tuple[StepPlan, ...] | None,
+    shapes: Shapes,
+    pair: bool,
+    off: Off,
+) -> tuple[Macs, ...]:
+    """Run meta models through ``steps``, or once without hgc where there are none."""
+    with _lock:
+        return tuple(_run_models(_meta(unet), [_meta(n) for n in nets], steps, shapes, pair, off))
+
+
+def _run_models(
     unet: Any,
     nets: Sequence[Any],
     steps: Sequence[StepPlan] | None,
     shapes: Shapes,
     pair: bool,
-    off: Sequence[Sequence[bool]],
+    off: Off,
 ) -> list[Macs]:
-    """Run meta models through ``steps``, or once without hgc where there are none."""
     with torch.device("meta"), torch.no_grad():
         text = torch.empty(shapes.batch, shapes.tokens, unet.config.cross_attention_dim)
         sample = torch.empty(shapes.batch, unet.config.in_channels, shapes.height, shapes.width)
@@ -312,10 +347,10 @@ def count_macs(
     shapes = Shapes(
         images * (2 if guidance else 1), height // factor, width // factor, tokens, factor
     )
-    meta_unet, meta_nets = _meta(unet), [_meta(net) for net in nets]
-    off = [[False] * len(nets)] * count
-    full = _run(meta_unet, meta_nets, None, shapes, guidance, off)[0]
-    done = _count(meta_unet, meta_nets, steps, shapes, guidance, off)
+    models = _describe(unet), tuple(_describe(net) for net in nets)
+    off = ((False,) * len(nets),) * count
+    full = _run(*models, None, shapes, guidance, off[:1])[0]
+    done = _count(*models, tuple(steps), shapes, guidance, off)
     return MacCount(config.name, tuple(done), tuple(steps), full, count)
 
 
@@ -327,7 +362,7 @@ def count_performed(
     off: Sequence[Sequence[bool]],
 ) -> tuple[list[Macs], Macs]:
     """MACs of evaluations that were performed, and of one made in full, for the report."""
-    unet = _meta(installation.unet)
-    meta_nets = [_meta(net) for net in nets]
-    full = _run(unet, meta_nets, None, shapes, False, [[False] * len(meta_nets)])[0]
-    return _count(unet, meta_nets, steps, shapes, True, off), full
+    models = _describe(installation.unet), tuple(_describe(net) for net in nets)
+    full = _run(*models, None, shapes, False, ((False,) * len(nets),))[0]
+    done = _count(*models, tuple(steps), shapes, True, tuple(tuple(o) for o in off))
+    return done, full
