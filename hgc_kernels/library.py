@@ -72,7 +72,24 @@ _missing = _load_libraries()
 
 
 def _native_missing(device: str) -> str | None:
-    return _missing[device]
+    reason = _missing[device]
+    if reason is None and device == "cuda":
+        return gpu_refuses(_FOLDER / "libhgc_cuda.so")
+    return reason
+
+
+def gpu_refuses(library: Path) -> str | None:
+    """Why the kernels of a CUDA library cannot run on the current GPU, or None where they can: no
+    driver, no GPU, or one that they were not compiled for.
+    """
+    try:
+        introspection = importlib.import_module("hgc_kernels._native")
+        introspection.kernel_attributes(str(library))
+    except ImportError:  # nobody to ask: a launch will say
+        return None
+    except RuntimeError as error:
+        return f"the GPU does not take its kernels: {error}"
+    return None
 
 
 def native_gather_blocks(*args: Any) -> torch.Tensor:

@@ -92,13 +92,18 @@ def test_gather_blocks_mixed_layouts(dtype):
 
 
 @KINDS
-@pytest.mark.parametrize("width", [8, 7], ids=["vector", "element"])
-def test_rows_out_of_range_are_nan_and_read_nothing(width, dtype):
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
+@pytest.mark.parametrize("path", ["vector", "element", "strided"])
+def test_rows_out_of_range_are_nan_and_read_nothing(path, residual, dtype):
+    width = 7 if path == "element" else 8
     hidden, skip = (on_gpu(3, 4, 2, width, dtype=DTYPES[dtype]) for _ in range(2))
+    if path == "strided":
+        skip = skip.contiguous(memory_format=torch.channels_last)
     rows = torch.tensor([1, -1, 2**40], device="cuda")
     with hk.use_backend("native"):
-        out = hk.gather_blocks(hidden, skip, skip, rows)
-    assert torch.equal(out[0], torch.cat([hidden[0], skip[1] + skip[1]]))
+        out = hk.gather_blocks(hidden, skip, skip if residual else None, rows)
+    expected = skip[1] + skip[1] if residual else skip[1]
+    assert torch.equal(out[0], torch.cat([hidden[0], expected]))
     assert torch.equal(out[:, :4], hidden)
     assert out[1:, 4:].isnan().all()
 
@@ -122,9 +127,9 @@ def test_scatter_rows(row, dtype):
 @KINDS
 def test_scatter_rows_strided(dtype):
     cache = on_gpu(4, 6, 5, 16, dtype=DTYPES[dtype])[..., ::2]
-    fresh = on_gpu(2, 8, 5, 6, dtype=DTYPES[dtype]).transpose(1, 3)
-    rows, expected = torch.tensor([1, 3], device="cuda"), cache.clone()
-    expected[rows] = fresh
+    fresh = on_gpu(4, 8, 5, 6, dtype=DTYPES[dtype]).transpose(1, 3)
+    rows, expected = torch.tensor([1, -1, 3, 2**40], device="cuda"), cache.clone()
+    expected[1], expected[3] = fresh[0], fresh[2]  # the others are out of range: dropped
     with hk.use_backend("native"):
         hk.scatter_rows(cache, fresh, rows)
     assert torch.equal(cache, expected)
@@ -192,6 +197,43 @@ def test_backends_and_kernel_attributes():
     kernels = hk.build_info()["kernels"]
     assert len(kernels) == 44
     assert all(kernel["local_bytes"] == 0 for kernel in kernels)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_of_another_gpu_than_the_current_one():
+    q, v = (projected(2, 64, 4, 40, torch.float16).to("cuda:1") for _ in range(2))
+    map = hk.new_map(2, 64, 4, 64, device="cuda:1")
+    weight, x = torch.randn(160, 160).half().to("cuda:1"), torch.randn(2, 8, 16, 16).to("cuda:1")
+    rows = torch.tensor([1, 0], device="cuda:1")
+
+    def results():
+        return (
+            hk.attend_and_store(q, v, v, map),
+            hk.apply_map(map, v),
+            hk.apply_map_project(map, v, weight),
+            hk.gather_blocks(x, x, x, rows, 0.3),
+        )
+
+    with torch.cuda.device(0):
+        found = results()
+    with torch.cuda.device(1):
+        expected = results()
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+@KINDS
+def test_empty_tensors_launch_nothing(dtype):
+    kind = DTYPES[dtype]
+    x, none = on_gpu(2, 3, 4, 4, dtype=kind), on_gpu(0, 3, 4, 4, dtype=kind)
+    rows = torch.tensor([], dtype=torch.int64, device="cuda")
+    assert hk.gather_blocks(none, x, x, rows).shape == (0, 6, 4, 4)
+    hk.scatter_rows(x, none, rows)
+    map, v = hk.new_map(0, 3, 2, 5, device="cuda"), on_gpu(0, 5, 2, 8, dtype=kind)
+    assert hk.apply_map(map, v).shape == (0, 3, 2, 8)
+    assert hk.attend_and_store(v[:, :3], v, v, map).shape == (0, 3, 2, 8)
+    weight = on_gpu(6, 16, dtype=kind)
+    assert hk.apply_map_project(map, v, weight).shape == (0, 3, 6)
 
 
 def test_compiled_on_the_gpu():

@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import hgc_kernels as hk
+from hgc_kernels import library
 
 ROOT = Path(__file__).resolve().parents[2]
 LIB = Path(hk.__file__).resolve().parent / "lib"
@@ -20,28 +22,28 @@ def libraries():
     return found
 
 
-def undefined(library):
+def undefined(path):
     assert shutil.which("nm"), "binutils are needed"
     listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
     )
     return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda path: path.name)
-def test_only_torch_2_10_is_asked_for(library):
-    wanted = {name for name in undefined(library) if name.startswith(("torch_", "aoti_"))}
+@pytest.mark.parametrize("path", libraries(), ids=lambda path: path.name)
+def test_only_torch_2_10_is_asked_for(path):
+    wanted = {name for name in undefined(path) if name.startswith(("torch_", "aoti_"))}
     assert wanted
     assert wanted <= set(KNOWN.read_text().split())
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda path: path.name)
-def test_neither_python_nor_c10_nor_a_driver(library):
-    names = undefined(library)
+@pytest.mark.parametrize("path", libraries(), ids=lambda path: path.name)
+def test_neither_python_nor_c10_nor_a_driver(path):
+    names = undefined(path)
     assert not [name for name in names if name.startswith(("Py", "_Py", "cu", "cuda"))]
     assert not [name for name in names if re.search(r"c10|at6Tensor", name)]
     needed = subprocess.run(
-        ["readelf", "-d", library], capture_output=True, text=True, check=True
+        ["readelf", "-d", path], capture_output=True, text=True, check=True
     ).stdout
     needed = set(re.findall(r"NEEDED.*\[(.*?)\]", needed))
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
@@ -57,3 +59,11 @@ def test_build_info_names_everything():
     assert native["cpu"]["compiler"] and native["cpu"]["flags"] and native["cpu"]["commit"]
     if "cuda" in native:
         assert native["cuda"]["cuda_compiler"] and native["cuda"]["architectures"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.skipif(not (LIB / "libhgc_cuda.so").exists(), reason="the CUDA library was not built")
+def test_a_gpu_that_cannot_run_the_kernels_is_noticed():
+    """Asked of the CUDA runtime, so that "auto" leaves a GPU that the library has no code for."""
+    reason = library.gpu_refuses(LIB / "libhgc_cuda.so")
+    assert reason.startswith("the GPU does not take its kernels: ")
