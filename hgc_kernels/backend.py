@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -193,12 +193,24 @@ def _resolve(op: str, device: str, choice: str) -> tuple[str, Callable[..., Any]
     return found
 
 
+def autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Keeps autocast out of what an implementation computes: its result has the dtype of its
+    operands, as the fake says, and the same bits whatever surrounds the call.
+    """
+    if device in DEVICES and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def route(op: str, device: str) -> Callable[..., Any]:
     """The function registered for `op` on `device`: it runs whatever backend is chosen at the
     moment of the call.
     """
 
     def run(*args: Any) -> Any:
+        if torch.is_autocast_enabled(device):
+            with autocast_off(device):
+                return run(*args)
         choice = _choice(op)
         name, implementation = _resolve(op, device, choice)
         try:

@@ -46,7 +46,7 @@ def define(
             "native",
             f"hgc_kernels.library:native_{op}",
             devices=devices,
-            available=_native_missing,
+            available=native_missing,
         )
 
 
@@ -71,7 +71,8 @@ def _load_libraries() -> dict[str, str | None]:
 _missing = _load_libraries()
 
 
-def _native_missing(device: str) -> str | None:
+def native_missing(device: str) -> str | None:
+    """Why the compiled library of a device type cannot run here, or None where it can."""
     reason = _missing[device]
     if reason is None and device == "cuda":
         return gpu_refuses(_FOLDER / "libhgc_cuda.so")

@@ -103,19 +103,20 @@ def test_reference_attend_and_store(dtype, format):
     assert_within_rule(decode64(map, 77), probabilities, stored, q.dtype)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference_apply_map_project(dtype):
+def test_apply_map_project(dtype, backend):
     kind = DTYPES[dtype]
     v, map = heads(2, 77, 3, 40, kind), stored_map(text_probabilities(2, 50, 3, 77), "fp16")
     weight, bias, residual = (
         torch.randn(s).to(kind) * 0.1 for s in [(48, 120), (48,), (2, 50, 48)]
     )
-    with hk.use_backend("reference"):
-        out = hk.apply_map_project(map, v, weight, bias, residual)
-    reference = project64(apply64(map, v), weight, bias, residual)
-    assert_within_rule(
-        out, reference, project_eager(apply_eager(map, v), weight, bias, residual), kind
-    )
+    for added in ((bias, residual), (None, residual), (bias, None)):
+        with hk.use_backend(backend):
+            out = hk.apply_map_project(map, v, weight, *added)
+        reference = project64(apply64(map, v), weight, *added)
+        eager = project_eager(apply_eager(map, v), weight, *added)
+        assert_within_rule(out, reference, eager, kind)
 
 
 def test_the_rule_catches_a_dropped_key():

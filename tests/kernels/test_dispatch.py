@@ -75,6 +75,24 @@ def test_opcheck_channels_last_and_no_residual():
     )
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op, choice, grad):
+    """Not the dtype of the result, which compiled graphs rely on, and not a bit of it."""
+    args = arguments(op)
+    args[1].requires_grad_(grad and op != "scatter_rows")
+    copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
+    with hk.use_backend(choice):
+        expected = public(op, copies)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = public(op, args)
+    for out, other in zip(found, expected, strict=True):
+        assert out.dtype == other.dtype
+        if not grad:  # with one, the reference runs whatever was chosen
+            assert torch.equal(out, other)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_with_dynamic_shapes(op):
     compiled = torch.compile(lambda *args: public(op, args), fullgraph=True, dynamic=True)

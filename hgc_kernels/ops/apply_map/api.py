@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hgc_kernels import checks
+from hgc_kernels import backend, checks
 from hgc_kernels.map_format import check_map
 from hgc_kernels.ops.apply_map.reference import apply_map as reference
 
@@ -29,5 +29,6 @@ def apply_map(
     check_map(map, "v", v, s_kv)
     checks.shape("map", map, (batch, map.shape[1], heads, map.shape[3]))
     if checks.wants_grad("apply_map", v):
-        return reference(map, v)
+        with backend.autocast_off(v.device.type):
+            return reference(map, v)
     return torch.ops.hgc.apply_map.default(map, v)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hgc_kernels import checks
+from hgc_kernels import backend, checks
 from hgc_kernels.map_format import check_map
 from hgc_kernels.ops.apply_map_project.reference import apply_map_project as reference
 
@@ -48,5 +48,6 @@ def apply_map_project(
         checks.same_dtype(name, value, "v", v)
         checks.same_device(name, value, "v", v)
     if checks.wants_grad("apply_map_project", v, weight, bias, residual):
-        return reference(map, v, weight, bias, residual)
+        with backend.autocast_off(v.device.type):
+            return reference(map, v, weight, bias, residual)
     return torch.ops.hgc.apply_map_project.default(map, v, weight, bias, residual)

@@ -28,3 +28,10 @@ backend.register(
     "hgc_kernels.ops.apply_map_project.launch:apply_map_project",
     available=backend.triton_available,
 )
+backend.register(
+    "apply_map_project",
+    "native",
+    "hgc_kernels.ops.apply_map_project.two_stage:apply_map_project",
+    devices=("cpu",),
+    available=library.native_missing,
+)

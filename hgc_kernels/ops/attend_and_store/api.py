@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hgc_kernels import checks
+from hgc_kernels import backend, checks
 from hgc_kernels.map_format import check_map
 from hgc_kernels.ops.attend_and_store.reference import attend_and_store as reference
 
@@ -43,5 +43,6 @@ def attend_and_store(
     checks.shape("map", map, (batch, s_q, heads, map.shape[3]))
     scale = size**-0.5 if scale is None else checks.number("scale", scale)
     if checks.wants_grad("attend_and_store", q, k, v):
-        return reference(q, k, v, scale, map)
+        with backend.autocast_off(q.device.type):
+            return reference(q, k, v, scale, map)
     return torch.ops.hgc.attend_and_store.default(q, k, v, scale, map)

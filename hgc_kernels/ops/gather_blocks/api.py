@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hgc_kernels import checks
+from hgc_kernels import backend, checks
 from hgc_kernels.ops.gather_blocks.reference import gather_blocks as reference
 
 
@@ -55,5 +55,6 @@ def gather_blocks(
             f"skip: expected {batch} samples as in hidden, or rows; got shape {tuple(skip.shape)}"
         )
     if checks.wants_grad("gather_blocks", hidden, skip, residual):
-        return reference(hidden, skip, residual, rows, scale)
+        with backend.autocast_off(hidden.device.type):
+            return reference(hidden, skip, residual, rows, scale)
     return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, rows, scale)
