@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="end the diffusion part after so long")
     parser.add_argument("--vae-steps", type=int, default=default.vae_steps)
     parser.add_argument("--vae-minutes", type=float)
+    parser.add_argument("--decoder-steps", type=int, default=default.decoder_steps)
+    parser.add_argument("--decoder-minutes", type=float)
     parser.add_argument("--judge-steps", type=int, default=default.judge_steps)
     parser.add_argument("--judge-minutes", type=float)
     parser.add_argument("--batch", type=int, default=default.batch)
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         scenes=args.train_scenes,
         vae_steps=args.vae_steps,
         vae_minutes=args.vae_minutes,
+        decoder_steps=args.decoder_steps,
+        decoder_minutes=args.decoder_minutes,
         judge_steps=args.judge_steps,
         judge_minutes=args.judge_minutes,
         steps=args.steps,

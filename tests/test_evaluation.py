@@ -17,7 +17,7 @@ import hgc
 from hgc import benchmarking
 from hgc.config import Config, ConfigError, StepPlan
 from hgc.evaluation import candidates as all_candidates
-from hgc.evaluation import measure, metrics, record, tables
+from hgc.evaluation import measure, metrics, peers, record, tables
 from hgc.evaluation.candidate import Candidate, equal_steps, macs_here, steps_of
 from hgc.evaluation.models import sd15_macs
 
@@ -157,6 +157,38 @@ def test_candidates_from_files(tmp_path):
 def test_a_row_that_is_none_is_named(name, message):
     with pytest.raises(ConfigError, match=message):
         all_candidates([name])
+
+
+@pytest.mark.parametrize("steps", [2, 20, 50])
+def test_schedules_of_peers_are_plans_as_they_were_published(steps):
+    """Arithmetic on what the authors run: see `hgc.evaluation.peers`."""
+    rows = {c.name: c for c in all_candidates(["peers"], steps)}
+    assert list(rows) == ["uncached", *peers.PEERS]
+    plans = {n: hgc.plan(rows[n].config, rows[n].steps) for n in peers.PEERS}
+    assert {rows[n].steps for n in peers.PEERS} == {steps}
+    for interval in (2, 3, 5):
+        found = plans[f"deepcache-{interval}"]
+        assert [s.is_key for s in found] == [i % interval == 0 for i in range(steps)]
+        assert all(s.control == "compute" and s.guidance == "both" for s in found)
+    keys = {50: [0, 1, 2, 3, 5, 10, 15, 25, 35], 20: [0, 1, 2, 4, 6, 10, 14], 2: [0, 1]}[steps]
+    assert [i for i, s in enumerate(plans["faster-diffusion"]) if s.is_key] == keys
+    assert all(s.encoder == "reuse" for s in plans["faster-diffusion"] if not s.is_key)
+    gate = {50: 20, 20: 8, 2: 1}[steps]
+    assert [s.guidance for s in plans["t-gate"]] == ["both"] * gate + ["off"] * (steps - gate)
+    assert all(s.attention == "reuse" and s.control == "compute" for s in plans["t-gate"][gate:])
+
+
+@pytest.mark.parametrize("name", ["deepcache-2", "faster-diffusion", "t-gate"])
+def test_schedules_of_peers_run(name):
+    pipe = models.sd15_pipeline()
+    config = peers.peer(name, 4)
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installation:
+        models.draw(pipe, steps=4)
+        done = installation.report().rows
+    for row, step in zip(done, hgc.plan(config, 4), strict=True):
+        assert (row.depth, row.encoder) == (step.depth, step.encoder)
+        assert (row.attention, row.guidance) == (step.attention, step.guidance)
+        assert row.control == ({"compute": "computed", "reuse": "reused"}[step.control],)
 
 
 def test_steps_of_a_plan_follow_the_uncached_run():

@@ -16,7 +16,7 @@ from benchmarks.testbed_training.export import export, rebuild
 from hgc.testbed.judges import Judge
 
 SHIPPED = models.Sizes()
-STAGES = ("vae", "judge", "diffusion")
+STAGES = ("vae", "decoder", "judge", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Recipe:
     sizes: models.Sizes = SHIPPED
     vae_steps: int = 6000
     vae_minutes: float | None = None
+    decoder_steps: int = 5000
+    decoder_minutes: float | None = None
     judge_steps: int = 1500
     judge_minutes: float | None = None
     steps: int = 4000
@@ -58,6 +60,13 @@ def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
         np.save(part, make())
         part.rename(path)
     return np.load(path)
+
+
+def _latents(model: Any, scenes: Scenes, work: Path, device: torch.device) -> np.ndarray:
+    """Scaled latents of all scenes; the decoder's further training does not change them."""
+    return _cached(
+        work / "latents.npy", lambda: diffusion.encode_latents(model, scenes, device).numpy()
+    )
 
 
 def _rebuilt(model: Any, scenes: Scenes, count: int, device: torch.device) -> np.ndarray:
@@ -105,6 +114,22 @@ def train(
             work / "vae_done.pt",
             {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor},
         )
+    if "decoder" in stages:
+        model = _trained_vae(recipe, work, device)
+        vae.train_decoder(
+            model,
+            scenes,
+            torch.from_numpy(_latents(model, scenes, work, device)),
+            work,
+            steps=recipe.decoder_steps,
+            minutes=recipe.decoder_minutes,
+            device=device,
+            log=log,
+        )
+        loop.save_checkpoint(
+            work / "vae_done.pt",
+            {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor},
+        )
     if "judge" in stages:
         model = _trained_vae(recipe, work, device)
         rebuilt = _cached(
@@ -121,9 +146,7 @@ def train(
         )
     if "diffusion" in stages:
         model = _trained_vae(recipe, work, device)
-        latents = _cached(
-            work / "latents.npy", lambda: diffusion.encode_latents(model, scenes, device).numpy()
-        )
+        latents = _latents(model, scenes, work, device)
 
         def on_save(trained: diffusion.Trained, tokenizer: Any, step: int) -> None:
             export(

@@ -88,3 +88,66 @@ def train_vae(
         f"scaling factor {vae.config.scaling_factor}"
     )
     return vae
+
+
+def train_decoder(
+    vae: Any,
+    scenes: Scenes,
+    latents: torch.Tensor,
+    work: Path,
+    *,
+    steps: int,
+    minutes: float | None = None,
+    batch: int = 8,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+) -> Any:
+    """Train (or resume) the decoder further, on `latents` of a fixed encoder.
+
+    `latents`: scaled latent means, float32 [N, 4, 16, 16]. What the diffusion model learned stays
+    valid, since the encoder does not move. The loss adds the picture's gradients, so that edges
+    come out as sharp as the latents allow.
+    """
+    torch.manual_seed(4)
+    decoder = [vae.decoder, vae.post_quant_conv]
+    parameters = [p for module in decoder for p in module.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    clock = loop.Clock(steps, minutes)
+    saved = loop.load_checkpoint(work / "decoder.pt", device)
+    if saved is not None:
+        vae.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        clock.load(saved["clock"])
+
+    def save() -> None:
+        state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
+        loop.save_checkpoint(work / "decoder.pt", {**state, "clock": clock.state()})
+
+    vae.decoder.train()
+    for index in loop.batches(len(scenes), batch, seed=40 + clock.step):
+        if clock.progress() >= 1:
+            break
+        x = pixels(scenes.image[index.numpy()], device)
+        z = latents[index].to(device) / vae.config.scaling_factor
+        # A generated latent is not exactly one of the encoder's.
+        z = z + 0.05 * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
+        difference = vae.decode(z, return_dict=False)[0] - x
+        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        loss = difference.abs().mean() + 2 * difference.square().mean() + edges
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        loop.set_rate(optimizer, clock.rate(1.5e-3, warm_up=100))
+        optimizer.step()
+        clock.step += 1
+        if clock.step % 100 == 0:
+            error = difference.detach().abs().mean().item() * 127.5
+            log(
+                f"decoder {clock.step} loss {loss.item():.4f} L1 {error:.2f}/255 "
+                f"{clock.seconds():.0f}s"
+            )
+        if clock.step % 500 == 0:
+            save()
+    save()
+    log(f"decoder done: {clock.step} steps, {clock.seconds():.0f} s")
+    return vae.eval().requires_grad_(False)

@@ -106,7 +106,8 @@ def evaluate(
     rows: Annotated[
         str,
         typer.Option(
-            help="With commas between: presets, fewer-steps, a preset, 6-steps, a plan.json"
+            help="With commas between: presets, peers, fewer-steps, a preset, deepcache-3, "
+            "6-steps, a plan.json"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,

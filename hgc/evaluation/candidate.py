@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hgc.config import Config, ConfigError
 from hgc.evaluation.models import load_shapes, sd15_macs
+from hgc.evaluation.peers import PEERS, peer
 from hgc.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -99,19 +100,23 @@ def candidates(
     """The rows that ``names`` stand for, the uncached run first.
 
     names: "presets" (all of them), the name of a preset, the path of a JSON file written by
-    ``Config.to_json``, "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or
-    "6-steps" (the uncached pipeline at 6 steps).
+    ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
+    of them ("deepcache-3"), "fewer-steps" (next to each plan the uncached pipeline at equal MACs),
+    or "6-steps" (the uncached pipeline at 6 steps).
     steps: steps of the uncached run.
 
     Raises ConfigError where a name is none of these.
     """
     plans: dict[str, Config] = {}
+    peers: dict[str, Config] = {}
     fewer: dict[int, list[str]] = {}
     equal = False
     for name in names:
         short = _STEPS.fullmatch(name)
         if name == "presets":
             plans.update(PRESETS)
+        elif name == "peers":
+            peers.update({p: config for p in PEERS if (config := peer(p, steps)) is not None})
         elif name == "fewer-steps":
             equal = True
         elif short:
@@ -120,6 +125,8 @@ def candidates(
             fewer.setdefault(int(short.group(1)), [])
         elif name == "uncached":
             continue
+        elif (schedule := peer(name, steps)) is not None:
+            peers[name] = schedule
         else:
             config = _config(name)
             label = Path(name).stem if name.endswith(".json") else config.name
@@ -128,8 +135,10 @@ def candidates(
             plans[label] = config
     found = [Candidate("uncached", None, steps)]
     matched: dict[int, list[str]] = {}
-    for label, config in plans.items():
-        count = steps_of(config, steps)
+    # A peer's schedule is made for the uncached run's number of steps, a preset has its own.
+    planned = [(label, config, steps_of(config, steps)) for label, config in plans.items()]
+    planned += [(label, config, steps) for label, config in peers.items()]
+    for label, config, count in planned:
         found.append(Candidate(label, config, count))
         if equal and not config.is_exact:
             matched.setdefault(equal_steps(config, count), []).append(label)
@@ -155,5 +164,5 @@ def _config(name: str) -> Config:
         return Config.preset(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} A row is also 'fewer-steps', 'presets', '6-steps' or a .json file."
+            f"{error} A row is also 'presets', 'peers', 'fewer-steps', '6-steps' or a .json file."
         ) from None
