@@ -5,12 +5,13 @@
 #     scripts/check_installs.sh no-nvcc no-torch   # some
 #
 #   full         torch there: the CPU and the CUDA library and the introspection module
-#   no-torch     no torch in the environment when the package is built
+#   no-torch     no torch in the environment when the package is built: nothing compiled, and said
 #   no-nvcc      no CUDA compiler: all but the CUDA library
 #   no-compiler  no C++ compiler: nothing compiled, the ops run their references
 #   require      HGC_REQUIRE_EXT=1 and no C++ compiler: an error
 #
-# PYTHON chooses the interpreter. The environments are made in a temporary folder and removed.
+# PYTHON chooses the interpreter. The two environments (one without torch) are made in a temporary
+# folder and removed.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -38,9 +39,18 @@ path_without() {
     echo "$folder"
 }
 
+# environment CASE: the Python environment of a case, made when first asked for.
 environment() {
-    "$python" -m venv "$work/$1"
-    [ "$1" = no-torch ] || "$work/$1/bin/pip" install --quiet -c "$root/constraints.txt" torch
+    if [ "$1" = no-torch ]; then
+        [ -d "$work/no-torch" ] || "$python" -m venv "$work/no-torch" >&2
+        echo "$work/no-torch"
+        return
+    fi
+    if [ ! -d "$work/torch" ]; then
+        "$python" -m venv "$work/torch" >&2
+        "$work/torch/bin/pip" install --quiet -c "$root/constraints.txt" torch >&2
+    fi
+    echo "$work/torch"
 }
 
 # A copy: the build leaves its folders in the source tree.
@@ -49,14 +59,16 @@ install() {
     mkdir "$work/source"
     (cd "$root" && tar cf - --exclude ./.git --exclude ./build --exclude ./outputs \
         --exclude ./hgc_kernels/lib --exclude './hgc_kernels/_native*' .) | tar xf - -C "$work/source"
-    name=$1
+    folder=$(environment "$1")
     shift
-    env "$@" "$work/$name/bin/pip" install --quiet -c "$root/constraints.txt" "$work/source"
+    "$folder/bin/pip" uninstall --quiet --yes hybrid-grained-cache
+    env "$@" "$folder/bin/pip" install --quiet -c "$root/constraints.txt" "$work/source"
 }
 
 # expect CASE LIBRARIES LEFT_OUT: words each, compared with what the install says of itself.
 expect() {
-    (cd "$work" && "$work/$1/bin/hgc" info && "$work/$1/bin/python" - "$2" "$3" <<'PYTHON'
+    folder=$(environment "$1")
+    (cd "$work" && "$folder/bin/hgc" info && "$folder/bin/python" - "$2" "$3" <<'PYTHON'
 import sys
 import torch
 import hgc_kernels as hk
@@ -75,7 +87,6 @@ PYTHON
 
 run() {
     echo "== $1"
-    environment "$1"
     case $1 in
         full)
             install full
@@ -104,7 +115,6 @@ run() {
             ;;
         *) echo "$1: no such case" >&2 && exit 2 ;;
     esac
-    rm -rf "${work:?}/$1"
 }
 
 [ $# -gt 0 ] || set -- full no-torch no-nvcc no-compiler require

@@ -55,9 +55,13 @@ def test_apply_map(shape, dtype, format, backend):
     assert_within_rule(out, apply64(map, v), apply_eager(map, v), v.dtype)
 
 
-@pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed"])
-def test_views(view):
-    v = heads(2, 13, 3, 40, torch.bfloat16, view)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed", "strided"])
+def test_views(view, dtype):
+    if view == "strided":  # no dimension of stride one
+        v = heads(2, 13, 3, 80, DTYPES[dtype])[..., ::2]
+    else:
+        v = heads(2, 13, 3, 40, DTYPES[dtype], view)
     map = stored_map(text_probabilities(2, 50, 3, 13), "bf16")
     with hk.use_backend("native"):
         out = hk.apply_map(map, v)

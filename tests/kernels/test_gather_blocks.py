@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DTYPES, guarded
 
 import hgc_kernels as hk
-from hgc_kernels.layout import is_channels_last
+from hgc_kernels.layout import gathered_format, is_channels_last
 
 # The decoder inputs of SD1.5 at 512 (two of them) and SDXL at 1024, then primes and single sizes.
 SHAPES = {
@@ -13,6 +13,7 @@ SHAPES = {
     "sd15_up2_2": (2, 640, 320, 32, 32),
     "sdxl_up1_2": (1, 640, 320, 64, 64),
     "sd15_up0": (2, 1280, 1280, 8, 8),
+    "large_odd": (1, 641, 321, 47, 53),  # past the caches, with ends that fill no line
     "primes": (3, 7, 13, 11, 5),
     "one_pixel": (2, 5, 3, 1, 1),
     "one_channel": (2, 1, 1, 6, 4),
@@ -46,6 +47,10 @@ def test_is_eager(shape, dtype, channels_last, backend):
                 hidden.shape[1] == 1 or shape[3] * shape[4] == 1
             ):  # else both formats are the same strides
                 assert out.stride() == eager.stride()
+            # what the fake promises a compiled graph, for single sizes too
+            format = gathered_format(hidden, skip)
+            promised = torch.empty(out.shape, device="meta", memory_format=format)
+            assert out.stride() == promised.stride()
         assert torch.equal(hk.gather_blocks(hidden, skip), torch.cat([hidden, skip], 1))
 
 
@@ -78,7 +83,7 @@ def test_half_of_a_batch(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "mix", ["hidden", "skip", "residual", "channels", "transposed", "expanded"]
+    "mix", ["hidden", "skip", "residual", "others", "channels", "transposed", "expanded"]
 )
 def test_mixed_layouts(mix, dtype):
     """No two operands alike: the path for any strides."""
@@ -89,6 +94,10 @@ def test_mixed_layouts(mix, dtype):
         skip = guarded(skip.contiguous(memory_format=torch.channels_last))
     elif mix == "residual":
         residual = guarded(residual.contiguous(memory_format=torch.channels_last))
+    elif mix == "others":
+        hidden, skip = (
+            guarded(x.contiguous(memory_format=torch.channels_last)) for x in (hidden, skip)
+        )
     elif mix == "channels":
         skip = torch.cat([skip, skip], 1)[:, ::2]
     elif mix == "transposed":
@@ -98,7 +107,19 @@ def test_mixed_layouts(mix, dtype):
     with hk.use_backend("native"):
         out = hk.gather_blocks(hidden, skip, residual, scale=0.9)
     assert torch.equal(out, torch.cat([hidden, skip + 0.9 * residual], 1))
-    assert out.is_contiguous()
+    assert is_channels_last(out) == (mix == "others")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operand", ["hidden", "skip", "residual"])
+def test_a_channel_of_wider_lines(operand, dtype):
+    """With one channel only the strides of lines tell a crop from a whole picture."""
+    names, kind = ("hidden", "skip", "residual"), DTYPES[dtype]
+    found = {name: torch.randn(2, 1, 7, 9).to(kind) for name in names}
+    found[operand] = torch.randn(2, 1, 7, 12).to(kind)[..., :9]
+    with hk.use_backend("native"):
+        out = hk.gather_blocks(**found)
+    assert torch.equal(out, torch.cat([found["hidden"], found["skip"] + found["residual"]], 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,6 +143,12 @@ def test_special_values_round_as_eager(dtype):
         eager = torch.cat([skip, skip + scale * residual], 1)
         assert torch.equal(out.isnan(), eager.isnan())
         assert torch.equal(out.nan_to_num(0), eager.nan_to_num(0))
+        # again in runs of three, which no vector takes: the scalar code
+        whole = n // 3 * 3
+        few = skip[..., :whole].reshape(-1, 1, 3, 1), residual[..., :whole].reshape(-1, 1, 3, 1)
+        with hk.use_backend("native"):
+            out = hk.gather_blocks(few[0], few[0], few[1], scale=scale)[:, 1].flatten()
+        assert torch.equal(out.nan_to_num(0), eager[0, 1].flatten()[:whole].nan_to_num(0))
 
 
 def test_empty():
