@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hgc.config import Config, ConfigError, StepPlan
+from hgc.config import Calibration, Config, ConfigError, StepPlan
 from hgc.planning import plan
 
 if TYPE_CHECKING:
+    from hgc.calibration import calibrate
     from hgc.engine import HgcWarning, Installation, install, uninstall
     from hgc.macs import MacCount, count_macs
     from hgc.report import Report
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Config",
     "ConfigError",
     "HgcWarning",
@@ -26,6 +28,7 @@ __all__ = [
     "MacCount",
     "Report",
     "StepPlan",
+    "calibrate",
     "count_macs",
     "install",
     "plan",
@@ -38,6 +41,7 @@ _LAZY = {
     "Installation": "hgc.engine",
     "install": "hgc.engine",
     "uninstall": "hgc.engine",
+    "calibrate": "hgc.calibration",
     "MacCount": "hgc.macs",
     "count_macs": "hgc.macs",
     "Report": "hgc.report",

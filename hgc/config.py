@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Config", "ConfigError", "StepPlan"]
+__all__ = ["Calibration", "Config", "ConfigError", "StepPlan", "model_name"]
 
 FULL = "full"
 
@@ -127,6 +128,65 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a calibrated configuration was measured on, and what was measured.
+
+    Attributes:
+        model: Class and shape of the UNet, as :func:`model_name` gives it.
+        scheduler: Class of the scheduler.
+        steps: Steps of the configuration's run.
+        uncached_steps: Steps of the run it was compared with.
+        macs_share: Its MACs over those of that run.
+        distance: Relative L2 of the final latents to that run's, mean over inputs.
+        distance_worst: The same of the worst input.
+        fewer_steps: Uncached steps that cost at least as many MACs.
+        fewer_steps_distance: Their distance.
+        inputs: Number of inputs.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    uncached_steps: int
+    macs_share: float
+    distance: float
+    distance_worst: float
+    fewer_steps: int
+    fewer_steps_distance: float
+    inputs: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "str":
+                if not isinstance(value, str):
+                    raise ConfigError(f"Calibration.{field.name} must be a string; got {value!r}")
+            elif field.type == "int":
+                _integer("Calibration", field.name, value, 0)
+            else:
+                _number("Calibration", field.name, value, 0.0, 1e9)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Calibration:
+        """From JSON's object. Raises :class:`ConfigError` naming a wrong or missing field."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"Config.calibration must be an object of fields; got {data!r}")
+        names = {f.name for f in dataclasses.fields(cls)}
+        _unknown_keys("Calibration", data, names)
+        missing = sorted(names - set(data))
+        if missing:
+            raise ConfigError(f"Calibration lacks the field {missing[0]!r}")
+        return cls(**data)
+
+
+def model_name(model: Any) -> str:
+    """A model's class with a digest of its configuration: equal for models of one shape."""
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return f"{type(model).__name__} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """What HGC reuses, for a run of ``num_evaluations`` evaluations; it scales to other lengths.
 
@@ -154,6 +214,7 @@ class Config:
             instead of reused, and a warning says so.
         steps: An explicit plan, one :class:`StepPlan` an evaluation, for exactly
             ``num_evaluations``. ``key_steps`` and the fields after it are then not used.
+        calibration: What :func:`hgc.calibrate` measured it on; a use on something else warns.
     """
 
     name: str = "custom"
@@ -172,6 +233,7 @@ class Config:
     map_format: str = "fp16"
     max_cache_bytes: int | None = None
     steps: tuple[StepPlan, ...] | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         for name in ("key_steps", "conditional_key_steps", "steps"):
@@ -193,6 +255,8 @@ class Config:
             raise ConfigError(f"Config.fresh_values must be a bool; got {self.fresh_values!r}")
         if self.max_cache_bytes is not None:
             _integer("Config", "max_cache_bytes", self.max_cache_bytes, 0)
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise ConfigError(f"Config.calibration must be a Calibration; got {self.calibration!r}")
         self._check_keys()
         if self.steps is not None:
             if not isinstance(self.steps, tuple) or not all(
@@ -278,6 +342,8 @@ class Config:
                 continue
             if field.name == "steps":
                 value = [s.to_dict() for s in value]
+            if field.name == "calibration":
+                value = dataclasses.asdict(value)
             data[field.name] = list(value) if isinstance(value, tuple) else value
         text = json.dumps(data, indent=1, allow_nan=False)
         if path is not None:
@@ -304,4 +370,6 @@ class Config:
             if not isinstance(data["steps"], list):
                 raise ConfigError("Config.steps must be a list of objects")
             data["steps"] = tuple(StepPlan.from_dict(s) for s in data["steps"])
+        if data.get("calibration") is not None:
+            data["calibration"] = Calibration.from_dict(data["calibration"])
         return cls(**data)

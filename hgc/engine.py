@@ -21,7 +21,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 
 from hgc import attention as prompt_grain
 from hgc.cache import conditional_half
-from hgc.config import Config, StepPlan
+from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
     Residuals,
     embed_condition,
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 
 class HgcWarning(UserWarning):
-    """hgc computes something in full that its plan would have reused; the message says why."""
+    """hgc computes something in full that its plan would have reused, or a calibrated plan is used
+    on something it was not measured on; the message says why."""
 
 
 _MARK = "_hgc_installation"
@@ -404,6 +405,25 @@ class Installation:
             self._said.add(key)
             warnings.warn(message, HgcWarning, stacklevel=2)
 
+    def _check_calibration(self, evaluations: int | None = None) -> None:
+        """Warn where the configuration was calibrated on something else than what it is used on."""
+        known = self._config.calibration
+        if known is None:
+            return
+        name = self._config.name
+        if model_name(self.unet) != known.model:
+            self._say(
+                "calibration of the model",
+                f"{name!r} was calibrated on {known.model}; this model is {model_name(self.unet)}. "
+                "Its distance is not measured here: run hgc.calibrate",
+            )
+        if evaluations is not None and evaluations != self._config.num_evaluations:
+            self._say(
+                "calibration of the length",
+                f"{name!r} was calibrated for {self._config.num_evaluations} evaluations "
+                f"({known.steps} steps of {known.scheduler}); this run has {evaluations}",
+            )
+
     # -- runs -------------------------------------------------------------------------------
 
     def _run_of(
@@ -423,6 +443,7 @@ class Installation:
                     self._assume_pair,
                 )
             )
+            self._check_calibration(position.total)
             if not self._may_step_through():
                 run.give_up("a block that would be run in part has hooks of its own")
         else:
@@ -1095,6 +1116,7 @@ def install(
                 "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first"
             )
     installation = Installation(unet, nets, config)
+    installation._check_calibration()
     installation._install()
     return installation
 

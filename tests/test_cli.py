@@ -56,7 +56,7 @@ def test_version():
 
 def test_help_names_the_commands():
     output = run("--help")
-    for name in ("plan", "info", "demo", "eval", "bench"):
+    for name in ("plan", "info", "demo", "eval", "bench", "calibrate"):
         assert re.search(rf"^\s*{name}\b", output, re.MULTILINE)
 
 
@@ -293,3 +293,41 @@ def test_bench_of_a_folder(tiny, tmp_path):
 def test_bench_says_what_is_wrong(tiny, tmp_path, arguments, message):
     arguments = [a.format(tiny=tiny, tmp=tmp_path) for a in arguments]
     assert re.search(message, refused("bench", *arguments, "--repeats", 1))
+
+
+def test_calibrate_writes_a_plan_that_install_takes(tmp_path, extra):
+    """On the testbed's folder as a stranger's: pictures with prompts beside them."""
+    from hgc import testbed
+
+    out, data = tmp_path / "mine.json", tmp_path / "data"
+    data.mkdir()
+    scene = testbed.held_out(1)[0]
+    testbed.condition_image(scene, "canny").save(data / "a.png")
+    (data / "a.txt").write_text(scene.caption)
+    net = testbed.path() / "controlnet_canny"
+    output = run(
+        "calibrate", "--model", testbed.path(), "--controlnet", net, "--data", data, "--out", out,
+        "--max-macs", 0.6, "--steps", 5, "--trials", 4, "--guidance", 2.0,
+    )  # fmt: skip
+    config = Config.of(str(out))
+    assert config.name == "mine" and config.calibration.uncached_steps == 5
+    assert config.calibration.macs_share <= 0.6 and "uncached steps" in output
+    pipe = testbed.load_pipeline("canny")
+    with hgc.install(pipe.unet, pipe.controlnet, config=str(out)):
+        pipe(
+            scene.caption, image=testbed.condition_image(scene, "canny"),
+            num_inference_steps=config.calibration.steps, output_type="latent",
+        )  # fmt: skip
+
+
+def test_wrong_calibrations_are_refused(tmp_path, tiny, extra):
+    out = tmp_path / "plan.json"
+    assert "one of the two" in refused("calibrate", "--out", out)
+    common = ("calibrate", "--out", out, "--max-macs", 0.5)
+    assert "no model_index.json" in refused(*common, "--model", tmp_path)
+    assert "--data" in refused(*common, "--model", tiny)
+    assert "holds no .png" in refused(*common, "--model", tiny, "--data", tmp_path)
+    (tmp_path / "a.png").touch()
+    assert "a.png has no prompt" in refused(*common, "--model", tiny, "--data", tmp_path)
+    assert "max_macs" in refused("calibrate", "--out", out, "--max-macs", 2, "--inputs", 1)
+    assert not out.exists()

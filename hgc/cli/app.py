@@ -154,3 +154,40 @@ def bench(
     from hgc.cli.bench import run
 
     run(model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file)
+
+
+@app.command()
+@reports_errors
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The plan to write, a JSON file")] = Path(
+        "hgc-plan.json"
+    ),
+    model: Annotated[str, typer.Option(help="testbed, or a pipeline's folder")] = "testbed",
+    controlnet: _ControlNet = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of condition images, each with its prompt in NAME.txt"),
+    ] = None,
+    condition: Annotated[str, typer.Option(help="Of the testbed")] = "segmentation",
+    max_macs: Annotated[
+        float | None, typer.Option(help="Budget: share of the uncached run's MACs, 0 to 1")
+    ] = None,
+    max_distance: Annotated[
+        float | None, typer.Option(help="Or: largest relative L2 of the latents, mean")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of the uncached run")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; default: the pipeline's")
+    ] = None,
+    inputs: Annotated[int, typer.Option(min=1, help="Inputs to measure on")] = 8,
+    trials: Annotated[int, typer.Option(min=4, help="Plans to try")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search and of the noise")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Find the plan that comes nearest to the uncached pictures within a budget."""
+    from hgc.cli.calibrate import run
+
+    run(
+        out, model, controlnet or [], data, condition, max_macs, max_distance, steps, guidance,
+        inputs, trials, seed, device,
+    )  # fmt: skip

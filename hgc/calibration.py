@@ -1,0 +1,373 @@
+"""Find a plan for one pipeline and a budget, by measuring plans on a few of its own inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hgc.config import Calibration, Config, model_name
+from hgc.engine import install
+from hgc.macs import count_macs
+from hgc.structure import controlnets
+
+__all__ = ["calibrate"]
+
+# Distance to the uncached latents: the mean counts in full, the worst input a tenth, so that of two
+# plans that are equal on average the one without an outlier is taken.
+_WORST = 0.1
+_DEPTHS = (1, 2, 3)
+_DAMPING = 0.8
+_SHARES_OF_STEPS = (1.0, 0.85, 0.7, 0.6, 0.5)
+# Inputs that are kept out of the search, to measure what it found.
+_KEPT_OUT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What the uncached run showed: everything a count of MACs needs."""
+
+    evaluations: int
+    guidance: bool
+    images: int
+    height: int
+    width: int
+    tokens: int
+
+
+class _Trial:
+    """Runs the pipeline on the inputs, and measures latents against those of the uncached run."""
+
+    def __init__(
+        self, pipe: Any, inputs: Sequence[Mapping[str, Any]], steps: int, seed: int
+    ) -> None:
+        self.pipe, self.inputs, self.steps, self.seed = pipe, inputs, steps, seed
+        self.facts: _Facts | None = None
+        self.references = [self._draw(i, steps) for i in range(len(inputs))]
+
+    def _draw(self, index: int, steps: int) -> torch.Tensor:
+        calls: list[tuple[torch.Size, torch.Size]] = []
+
+        def count(module: Any, args: Any, kwargs: Any) -> None:
+            sample = args[0] if args else kwargs["sample"]
+            calls.append((sample.shape, kwargs["encoder_hidden_states"].shape))
+
+        hook = None
+        if self.facts is None:
+            hook = self.pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            latents = self.pipe(
+                **{
+                    "generator": torch.Generator().manual_seed(self.seed + index),
+                    **self.inputs[index],
+                    "num_inference_steps": steps,
+                    "output_type": "latent",
+                }
+            ).images
+        finally:
+            if hook is not None:
+                hook.remove()
+        if self.facts is None:
+            (rows, _, height, width), text = calls[0]
+            images = len(latents)
+            self.facts = _Facts(len(calls), rows == 2 * images, images, height, width, text[1])
+        return latents.detach().float()
+
+    def distances(self, config: Config | None, steps: int, which: Sequence[int]) -> list[float]:
+        """Relative L2 of each input's latents, with ``config`` or without hgc at ``steps``."""
+        found = []
+        if config is None:
+            drawn = [self._draw(i, steps) for i in which]
+        else:
+            with install(self.pipe.unet, self.pipe.controlnet, config=config):
+                drawn = [self._draw(i, steps) for i in which]
+        for i, latents in zip(which, drawn, strict=True):
+            reference = self.references[i]
+            found.append(float((latents - reference).norm() / reference.norm()))
+        return found
+
+
+class _Costs:
+    """MACs of a rule, from the counts of one evaluation of each kind."""
+
+    def __init__(self, pipe: Any, facts: _Facts) -> None:
+        factor = _pixels_a_latent(pipe)
+        self._count = lambda config, n: count_macs(
+            pipe.unet, pipe.controlnet, config, num_evaluations=n, images=facts.images,
+            height=facts.height * factor, width=facts.width * factor, guidance=facts.guidance,
+            tokens=facts.tokens,
+        )  # fmt: skip
+        guidance = "reuse" if facts.guidance else "both"
+        self._second: dict[int, int] = {}
+        self._shallow: dict[int, int] = {}
+        for depth in _DEPTHS:
+            rule = Config(
+                num_evaluations=6, key_steps=(0, 3, 5), depth=depth, guidance=guidance,
+                conditional_key_steps=(5,) if facts.guidance else (),
+            )  # fmt: skip
+            done = self._count(rule, 6)
+            each = [e.total for e in done.evaluations]
+            self._first, self._second[depth], self._shallow[depth] = each[:3]
+            self._key, self._half = each[3], each[5]
+            self.full = done.full_evaluation.total
+
+    def of(self, rule: Config) -> int:
+        keys, count = rule.key_steps or (), rule.num_evaluations
+        halves = len(rule.conditional_key_steps)
+        total = self._first + (len(keys) - 1 - halves) * self._key + halves * self._half
+        for i in range(1, count):
+            if i not in keys:
+                total += self._second[rule.depth] if i == 1 else self._shallow[rule.depth]
+        return total
+
+    def exactly(self, rule: Config) -> int:
+        return self._count(rule, rule.num_evaluations).total
+
+
+def _pixels_a_latent(pipe: Any) -> int:
+    nets = controlnets(pipe.controlnet)
+    if not nets:
+        return 8
+    return 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1)
+
+
+def _starts(limit: float, costs: _Costs, lengths: Sequence[int], guided: bool) -> Iterator[Config]:
+    """Rules with evenly spread keys that use up the budget, the one with most keys of each kind."""
+    for count, depth in itertools.product(lengths, _DEPTHS):
+        for keys in range(count - 1, 1, -1):
+            spread = sorted({round(j * (count - 1) / (keys - 1)) for j in range(keys)})
+            rule = Config(
+                name="calibrated", num_evaluations=count, key_steps=tuple(spread), depth=depth,
+                guidance="reuse" if guided else "both", forecast=_DAMPING,
+                guidance_forecast=_DAMPING if guided else 0.0,
+            )  # fmt: skip
+            if costs.of(rule) <= limit:
+                yield rule
+                break
+
+
+def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
+    """Rules that differ from ``rule`` in one thing."""
+    keys, halves = rule.key_steps or (), rule.conditional_key_steps
+    if guided:
+        for key in keys[2:]:
+            yield rule.replace(conditional_key_steps=tuple(sorted({*halves} ^ {key})))
+    for key in set(range(1, rule.num_evaluations)) - set(keys):
+        yield rule.replace(key_steps=tuple(sorted({*keys, key})))
+    for j, move in itertools.product(range(1, len(keys)), (-1, 1)):
+        moved = sorted({*keys[:j], keys[j] + move, *keys[j + 1 :]})
+        if len(moved) == len(keys) and moved[-1] < rule.num_evaluations:
+            kept = [keys[j] + move if k == keys[j] else k for k in halves]
+            yield rule.replace(key_steps=tuple(moved), conditional_key_steps=tuple(kept))
+    for change in (-0.15, 0.15):
+        yield rule.replace(forecast=round(rule.forecast + change, 2))
+        if guided:
+            yield rule.replace(guidance_forecast=round(rule.guidance_forecast + change, 2))
+    for depth in _DEPTHS:
+        if depth != rule.depth:
+            yield rule.replace(depth=depth)
+
+
+class _Search:
+    """Steepest of random neighbours, from the best of evenly spread rules."""
+
+    def __init__(
+        self,
+        trial: _Trial,
+        costs: _Costs,
+        which: Sequence[int],
+        lengths: Mapping[int, int],
+        rng: random.Random,
+        step: Callable[[str], None],
+    ) -> None:
+        self._trial, self._costs, self._which = trial, costs, which
+        self._lengths, self._rng, self._step = lengths, rng, step
+        self._guided = trial.facts is not None and trial.facts.guidance
+        self._tried: dict[Config, float] = {}
+        self.left = 0
+
+    def score(self, rule: Config) -> float:
+        if rule not in self._tried:
+            self.left -= 1
+            found = self._trial.distances(rule, self._lengths[rule.num_evaluations], self._which)
+            self._tried[rule] = sum(found) / len(found) + _WORST * max(found)
+            self._step(f"distance {min(self._tried.values()):.4f}")
+        return self._tried[rule]
+
+    def best(self, limit: float, trials: int) -> Config | None:
+        """The best rule within ``limit`` MACs that ``trials`` more runs find."""
+        self.left = trials
+        pool = sorted(
+            _starts(limit, self._costs, list(self._lengths), self._guided),
+            key=lambda rule: -self._costs.of(rule),
+        )[: max(1, trials // 2)]
+        best: Config | None = None
+        for rule in pool:
+            if best is None or self.score(rule) < self.score(best):
+                best = rule
+        while best is not None and self.left > 0:
+            around = [r for r in _neighbours(best, self._guided) if self._costs.of(r) <= limit]
+            self._rng.shuffle(around)
+            for rule in around:
+                if self.left <= 0:
+                    break
+                if self.score(rule) < self.score(best):
+                    best = rule
+                    break
+            else:
+                break
+        return best
+
+
+def _check(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        raise ValueError(f"{name}: expected a number between {low} and {high}, got {value!r}")
+
+
+def calibrate(
+    pipe: Any,
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    max_macs: float | None = None,
+    max_distance: float | None = None,
+    steps: int = 20,
+    trials: int = 60,
+    seed: int = 0,
+    name: str = "calibrated",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Config:
+    """Find the number of steps and the plan that come nearest to the uncached latents.
+
+    Plans are tried on the pipeline itself: evenly spread key steps at several numbers of steps and
+    depths first, then changes of one thing at a time (a key step moved, added, or made conditional
+    only; the damping of a forecast; the depth) from the best so far. The distance is the relative
+    L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs or more the last
+    quarter is kept out of the search, and the distance that is reported is theirs.
+
+    Args:
+        pipe: A pipeline with ``unet`` and, or not, ``controlnet``; hgc must not be installed on it.
+        inputs: Arguments of its call, one mapping an input (``prompt``, ``image``, ...). Without a
+            ``generator``, input ``i`` gets one seeded with ``seed + i``.
+        max_macs: Budget: share of the uncached run's MACs, between 0 and 1.
+        max_distance: Instead of it: the largest mean distance allowed; the plan with the fewest
+            MACs that keeps to it is sought. Give one of the two.
+        steps: Steps of the uncached run.
+        trials: Plans to try. Each runs the pipeline once for every input of the search.
+        seed: Of the search and of the generators.
+        name: Name of the configuration.
+        on_progress: Called with (label, done, total) after each trial.
+
+    Returns:
+        A :class:`Config` whose ``calibration`` says what it was measured on. Installing it on a
+        model of another shape, or running it for another number of evaluations, warns.
+
+    Raises:
+        TypeError: ``inputs`` is not a sequence of mappings.
+        ValueError: ``inputs`` is empty, not one budget is given, a number is out of range, or no
+            plan keeps to the budget.
+    """
+    if isinstance(inputs, Mapping | str) or not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs: expected a list of mappings, got {type(inputs).__name__}")
+    if not inputs or not all(isinstance(one, Mapping) for one in inputs):
+        raise ValueError("inputs: expected at least one mapping of arguments of the pipeline")
+    if (max_macs is None) == (max_distance is None):
+        raise ValueError("give max_macs or max_distance, one of the two")
+    if max_macs is not None:
+        _check("max_macs", max_macs, 0.0, 1.0)
+    else:
+        _check("max_distance", max_distance, 0.0, 10.0)
+    for what, value, low in (("steps", steps, 3), ("trials", trials, 4)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{what}: expected an integer of at least {low}, got {value!r}")
+
+    trial = _Trial(pipe, inputs, steps, seed)
+    facts = trial.facts
+    assert facts is not None
+    costs = _Costs(pipe, facts)
+    # Of another number of steps, how many evaluations it makes is known only where one step is one.
+    shares = _SHARES_OF_STEPS if facts.evaluations == steps else (1.0,)
+    lengths = {
+        n if facts.evaluations == steps else facts.evaluations: n
+        for n in sorted({max(3, round(steps * share)) for share in shares}, reverse=True)
+    }
+    kept = len(inputs) // _KEPT_OUT
+    which = range(len(inputs) - kept)
+    done = itertools.count(1)
+
+    def step(label: str) -> None:
+        if on_progress is not None:
+            on_progress(label, min(next(done), trials), trials)
+
+    search = _Search(trial, costs, which, lengths, random.Random(seed), step)
+    full = costs.full * facts.evaluations
+
+    def measured(rule: Config) -> list[float]:
+        held_out = range(len(inputs) - kept, len(inputs)) if kept else which
+        return trial.distances(rule, lengths[rule.num_evaluations], held_out)
+
+    if max_macs is not None:
+        best = search.best(max_macs * full, trials)
+        if best is None:
+            raise ValueError(
+                f"max_macs={max_macs}: no plan of {min(lengths)} or more evaluations is that cheap"
+            )
+    else:
+        assert max_distance is not None
+        best = _cheapest(search, full, max_distance, trials, measured)
+    found = measured(best)
+    macs = costs.exactly(best)
+    # What a sceptic asks for: the same pipeline with as many steps as these MACs pay for.
+    fewer = max(1, -(-macs * steps // full))
+    plain = trial.distances(
+        None, fewer, which if not kept else range(len(inputs) - kept, len(inputs))
+    )
+    record = Calibration(
+        model=model_name(pipe.unet),
+        scheduler=type(pipe.scheduler).__name__,
+        steps=lengths[best.num_evaluations],
+        uncached_steps=steps,
+        macs_share=round(macs / full, 6),
+        distance=round(sum(found) / len(found), 6),
+        distance_worst=round(max(found), 6),
+        fewer_steps=fewer,
+        fewer_steps_distance=round(sum(plain) / len(plain), 6),
+        inputs=len(inputs),
+    )
+    return best.replace(name=name, calibration=record)
+
+
+def _cheapest(
+    search: _Search,
+    full: int,
+    max_distance: float,
+    trials: int,
+    measured: Callable[[Config], list[float]],
+) -> Config:
+    """The rule with the fewest MACs whose mean distance is allowed, by halving the budget."""
+    low, high = 0.0, 1.0
+    best: Config | None = None
+    nearest = float("inf")
+    rounds = max(2, min(5, trials // 8))
+    share = 0.5
+    for _ in range(rounds):
+        rule = search.best(share * full, trials // rounds)
+        distance = float("inf")
+        if rule is not None:
+            found = measured(rule)
+            distance = sum(found) / len(found)
+        nearest = min(nearest, distance)
+        if rule is not None and distance <= max_distance:
+            best, high = rule, share
+        else:
+            low = share
+        share = (low + high) / 2
+    if best is None:
+        raise ValueError(
+            f"max_distance={max_distance}: the nearest plan found is at {nearest:.4f}; allow more, "
+            "or give more trials"
+        )
+    return best

@@ -1,0 +1,129 @@
+"""``hgc calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hgc.cli.console import CliError, as_usage, console, needs, progress, quiet_libraries, writable
+from hgc.cli.results import chosen_conditions
+
+__all__ = ["run"]
+
+# Scenes that neither training nor a table uses.
+_FIRST_SCENE = 10_000
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def run(
+    out: Path,
+    model: str,
+    controlnet: list[Path],
+    data: Path | None,
+    condition: str,
+    max_macs: float | None,
+    max_distance: float | None,
+    steps: int,
+    guidance: float | None,
+    count: int,
+    trials: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Search a plan and write it to ``out``."""
+    if (max_macs is None) == (max_distance is None):
+        raise CliError("give --max-macs or --max-distance, one of the two")
+    needs("calibrate", "transformers", "PIL")
+    quiet_libraries()
+    writable(out)
+
+    import hgc
+
+    pipe, inputs = (
+        _testbed(condition, count, guidance)
+        if model == "testbed"
+        else _local(Path(model), controlnet, data, count, guidance)
+    )
+    if device != "cpu":
+        from hgc.cli.evaluate import check_device
+
+        check_device(device)
+        pipe.to(device)
+    with progress() as bar, as_usage(ValueError, TypeError):
+        config = hgc.calibrate(
+            pipe, inputs, max_macs=max_macs, max_distance=max_distance, steps=steps,
+            trials=trials, seed=seed, name=out.stem, on_progress=bar,
+        )  # fmt: skip
+    with as_usage(OSError):
+        config.to_json(out)
+    found = config.calibration
+    assert found is not None
+    printer = console()
+    printer.print(
+        f"{found.steps} steps, key steps {' '.join(map(str, config.key_steps or ()))}, depth "
+        f"{config.depth}: {found.macs_share:.1%} of the MACs of {found.uncached_steps} steps, "
+        f"distance {found.distance:.4f} (worst {found.distance_worst:.4f}); {found.fewer_steps} "
+        f"uncached steps: {found.fewer_steps_distance:.4f}",
+        soft_wrap=True,
+    )
+    printer.print(f"wrote {out.resolve()}", soft_wrap=True)
+
+
+def _testbed(condition: str, count: int, guidance: float | None) -> tuple[Any, list[Any]]:
+    from hgc import testbed
+
+    (name,) = chosen_conditions(condition)
+    with as_usage(FileNotFoundError):
+        pipe = testbed.load_pipeline(name)
+    scale = testbed.GUIDANCE_SCALE if guidance is None else guidance
+    scenes = testbed.held_out(count, _FIRST_SCENE)
+    return pipe, [
+        {
+            "prompt": scene.caption,
+            "image": testbed.condition_image(scene, name),
+            "guidance_scale": scale,
+        }
+        for scene in scenes
+    ]
+
+
+def _local(
+    folder: Path, nets: list[Path], data: Path | None, count: int, guidance: float | None
+) -> tuple[Any, list[Any]]:
+    """A pipeline from a folder, and the pictures of ``data`` with the prompts beside them."""
+    from PIL import Image
+
+    if not (folder / "model_index.json").exists():
+        raise CliError(f"--model {folder}: holds no model_index.json, so no diffusers pipeline")
+    if data is None:
+        raise CliError("--data: a folder of condition images, each with its prompt in a .txt file")
+    found = sorted(p for p in data.glob("*") if p.suffix.lower() in _PICTURES)[:count]
+    if not found:
+        raise CliError(f"--data {data}: holds no {', '.join(_PICTURES)} file")
+    missing = [p for p in found if not p.with_suffix(".txt").exists()]
+    if missing:
+        raise CliError(f"--data {data}: {missing[0].name} has no prompt; expected "
+                       f"{missing[0].with_suffix('.txt').name} beside it")  # fmt: skip
+
+    from diffusers import AutoPipelineForText2Image, ControlNetModel
+
+    with as_usage(OSError, ValueError):
+        given = {}
+        if nets:
+            loaded = [ControlNetModel.from_pretrained(net) for net in nets]
+            given["controlnet"] = loaded[0] if len(loaded) == 1 else loaded
+        pipe = AutoPipelineForText2Image.from_pretrained(folder, **given)
+    pipe.set_progress_bar_config(disable=True)
+    more = {} if guidance is None else {"guidance_scale": guidance}
+    single = len(nets) < 2
+    inputs = []
+    for path in found:
+        picture = Image.open(path).convert("RGB")
+        inputs.append(
+            {
+                "prompt": path.with_suffix(".txt").read_text().strip(),
+                "image": picture if single else [picture] * len(nets),
+                **more,
+            }
+        )
+    return pipe, inputs

@@ -1,0 +1,131 @@
+"""Calibration: budgets are kept, what is reported is what was measured, misuse is said."""
+
+from __future__ import annotations
+
+import functools
+
+import models
+import pytest
+import torch
+
+import hgc
+from hgc.config import Calibration, ConfigError, model_name
+from hgc.engine import HgcWarning
+
+
+def inputs(count=4):
+    return [
+        {
+            "prompt_embeds": models.text(10 + i),
+            "negative_prompt_embeds": models.text(50),
+            "image": models.picture(i),
+            "height": 32,
+            "width": 32,
+            "guidance_scale": 3.0,
+        }
+        for i in range(count)
+    ]
+
+
+@functools.cache
+def found():
+    pipe = models.sd15_pipeline()
+    progress = []
+    config = hgc.calibrate(
+        pipe, inputs(), max_macs=0.5, steps=6, trials=6,
+        on_progress=lambda label, done, total: progress.append((done, total)),
+    )  # fmt: skip
+    return pipe, config, progress
+
+
+def test_the_budget_is_kept_and_the_models_are_left_as_they_were():
+    pipe, config, progress = found()
+    record = config.calibration
+    count = hgc.count_macs(
+        pipe.unet, pipe.controlnet, config, height=32, width=32, tokens=models.text(0).shape[1]
+    )
+    full = count.full_evaluation.total * 6
+    assert count.total <= 0.5 * full
+    assert record.macs_share == pytest.approx(count.total / full, abs=1e-6)
+    assert "forward" not in vars(pipe.unet) and not pipe.unet._forward_pre_hooks
+    assert progress[-1] == (6, 6)
+    assert record.model == model_name(pipe.unet)
+    assert record.scheduler == "UniPCMultistepScheduler"
+    assert record.uncached_steps == 6 and record.inputs == 4
+
+
+def test_the_distance_is_that_of_the_input_kept_out():
+    pipe, config, _ = found()
+    record = config.calibration
+
+    def latents(steps):
+        return pipe(
+            **inputs()[3], num_inference_steps=steps, output_type="latent",
+            generator=torch.Generator().manual_seed(3),
+        ).images  # fmt: skip
+
+    reference = latents(6)
+    with hgc.install(pipe.unet, pipe.controlnet, config=config):
+        cached = latents(record.steps)
+    distance = float((cached - reference).norm() / reference.norm())
+    assert record.distance == pytest.approx(distance, rel=1e-3, abs=1e-6)
+    assert record.distance == record.distance_worst
+    plain = latents(record.fewer_steps)
+    distance = float((plain - reference).norm() / reference.norm())
+    assert record.fewer_steps_distance == pytest.approx(distance, rel=1e-3, abs=1e-6)
+
+
+def test_it_is_deterministic_and_survives_json(tmp_path):
+    pipe, config, _ = found()
+    assert hgc.calibrate(pipe, inputs(), max_macs=0.5, steps=6, trials=6) == config
+    config.to_json(tmp_path / "plan.json")
+    assert hgc.Config.from_json(tmp_path / "plan.json") == config
+
+
+def test_a_distance_is_kept_to_with_fewer_macs():
+    pipe, _, _ = found()
+    config = hgc.calibrate(pipe, inputs(2), max_distance=0.5, steps=6, trials=8)
+    assert config.calibration.distance <= 0.5
+    assert config.calibration.macs_share < 0.9
+    with pytest.raises(ValueError, match="max_distance=1e-09: the nearest plan found is at"):
+        hgc.calibrate(pipe, inputs(1), max_distance=1e-9, steps=6, trials=4)
+
+
+def test_use_on_something_else_warns():
+    pipe, config, _ = found()
+    other = models.sd15_pipeline(unet=models.sd15_unet(sample_size=8))
+    with pytest.warns(HgcWarning, match="was calibrated on UNet2DConditionModel"):
+        hgc.install(other.unet, other.controlnet, config=config).uninstall()
+    with hgc.install(pipe.unet, pipe.controlnet, config=config):
+        models.draw(pipe, steps=config.calibration.steps)
+        with pytest.warns(HgcWarning, match=r"evaluations .* this run has 9"):
+            models.draw(pipe, steps=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"inputs": {"prompt": "a"}}, TypeError, "inputs: expected a list of mappings, got dict"),
+        ({"inputs": []}, ValueError, "inputs: expected at least one mapping"),
+        ({"max_distance": 0.1}, ValueError, "one of the two"),
+        ({"max_macs": None}, ValueError, "one of the two"),
+        ({"max_macs": 1.5}, ValueError, "max_macs: expected a number between 0.0 and 1.0, got 1.5"),
+        ({"trials": 1}, ValueError, "trials: expected an integer of at least 4, got 1"),
+        ({"steps": 2}, ValueError, "steps: expected an integer of at least 3, got 2"),
+        ({"max_macs": 0.01, "trials": 4}, ValueError, "max_macs=0.01: no plan"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    arguments = {"inputs": inputs(1), "max_macs": 0.5, "steps": 6, "trials": 6, **change}
+    with pytest.raises(error, match=message):
+        hgc.calibrate(models.sd15_pipeline(), arguments.pop("inputs"), **arguments)
+
+
+def test_a_record_is_checked():
+    good = found()[1].calibration
+    with pytest.raises(ConfigError, match=r"Calibration\.steps must be an integer"):
+        Calibration.from_dict({**vars(good), "steps": "ten"})
+    with pytest.raises(ConfigError, match="lacks the field 'distance'"):
+        Calibration.from_dict({k: v for k, v in vars(good).items() if k != "distance"})
+    with pytest.raises(ConfigError, match=r"Config\.calibration must be"):
+        hgc.Config(calibration={"steps": 3})
