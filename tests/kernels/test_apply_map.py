@@ -123,6 +123,18 @@ def test_apply_map_project(dtype, backend):
         assert_within_rule(out, reference, eager, kind)
 
 
+def test_a_strided_map_is_refused():
+    map, v = hk.new_map(2, 9, 3, 20)[:, ::2], heads(2, 20, 3, 8, torch.float32)
+    with pytest.raises(ValueError, match="map: expected a contiguous"):
+        hk.apply_map(map, v)
+    with pytest.raises(ValueError, match="map: expected a contiguous"):
+        hk.apply_map_project(map, v, torch.randn(5, 24))
+    with pytest.raises(ValueError, match="map: expected a contiguous"):
+        hk.attend_and_store(v[:, :5], v, v, map)
+    with hk.use_backend("native"), pytest.raises(RuntimeError, match="map: expected a contiguous"):
+        torch.ops.hgc.apply_map(map, v)
+
+
 def test_the_rule_catches_a_dropped_key():
     """The tolerance is worth something: attention without its last key fails it, at a length where
     a flat one passes.

@@ -153,14 +153,30 @@ def test_explicit_choices_do_not_fall_back():
 
 
 def test_head_size_above_the_limit(interpreted):
-    """A call the kernels do not cover: refused where they were chosen, said once where nobody
-    chose.
-    """
+    """A call that the chosen kernels do not cover is refused."""
     q, k = torch.randn(1, 3, 1, 257), torch.randn(1, 4, 1, 257)
     map = hk.new_map(1, 3, 1, 4)
     with hk.use_backend("triton"), pytest.raises(hk.BackendError, match="head size 257"):
         hk.attend_and_store(q, k, k, map)
-    hk.attend_and_store(q, k, k, map)
+
+
+def test_auto_says_once_that_a_call_is_not_covered(interpreted, monkeypatch):
+    """As on a GPU, where auto takes Triton: here its launcher stands in as the preferred kernel."""
+    launcher = "hgc_kernels.ops.attend_and_store.launch:attend_and_store"
+    key = ("attend_and_store", "native", "cpu")
+    kernel = backend.Implementation(*key[:2], ("cpu",), launcher, lambda device: None)
+    monkeypatch.setattr(backend, "_resolved", {})
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_implementations", {**backend._implementations, key: kernel})
+    q, k = torch.randn(1, 3, 1, 257), torch.randn(1, 4, 1, 257)
+    with pytest.warns(RuntimeWarning, match=r"reference.*head size 257"):
+        out = hk.attend_and_store(q, k, k, hk.new_map(1, 3, 1, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = hk.attend_and_store(q, k, k, hk.new_map(1, 3, 1, 4))
+    with hk.use_backend("reference"):
+        expected = hk.attend_and_store(q, k, k, hk.new_map(1, 3, 1, 4))
+    assert torch.equal(out, expected) and torch.equal(again, expected)
 
 
 def test_auto_says_once_that_it_fell_back(monkeypatch):

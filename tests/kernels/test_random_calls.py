@@ -30,7 +30,7 @@ sizes = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33])
 small = st.sampled_from([0, 1, 2, 3])
 # One call in some is spoilt in one place, so that most others reach the kernels.
 spoils = st.sampled_from(
-    [None] * 6 + ["dtype", "shape", "device", "dims", "kind", "empty", "layout"]
+    [None] * 6 + ["dtype", "mixed", "shape", "device", "dims", "kind", "empty", "layout"]
 )
 layouts = st.sampled_from(
     ["plain", "plain", "channels_last", "sliced", "transposed", "expanded", "offset"]
@@ -64,6 +64,8 @@ def tensor(shape, dtype, layout, seed):
 def spoil(x, how):
     if how == "dtype":
         return x.to(torch.float64)
+    if how == "mixed":  # a dtype that the ops know, but not the others'
+        return x.to(torch.float16 if x.dtype != torch.float16 else torch.bfloat16)
     if how == "shape":
         return torch.cat([x, x[:1]]) if x.ndim and x.shape[0] else torch.ones(2, 3)
     if how == "device":

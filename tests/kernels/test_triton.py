@@ -129,7 +129,7 @@ def test_apply_map_project(dtype, format, size, s_kv, form):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("residual", ["none", "transposed", "broadcast"])
 def test_apply_map_project_operands(form, bias, residual):
-    """Left out, transposed and broadcast operands; a transposed weight."""
+    """Left out, transposed and broadcast operands; a transposed weight, every second bias."""
     from hgc_kernels.ops.apply_map_project import launch
 
     map, v, weight, bias_vector, plain = _project_inputs("fp16", "fp16", 40, 13)
@@ -140,7 +140,7 @@ def test_apply_map_project_operands(form, bias, residual):
         "broadcast": plain[:1].expand_as(plain),
     }[residual]
     chosen = launch.heuristic(v.dtype, map.dtype, *map.shape[:2], 13, *v.shape[2:], weight.shape[0])
-    vector = bias_vector if bias else None
+    vector = bias_vector.repeat_interleave(2)[::2] if bias else None
     out = launch.apply_map_project(map, v, weight, vector, added, replace(chosen, form=form))
     reference = project64(apply64(map, v), weight, vector, added)
     assert_within_rule(
