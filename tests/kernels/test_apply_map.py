@@ -123,6 +123,18 @@ def test_apply_map_project(dtype, backend):
         assert_within_rule(out, reference, eager, kind)
 
 
+@pytest.mark.parametrize("format", hk.FORMATS)
+def test_what_a_map_stores(format):
+    probabilities, unit = text_probabilities(2, 9, 3, 77), 448.0 if format == "e4m3" else 1.0
+    map = stored_map(probabilities, format)
+    assert (map[..., :1].float() == unit).all() and (map[..., 77:].float() == 0).all()
+    stored = (probabilities[..., 1:] * unit).to(hk.FORMATS[format]).float()
+    assert torch.equal(map[..., 1:77].float(), stored)
+    full = hk.map_probabilities(map, 77)
+    assert torch.equal(full[..., 1:], stored / unit)
+    assert max_error(full[..., 0], 1 - (stored / unit).double().sum(-1)) < 77 * 2**-24
+
+
 def test_a_strided_map_is_refused():
     map, v = hk.new_map(2, 9, 3, 20)[:, ::2], heads(2, 20, 3, 8, torch.float32)
     with pytest.raises(ValueError, match="map: expected a contiguous"):

@@ -118,8 +118,10 @@ def test_apply_map_project(dtype, format, size, s_kv, form):
     chosen = launch.heuristic(
         v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0]
     )
-    with guarded_allocations():
+    with guarded_allocations() as made:
         out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
+    folded = (map.shape[0], map.shape[2] * map.shape[3], weight.shape[0])
+    assert (folded in [tuple(x.shape) for x in made]) == (form == "folded")
     reference = project64(apply64(map, v), weight, bias, residual)
     eager = project_eager(apply_eager(map, v), weight, bias, residual)
     assert_within_rule(out, reference, eager, v.dtype)
