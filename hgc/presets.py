@@ -14,10 +14,10 @@ PRESETS: dict[str, Config] = {
         # 6.55T; at or under 6.70T, the figure of the paper (arXiv 2511.11031).
         Config(
             name="paper",
-            key_steps=(0, 3, 6, 9, 12, 16, 19),
+            key_steps=(0, 2, 5, 8, 11, 15, 19),
             guidance="reuse",
-            forecast=0.8,
-            guidance_forecast=0.8,
+            forecast=0.95,
+            guidance_forecast=0.5,
         ),
         # 5.23T; at or under 5.6T.
         Config(
@@ -26,7 +26,7 @@ PRESETS: dict[str, Config] = {
             conditional_key_steps=(19,),
             guidance="reuse",
             forecast=0.8,
-            guidance_forecast=0.8,
+            guidance_forecast=0.65,
         ),
         # 4.60T; at or under 4.6T. Fewer steps and a cache multiply below 5T.
         Config(
@@ -34,18 +34,18 @@ PRESETS: dict[str, Config] = {
             num_evaluations=10,
             key_steps=(0, 2, 4, 7, 9),
             guidance="reuse",
-            forecast=0.8,
-            guidance_forecast=0.65,
+            forecast=0.65,
+            guidance_forecast=0.5,
         ),
-        # 3.98T; at or under 4.0T.
+        # 3.87T; at or under 4.0T.
         Config(
             name="turbo",
-            num_evaluations=10,
-            key_steps=(0, 3, 6, 9),
+            num_evaluations=8,
+            key_steps=(0, 2, 4, 6),
             depth=2,
             guidance="reuse",
-            forecast=0.8,
-            guidance_forecast=0.95,
+            forecast=0.65,
+            guidance_forecast=0.35,
         ),
     )
 }

@@ -136,7 +136,10 @@ def make_text_encoder(sizes: Sizes, tokenizer: Any) -> Any:
 
 
 def make_scheduler() -> Any:
-    """UniPC on SD1.5's noise schedule; the model predicts the velocity, as SD2.1's does.
+    """UniPC on SD1.5's noise schedule and spacing; the model predicts the velocity, as SD2.1's does.
+
+    The spacing is the one a pipeline of SD1.5 has after
+    `UniPCMultistepScheduler.from_config(pipe.scheduler.config)`: its PNDM's "leading".
 
     Predicting the noise leaves the first steps, which settle the layout, next to no weight in the
     loss: a model of this size then keeps to its condition only after far longer training.
@@ -150,4 +153,5 @@ def make_scheduler() -> Any:
         num_train_timesteps=1000,
         prediction_type="v_prediction",
         steps_offset=1,
+        timestep_spacing="leading",
     )

@@ -47,7 +47,7 @@ __all__ = [
 
 # The settings the tables of docs/testbed.md are measured with.
 NUM_STEPS = 20
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 3.5
 
 MEASURES = {
     "segmentation": "mean IoU",
