@@ -259,6 +259,9 @@ class Run:
         else:
             self.plan = plan(config, position.total)
         self.history = max(max(len(s.forecast), len(s.guidance_forecast)) for s in self.plan)
+        # the same at every key evaluation, so that compiled ones are one graph
+        read = set[str]().union(*(reads(step, num_layers) for step in self.plan))
+        self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
 
     # -- what an evaluation does ------------------------------------------------------------
 
