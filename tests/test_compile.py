@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 import hgc
 from hgc import Config, StepPlan
+from hgc.attention import cross_attentions, wrap
 from hgc.compiling import CompiledNetworks
 from hgc.engine import HgcWarning
 from hgc.presets import PRESETS
@@ -373,6 +374,10 @@ class Checking(CompiledNetworks):
     def __init__(self, unet, nets, options):
         super().__init__(unet, nets, options)
         self.doubles = {id(m): copy.deepcopy(m).double() for m in (unet, *nets)}
+        for double in self.doubles.values():
+            # a copy is an uninstalled model
+            for name, attn in cross_attentions(double).items():
+                attn.processor = wrap(name, attn.processor)
         self.checked = set()
 
     def _function(self, kind, make):
@@ -420,12 +425,23 @@ def check_under_inductor(pipe, config, count):
         return installed._compiled.checked
 
 
+@pytest.mark.timeout(1500)  # a C++ compiler runs once for each of some dozens of kernels
 def test_a_preset_under_inductor():
-    names = check_under_inductor(small_pipeline(), "paper", 8)
+    one_level = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "layers_per_block": 1,
+    }
+    unet = models.sd15_unet(
+        **one_level, mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",)
+    )
+    pipe = models.sd15_pipeline(unet, models.sd15_controlnet(**one_level))
+    names = check_under_inductor(pipe, "paper", 8)
     assert names == {"controlnet0", "unet_full", "unet_depth1", "unet_depth1_half"}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", [*PRESETS, *MORE])
 def test_every_preset_under_inductor(sd15, name):
     config = MORE[name][0] if name in MORE else Config.preset(name)
