@@ -192,6 +192,13 @@ def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[
     )
 
 
+def _weight_of(attn: Any, name: str) -> Tensor:
+    """``attn.<name>.weight``, past the slow lookups of modules; it is asked for at every step."""
+    layer = attn._modules[name]
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight  # PEFT's layers have a property
+
+
 def _may_be_kept(source: Tensor) -> bool:
     """Whether what is computed from ``source`` may stand for the run: a write to it would be seen,
     and no graph of autograd hangs on it."""
@@ -269,7 +276,7 @@ class Installation:
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
         self._scaled_processors: list[Any] = []
-        self._weights: dict[int, tuple[list[Tensor], int]] = {}
+        self._weights: dict[int, tuple[list[Tensor], list[Tensor], int]] = {}
         self._cross_attentions = {
             id(model): [
                 (attn, name) for name, attn in prompt_grain.cross_attentions(model).items()
@@ -574,14 +581,17 @@ class Installation:
     def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
         """A value that changes when the weights that make keys and values do: when a LoRA is fused
         or swapped. Versions only rise, so their sum tells."""
-        weights = []
-        for attn, _ in self._cross_attentions[id(model)]:
-            weights += [attn.to_k.weight, attn.to_v.weight]
-        held, generation = self._weights.get(id(model), ([], 0))
+        weights = [
+            _weight_of(attn, name)
+            for attn, _ in self._cross_attentions[id(model)]
+            for name in ("to_k", "to_v")
+        ]
+        held, counted, generation = self._weights.get(id(model), ([], [], 0))
         if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
             generation += 1
-            self._weights[id(model)] = (weights, generation)
-        return generation, sum(0 if w.is_inference() else w._version for w in weights)
+            counted = [w for w in weights if not w.is_inference()]
+            self._weights[id(model)] = (weights, counted, generation)
+        return generation, sum([w._version for w in counted])
 
     def _collect_lora(self) -> None:
         for model in self._networks():
@@ -1012,8 +1022,9 @@ class Installation:
         intrablock: Any,
     ) -> None:
         freeu = [
-            tuple(getattr(block, n, None) for n in ("s1", "s2", "b1", "b2"))
-            for block in self.unet.up_blocks
+            block.__dict__.get(n)
+            for block in self.unet.up_blocks._modules.values()
+            for n in ("s1", "s2", "b1", "b2")
         ]
         found = signature(
             sample.shape, sample.dtype, sample.device, arguments, freeu,

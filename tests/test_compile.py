@@ -365,6 +365,12 @@ def ulp_bound(reference):
     return 2 * (reference.float() + 0.3 - 0.3 - reference.float()).abs().max().double()
 
 
+def join(hidden, skip, terms):
+    for value, scale in terms:
+        skip = skip + value * scale
+    return torch.cat([hidden, skip], dim=1)
+
+
 class Checking(CompiledNetworks):
     """Compares each compiled call with the same function in eager mode, in float32 and float64.
 
@@ -390,11 +396,11 @@ class Checking(CompiledNetworks):
             args64 = pytree.tree_map(
                 lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, args
             )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("hgc.networks._join", join)  # the op takes no float64
+                references = pytree.tree_leaves(double(*args64))
             for got, eager, reference in zip(
-                pytree.tree_leaves(out),
-                pytree.tree_leaves(plain(*args)),
-                pytree.tree_leaves(double(*args64)),
-                strict=True,
+                pytree.tree_leaves(out), pytree.tree_leaves(plain(*args)), references, strict=True
             ):
                 if torch.is_tensor(got):
                     error = (got.double() - reference).abs().max()
