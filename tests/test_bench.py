@@ -9,13 +9,14 @@ import types
 import models
 import pytest
 import torch
-from test_compile import SHALLOW, small_pipeline
+from test_compile import small_pipeline
 
 import hgc
 from hgc import Config, benchmarking
 from hgc.evaluation.models import ModelError
 
 EXACT = Config.preset("exact")
+SHALLOW = Config(name="shallow", num_evaluations=20, key_steps=(0, 10, 19), depth=1)
 
 
 def bench(pipe, configs, **changes):
