@@ -352,6 +352,7 @@ class Run:
         self.broken = why
         self.plan = [_FULL_STEP] * len(self.plan)
         self._will_read = (-1, (set(), False))
+        self.captures = ()
         self.cache.drop_history()
         if self.now is not None:
             self.promote(why)
