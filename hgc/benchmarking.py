@@ -1,10 +1,13 @@
 """Times a pipeline with and without hgc, one after the other, and compares with the MACs.
 
-The models have their true sizes; weights may be random, since speed does not depend on them.
+Each variant runs eagerly, compiled, or compiled with CUDA graphs, against the pipeline without hgc
+in the same mode, with fewer steps, and against other packages. The models have their true sizes;
+weights may be random, since speed does not depend on them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +15,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from hgc.macs import Macs
 
 __all__ = [
+    "MODES",
+    "PEERS",
     "Bench",
     "BenchRow",
     "Comparison",
@@ -38,6 +43,14 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+
+# What torch.compile is asked for, by mode. An eager run compiles nothing.
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"mode": "default"},
+    "graphs": {"mode": "reduce-overhead"},
+}
+PEERS = ("deepcache-2", "deepcache-3", "deepcache-5")
 
 _GUIDANCE = 5.0
 _PROMPT = "a small house under a tall tree"
@@ -204,21 +217,24 @@ class Comparison:
 
     Attributes:
         steps: Of the uncached run.
-        promised: MACs of the uncached run over the candidate's, attention counted.
+        mode: Of the uncached run.
+        promised: MACs of the uncached run over the candidate's, attention counted; None where the
+            candidate's are not counted (another package).
         loop: Speedup of the denoising loop: the median over repeats of the uncached time over
             the candidate's in the same repeat.
         whole: The same of the whole pipeline call.
     """
 
     steps: int
-    promised: float
+    mode: str
+    promised: float | None
     loop: float
     whole: float
 
     @property
-    def arrived(self) -> float:
+    def arrived(self) -> float | None:
         """The loop's speedup over the promised one."""
-        return self.loop / self.promised
+        return None if self.promised is None else self.loop / self.promised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,26 +242,43 @@ class BenchRow:
     """One way to run the pipeline.
 
     Attributes:
-        name: "uncached" or the configuration's.
+        name: "uncached", the configuration's, or the other package's.
         steps: Denoising steps.
+        mode: "eager", "compiled" or "graphs".
         loop: From the start of the first ControlNet or UNet call to the end of the last UNet call.
         whole: The pipeline call, with the picture decoded.
-        macs: Of one call's loop, all multiply-accumulates.
+        macs: Of one call's loop, all multiply-accumulates; None where they are not counted.
         macs_paper: The same without the two attention matmuls.
         held_bytes: The most the cache held.
-        against: The uncached run of the reference steps.
-        against_equal: The uncached run at the candidate's own steps.
+        peak_bytes: The most the device's allocator held during a call; None on a CPU.
+        launches: Kernels and graphs launched an evaluation, in a call of its own; None on a CPU.
+        against: The uncached run of the reference steps in the same mode.
+        against_equal: The uncached run at the candidate's own steps in the same mode.
+        against_eager: The uncached eager run of the reference steps.
     """
 
     name: str
     steps: int
+    mode: str
     loop: Timing
     whole: Timing
-    macs: int
-    macs_paper: int
+    macs: int | None
+    macs_paper: int | None
     held_bytes: int
+    peak_bytes: int | None
+    launches: float | None
     against: Comparison | None
     against_equal: Comparison | None
+    against_eager: Comparison | None
+
+    @property
+    def label(self) -> str:
+        """Name, steps and mode."""
+        mode = "" if self.mode == "eager" else f", {self.mode}"
+        return f"{self.name}, {self.steps} steps{mode}"
+
+
+_COMPARISONS = ("against", "against_equal", "against_eager")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +306,76 @@ class Bench:
                     "p50": timing.median,
                     "p80": timing.percentile(0.8),
                 }
-            for name in ("against", "against_equal"):
+            for name in _COMPARISONS:
                 comparison = getattr(row, name)
                 if comparison is not None:
                     data[name]["arrived"] = comparison.arrived
             rows.append(data)
         return json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n"
+
+    def to_markdown(self) -> str:
+        """A table with a row a way to run the pipeline, and what it was measured on."""
+        about = self.about
+        lines = [
+            f"{about['pipeline']}, {about['height']} x {about['width']}, batch {about['images']}, "
+            f"{about['dtype']}, {about['device_name']}, torch {about['torch']}, diffusers "
+            f"{about['diffusers']}, hgc {about['hgc']}, {about['repeats']} interleaved repeats. "
+            "Speedups: of the loop, medians of ratios within a repeat. Arrived: the speedup over "
+            "the same mode, over what the MACs promise.",
+            "",
+            "| | TMACs | loop s, p50 [p20, p80] | pipeline s | over its mode | arrived "
+            "| at its own steps | over eager | peak MiB | launches |",
+            "|---|" + "---:|" * 9,
+        ]
+        for row in self.rows:
+            own, equal, eager = (getattr(row, name) for name in _COMPARISONS)
+            loop = row.loop
+            cells = [
+                row.label,
+                "" if row.macs is None else f"{row.macs / 1e12:.4g}",
+                f"{loop.median:.3f} [{loop.percentile(0.2):.3f}, {loop.percentile(0.8):.3f}]",
+                f"{row.whole.median:.3f}",
+                "" if own is None else f"{own.loop:.2f}x",
+                "" if own is None or own.arrived is None else f"{own.arrived:.0%}",
+                "" if equal is None else f"{equal.loop:.2f}x",
+                "" if eager is None else f"{eager.loop:.2f}x",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+                "" if row.launches is None else f"{row.launches:.0f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def save_chart(self, path: Path) -> None:
+        """A bar a row: the loop's median time, with the 20th and 80th percentile, to ``path``.
+
+        Raises ModelError where matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ModelError(
+                'a chart needs matplotlib: pip install "hybrid-grained-cache[demo]"'
+            ) from None
+        rows = self.rows[::-1]
+        middle = [row.loop.median for row in rows]
+        spread = [
+            [m - row.loop.percentile(0.2) for m, row in zip(middle, rows, strict=True)],
+            [row.loop.percentile(0.8) - m for m, row in zip(middle, rows, strict=True)],
+        ]
+        colours = {"eager": "#8da0cb", "compiled": "#66c2a5", "graphs": "#fc8d62"}
+        figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(
+            [row.label for row in rows], middle, xerr=spread,
+            color=[colours[row.mode] for row in rows],
+        )  # fmt: skip
+        axes.set_xlabel("denoising loop, seconds")
+        about = self.about
+        axes.set_title(
+            f"{about['device_name']}, {about['height']} x {about['width']}, batch "
+            f"{about['images']}, {about['dtype']}", fontsize=9,
+        )  # fmt: skip
+        figure.savefig(path, dpi=150)
 
 
 class _Clock:
@@ -332,7 +429,9 @@ class _Clock:
             handle.remove()
 
 
-def _inputs(pipe: Any, height: int, width: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _inputs(
+    pipe: Any, height: int, width: int, images: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """Arguments of a call: a prompt where there is a text encoder, else random embeddings."""
     random = torch.Generator().manual_seed(0)
 
@@ -341,6 +440,8 @@ def _inputs(pipe: Any, height: int, width: int, device: str, dtype: torch.dtype)
 
     config = pipe.unet.config
     arguments: dict[str, Any] = {"height": height, "width": width, "guidance_scale": _GUIDANCE}
+    if images > 1:
+        arguments["num_images_per_prompt"] = images
     if getattr(pipe, "text_encoder", None) is not None:
         arguments["prompt"] = _PROMPT
     else:
@@ -386,6 +487,133 @@ def about_device(device: str) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """A way to run the pipeline."""
+
+    name: str
+    steps: int
+    mode: str = "eager"
+    config: Config | None = None
+    peer: int = 0  # DeepCache's interval
+
+    @property
+    def is_uncached(self) -> bool:
+        return self.config is None and not self.peer
+
+
+class _Runner:
+    """Puts a pipeline into the state of a variant, keeping what was compiled for it."""
+
+    def __init__(self, pipe: Any, nets: list[Any], options: dict[str, Any]) -> None:
+        self._pipe, self._nets, self._options = pipe, nets, options
+        self._forwards: dict[str, dict[Any, Any]] = {}
+        self._compiled: dict[tuple[str, str], Any] = {}
+
+    def _compile(self, mode: str) -> dict[str, Any]:
+        return {**MODES[mode], **self._options}
+
+    @contextlib.contextmanager
+    def state(self, variant: _Variant) -> Iterator[hgc.Installation | None]:
+        """The pipeline as ``variant`` wants it."""
+        if variant.peer:
+            with self._deepcache(variant.peer):
+                yield None
+        elif variant.config is None:
+            with self._uncached(variant.mode):
+                yield None
+        else:
+            with hgc.install(self._pipe.unet, self._nets, config=variant.config) as installation:
+                if variant.mode != "eager":
+                    key = (variant.mode, variant.config.name)
+                    if key not in self._compiled:
+                        installation.compile(**self._compile(variant.mode))
+                        self._compiled[key] = installation._compiled
+                    installation._compiled = self._compiled[key]
+                yield installation
+
+    @contextlib.contextmanager
+    def _uncached(self, mode: str) -> Iterator[None]:
+        if mode == "eager":
+            yield
+            return
+        if mode not in self._forwards:
+            # the forward, not the module: hooks that measure must stay outside of the graph
+            self._forwards[mode] = {
+                module: torch.compile(module.forward, **self._compile(mode))
+                for module in (self._pipe.unet, *self._nets)
+            }
+        handles = []
+        if mode == "graphs":
+            # the ControlNet's outputs must live until the UNet has read them
+            first = self._nets[0] if self._nets else self._pipe.unet
+            handles.append(
+                first.register_forward_pre_hook(
+                    lambda module, args: torch.compiler.cudagraph_mark_step_begin()
+                )
+            )
+        try:
+            for module, forward in self._forwards[mode].items():
+                module.forward = forward
+            yield
+        finally:
+            for module in self._forwards[mode]:
+                module.__dict__.pop("forward", None)
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _deepcache(self, interval: int) -> Iterator[None]:
+        helper = _deepcache_class()(pipe=self._pipe)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
+
+
+def _deepcache_class() -> Any:
+    try:
+        from DeepCache import DeepCacheSDHelper
+    except ImportError:
+        raise ModelError(
+            'the rows of DeepCache need it: pip install "hybrid-grained-cache[peers]"'
+        ) from None
+    return DeepCacheSDHelper
+
+
+def _launches(call: Callable[[], Any], evaluations: int) -> float:
+    """Kernels and graphs that a call launches on a GPU, an evaluation; the whole call's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    names = ("LaunchKernel", "GraphLaunch", "LaunchCooperative")
+    count = sum(e.count for e in profiled.key_averages() if any(n in e.key for n in names))
+    return count / evaluations
+
+
+def _variants(
+    steps: int,
+    own: Sequence[tuple[Config, int]],
+    fewer: Sequence[int],
+    modes: Sequence[str],
+    peers: Sequence[str],
+) -> list[_Variant]:
+    """Uncached ones first, each mode's by itself, the reference of every mode foremost."""
+    counts = dict.fromkeys([steps, *(c for _, c in own), *fewer])
+    variants = [_Variant("uncached", count, mode) for mode in modes for count in counts]
+    if "eager" not in modes:
+        variants.insert(0, _Variant("uncached", steps))
+    for peer in peers:
+        interval = int(peer.rpartition("-")[2])
+        variants.append(_Variant(f"DeepCache, interval {interval}", steps, peer=interval))
+    variants += [_Variant(c.name, n, mode, config=c) for mode in modes for c, n in own]
+    return variants
+
+
 def bench(
     pipe: Any,
     configs: Sequence[Config],
@@ -394,14 +622,19 @@ def bench(
     width: int,
     steps: int = 20,
     repeats: int = 5,
+    images: int = 1,
+    modes: Sequence[str] = ("eager",),
+    fewer_steps: bool = False,
+    peers: Sequence[str] = (),
     device: str = "cpu",
+    compile_options: dict[str, Any] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Bench:
     """Time ``pipe`` without hgc and with each of ``configs``, interleaved.
 
     A configuration runs at the steps it is meant for where ``steps`` is 20, and at its share of
-    ``steps`` otherwise. It is compared with the uncached run of ``steps``, and with the uncached
-    run of its own steps, which is timed too.
+    ``steps`` otherwise. In each mode it is compared with the uncached run of ``steps``, and with
+    the uncached run of its own steps, which is timed too; and with the eager uncached run.
 
     Args:
         pipe: A Stable Diffusion pipeline with a UNet, on ``device``; hgc is not installed on it.
@@ -410,101 +643,155 @@ def bench(
         width: Pixels.
         steps: Of the uncached run.
         repeats: Rounds; each runs every variant once, starting one variant later than the last.
+        images: Images a call.
+        modes: Of "eager", "compiled" (``torch.compile``) and "graphs" (with CUDA graphs).
+        fewer_steps: Also the uncached run of the fewest steps that cost at least as many MACs as
+            each configuration.
+        peers: Of "deepcache-N", N the interval: DeepCache, which must be installed.
         device: Where ``pipe`` is.
+        compile_options: More options for ``torch.compile``, such as a backend.
         on_progress: Called with a label, calls done and calls in all.
 
     Returns:
         A :class:`Bench`.
 
     Raises:
-        ValueError: the size or a configuration does not fit the model.
+        ModelError: a peer is not installed.
+        ValueError: an argument is out of range, or the size or a configuration does not fit.
     """
     from hgc.evaluation.candidate import steps_of
 
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got {repeats}")
+    if images < 1:
+        raise ValueError(f"images must be at least 1; got {images}")
+    if not modes or set(modes) - set(MODES):
+        raise ValueError(f"modes must be some of {', '.join(MODES)}; got {', '.join(modes)}")
+    if set(peers) - set(PEERS):
+        raise ValueError(f"peers must be some of {', '.join(PEERS)}; got {', '.join(peers)}")
+    cuda = device.startswith("cuda")
+    if "graphs" in modes and not cuda:
+        raise ValueError(f"modes: CUDA graphs need a CUDA device; got {device!r}")
+    if peers:
+        _deepcache_class()
     nets = list(controlnets(getattr(pipe, "controlnet", None)))
-    runs: list[tuple[Config | None, int]] = [(None, steps)]
     own = [(config, steps_of(config, steps)) for config in configs]
-    runs += [(None, count) for count in dict.fromkeys(c for _, c in own) if count != steps]
-    runs += own
 
-    counted: list[Macs] = []
-    for config, count in runs:
-        full = hgc.count_macs(
-            pipe.unet, nets, config or "exact", num_evaluations=count if config else 1,
-            height=height, width=width,
+    def count(config: Config | None, evaluations: int) -> Macs:
+        counted = hgc.count_macs(
+            pipe.unet, nets, config or "exact", num_evaluations=evaluations if config else 1,
+            height=height, width=width, images=images,
         )  # fmt: skip
-        counted.append(
-            full.full_evaluation * count
-            if config is None
-            else type(full.full_evaluation)(full.total, full.paper)
-        )
+        if config is None:
+            return counted.full_evaluation * evaluations
+        return type(counted.full_evaluation)(counted.total, counted.paper)
 
-    arguments = _inputs(pipe, height, width, device, next(pipe.unet.parameters()).dtype)
+    evaluation = count(None, 1)
+    own_macs = {config.name: count(config, n) for config, n in own}
+    fewer = [math.ceil(macs.total / evaluation.total) for macs in own_macs.values()]
+    variants = _variants(steps, own, fewer if fewer_steps else (), modes, peers)
+    macs = [
+        None if v.peer else evaluation * v.steps if v.config is None else own_macs[v.name]
+        for v in variants
+    ]
+
+    arguments = _inputs(pipe, height, width, images, device, next(pipe.unet.parameters()).dtype)
+    runner = _Runner(pipe, nets, compile_options or {})
     clock = _Clock(pipe, device)
-    held = [0] * len(runs)
-    samples: list[list[tuple[float, float]]] = [[] for _ in runs]
-    # On a GPU kernels are chosen at their first use, so every variant makes a whole run first.
-    warm = len(runs) if device.startswith("cuda") else 1
-    total, done = repeats * len(runs) + warm, 0
+    held, peak = [0] * len(variants), [0] * len(variants)
+    launches: list[float | None] = [None] * len(variants)
+    samples: list[list[tuple[float, float]]] = [[] for _ in variants]
+    # On a GPU kernels are chosen at their first use, and a graph is recorded at its second.
+    warm = [
+        {"eager": 1 if cuda or i == 0 else 0, "compiled": 1, "graphs": 3}[v.mode]
+        for i, v in enumerate(variants)
+    ]
+    total, done = repeats * len(variants) + sum(warm), 0
 
     def say(label: str) -> None:
         if on_progress is not None:
             on_progress(label, done, total)
 
-    def run(i: int, count: int) -> tuple[float, float]:
-        config = runs[i][0]
+    def call(steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
+        pipe(**arguments, num_inference_steps=steps, generator=generator, output_type="np")
 
-        def call() -> None:
-            pipe(**arguments, num_inference_steps=count, generator=generator, output_type="np")
-
-        if config is None:
-            return clock.time(call)
-        with hgc.install(pipe.unet, nets, config=config) as installation:
-            timed = clock.time(call)
-            last = installation._runs.last
-            held[i] = 0 if last is None else last.cache.peak_bytes
+    def run(i: int, steps: int) -> tuple[float, float]:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with runner.state(variants[i]) as installation:
+            timed = clock.time(lambda: call(steps))
+            if installation is not None:
+                last = installation._runs.last
+                held[i] = 0 if last is None else last.cache.peak_bytes
+        if cuda:
+            peak[i] = torch.cuda.max_memory_allocated()
         return timed
 
+    def label(variant: _Variant) -> str:
+        mode = "" if variant.mode == "eager" else f", {variant.mode}"
+        return f"{variant.name}, {variant.steps} steps{mode}"
+
     try:
-        for i in range(warm):
-            say("warming up")
-            run(i, runs[i][1] if warm > 1 else 2)
-            done += 1
-        for repeat in range(repeats):
-            for place in range(len(runs)):
-                i = (place + repeat) % len(runs)
-                config, count = runs[i]
-                say(f"{config.name if config else 'uncached'}, {count} steps")
-                samples[i].append(run(i, count))
+        for i, times in enumerate(warm):
+            for _ in range(times):
+                say("warming up")
+                quick = not cuda and variants[i].mode == "eager"
+                run(i, 2 if quick else variants[i].steps)
                 done += 1
+        for repeat in range(repeats):
+            for place in range(len(variants)):
+                i = (place + repeat) % len(variants)
+                say(label(variants[i]))
+                samples[i].append(run(i, variants[i].steps))
+                done += 1
+        if cuda:
+            for i, variant in enumerate(variants):
+                with runner.state(variant):
+                    launches[i] = _launches(lambda n=variant.steps: call(n), variant.steps)
     finally:
         clock.remove()
     say("done")
 
-    def compare(i: int, j: int) -> Comparison:
+    def compare(i: int, mode: str, count: int) -> Comparison | None:
+        j = next(
+            (
+                j
+                for j, v in enumerate(variants)
+                if v.is_uncached and (v.mode, v.steps) == (mode, count)
+            ),
+            i,
+        )
+        if j == i:
+            return None
         ratios = [
             statistics.median(b[k] / a[k] for a, b in zip(samples[i], samples[j], strict=True))
             for k in (0, 1)
         ]
-        return Comparison(runs[j][1], counted[j].total / counted[i].total, *ratios)
+        here, there = macs[i], macs[j]
+        promised = None if here is None or there is None else there.total / here.total
+        return Comparison(count, mode, promised, *ratios)
 
     rows = []
-    for i, (config, count) in enumerate(runs):
-        same = next(j for j, (c, n) in enumerate(runs) if c is None and n == count)
+    for i, variant in enumerate(variants):
+        counted = macs[i]
         rows.append(
             BenchRow(
-                name=config.name if config else "uncached",
-                steps=count,
+                name=variant.name,
+                steps=variant.steps,
+                mode=variant.mode,
                 loop=Timing(tuple(a for a, _ in samples[i])),
                 whole=Timing(tuple(b for _, b in samples[i])),
-                macs=counted[i].total,
-                macs_paper=counted[i].paper,
+                macs=None if counted is None else counted.total,
+                macs_paper=None if counted is None else counted.paper,
                 held_bytes=held[i],
-                against=compare(i, 0) if i else None,
-                against_equal=compare(i, same) if config else None,
+                peak_bytes=peak[i] if cuda else None,
+                launches=launches[i],
+                against=compare(i, variant.mode, steps),
+                against_equal=None
+                if variant.is_uncached
+                else compare(i, variant.mode, variant.steps),
+                against_eager=compare(i, "eager", steps),
             )
         )
     about = {
@@ -515,6 +802,7 @@ def bench(
         "width": width,
         "steps": steps,
         "repeats": repeats,
+        "images": images,
         "text_encoder_timed": getattr(pipe, "text_encoder", None) is not None,
     }
     return Bench(about, tuple(rows))

@@ -21,6 +21,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 
 from hgc import attention as prompt_grain
 from hgc.cache import conditional_half
+from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
     Residuals,
@@ -43,7 +44,14 @@ from hgc.runs import (
     same_signature,
     signature,
 )
-from hgc.structure import UNetStructure, check_unet, controlnets, has_hooks, known_sources
+from hgc.structure import (
+    UNetStructure,
+    check_unet,
+    controlnets,
+    has_compiled_parts,
+    has_hooks,
+    known_sources,
+)
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
 
@@ -71,6 +79,8 @@ class _Forward:
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            _refuse_tracing(type(self.module).__name__)
         return self._run(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -98,6 +108,17 @@ class _Forward:
             f"{type(self.module).__name__}.forward was replaced by something else after hgc was "
             "installed: undo that first, then uninstall hgc"
         )
+
+
+_TRACED = (
+    "hgc is installed on a model that was compiled afterwards, which would trace its bookkeeping: "
+    "call .compile() of the Installation that hgc.install returned instead"
+)
+
+
+@functools.partial(torch.compiler.disable, reason=_TRACED)  # called from the graph: not traced
+def _refuse_tracing(name: str) -> None:
+    raise TypeError(f"{name}: {_TRACED}")
 
 
 def _class_forward(module: torch.nn.Module) -> Any:
@@ -169,6 +190,13 @@ def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[
             for layer in layers
         ),
     )
+
+
+def _weight_of(attn: Any, name: str) -> Tensor:
+    """``attn.<name>.weight``, past the slow lookups of modules; it is asked for at every step."""
+    layer = attn._modules[name]
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight  # PEFT's layers have a property
 
 
 def _may_be_kept(source: Tensor) -> bool:
@@ -248,7 +276,7 @@ class Installation:
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
         self._scaled_processors: list[Any] = []
-        self._weights: dict[int, tuple[list[Tensor], int]] = {}
+        self._weights: dict[int, tuple[list[Tensor], list[Tensor], int]] = {}
         self._cross_attentions = {
             id(model): [
                 (attn, name) for name, attn in prompt_grain.cross_attentions(model).items()
@@ -260,10 +288,7 @@ class Installation:
         self._active = known_sources()
         self._prompt_grain = True
         self._rows_are_samples = True
-        self._functions: dict[str, Callable[..., Any]] = {
-            "unet": run_unet,
-            "controlnet": run_controlnet,
-        }
+        self._compiled: CompiledNetworks | None = None
         self._layers: dict[int | str, frozenset[str] | None] = {}
 
     # -- public -----------------------------------------------------------------------------
@@ -295,7 +320,45 @@ class Installation:
         for module in (self.unet, *self.controlnets):
             module.__dict__.pop(_MARK, None)
         self.unet.__dict__.pop("_reset_stateful_cache", None)
+        self._compiled = None
         self._runs.clear()
+
+    def compile(self, **options: Any) -> Installation:
+        """Compile what the evaluations compute, of the UNet and of each ControlNet.
+
+        Each kind of evaluation (a network at a depth, with the whole batch or its conditional half)
+        is compiled at its first use, as one graph for each size; what decides and caches stays
+        outside. ``dynamic=True`` makes one graph serve all sizes. Calling it again starts anew,
+        with the new options.
+
+        Args:
+            options: For ``torch.compile``: ``mode``, ``dynamic``, ``backend``, ``options``.
+                ``fullgraph`` is True unless given. ``mode="reduce-overhead"`` makes CUDA graphs.
+
+        Returns:
+            The installation itself.
+
+        Raises:
+            RuntimeError: hgc is not installed any more, or blocks of a model are compiled one by
+                one already.
+            TypeError: ``options`` names something that ``torch.compile`` does not take.
+        """
+        if not self._forwards:
+            raise RuntimeError("hgc is not installed on these models")
+        for model in self._networks():
+            if has_compiled_parts(model):
+                raise RuntimeError(
+                    f"blocks of the {type(model).__name__} are compiled one by one already "
+                    "(compile_repeated_blocks): use that or Installation.compile, not both"
+                )
+        if not self._active:
+            self._say(
+                "compile",
+                "Installation.compile does nothing with this release of diffusers, since hgc runs "
+                "no evaluation itself: uninstall hgc and compile the models",
+            )
+        self._compiled = CompiledNetworks(self.unet, self.controlnets, options)
+        return self
 
     @property
     def peak_bytes(self) -> int:
@@ -345,6 +408,12 @@ class Installation:
         self.unet._reset_stateful_cache = _EndOfCall(self)
         self._adopt_processors()
 
+    def _function(self, role: str, half: bool) -> Callable[..., Any]:
+        """What computes an evaluation of ``role``: the pure function, or its compiled stand-in."""
+        if self._compiled is None:
+            return run_unet if role == "unet" else run_controlnet
+        return functools.partial(getattr(self._compiled, f"run_{role}"), half)
+
     def _networks(self) -> list[torch.nn.Module]:
         return [self.unet, *self.controlnets]
 
@@ -365,15 +434,19 @@ class Installation:
             (attn, name) for model in self._networks()
             for name, attn in prompt_grain.cross_attentions(model).items()
         ]  # fmt: skip
+        # A block compiled by itself gets the text as it is: one graph serves all such blocks.
+        compiled = any(has_compiled_parts(model) for model in self._networks())
         current = {id(attn): wrapped for attn, _, _, wrapped in self._processors}
-        if len(found) == len(self._processors) and all(
-            current.get(id(attn)) is attn.processor for attn, _ in found
+        if (
+            not compiled
+            and len(found) == len(self._processors)
+            and all(current.get(id(attn)) is attn.processor for attn, _ in found)
         ):
             return
         self._restore_processors()
         # A processor with weights is a submodule; wrapping it would take them out of the model.
         weighty = any(isinstance(attn.processor, torch.nn.Module) for attn, _ in found)
-        self._prompt_grain = self._carries_text and not weighty
+        self._prompt_grain = self._carries_text and not weighty and not compiled
         if not self._prompt_grain and not weighty:
             return
         if weighty:
@@ -508,14 +581,17 @@ class Installation:
     def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
         """A value that changes when the weights that make keys and values do: when a LoRA is fused
         or swapped. Versions only rise, so their sum tells."""
-        weights = []
-        for attn, _ in self._cross_attentions[id(model)]:
-            weights += [attn.to_k.weight, attn.to_v.weight]
-        held, generation = self._weights.get(id(model), ([], 0))
+        weights = [
+            _weight_of(attn, name)
+            for attn, _ in self._cross_attentions[id(model)]
+            for name in ("to_k", "to_v")
+        ]
+        held, counted, generation = self._weights.get(id(model), ([], [], 0))
         if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
             generation += 1
-            self._weights[id(model)] = (weights, generation)
-        return generation, sum(0 if w.is_inference() else w._version for w in weights)
+            counted = [w for w in weights if not w.is_inference()]
+            self._weights[id(model)] = (weights, counted, generation)
+        return generation, sum([w._version for w in counted])
 
     def _collect_lora(self) -> None:
         for model in self._networks():
@@ -754,7 +830,7 @@ class Installation:
         cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
         wrap = self._text_wrapper(run, slot.prefix, half, run.now)
         with _lora_scaled(net, lora_scale):
-            return self._functions["controlnet"](
+            return self._function("controlnet", half)(
                 net, sample, timestep, text, hint, wrap,
                 **{**arguments, "cross_attention_kwargs": cross},
             )  # fmt: skip
@@ -946,8 +1022,9 @@ class Installation:
         intrablock: Any,
     ) -> None:
         freeu = [
-            tuple(getattr(block, n, None) for n in ("s1", "s2", "b1", "b2"))
-            for block in self.unet.up_blocks
+            block.__dict__.get(n)
+            for block in self.unet.up_blocks._modules.values()
+            for n in ("s1", "s2", "b1", "b2")
         ]
         found = signature(
             sample.shape, sample.dtype, sample.device, arguments, freeu,
@@ -999,16 +1076,14 @@ class Installation:
                     run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
                 ]
         wanted, half_only = run.will_read(after=now.index)
-        capture = tuple(
-            sorted(n for n in wanted if n.startswith(("feature/", "skip/"))) if step.is_key else ()
-        )
+        capture = run.captures if step.is_key else ()
         if half:
             sample, text = conditional_half(sample), conditional_half(text)
             arguments = _cut(arguments, batch)
             intrablock = _cut(intrablock, batch)
         cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
         with _lora_scaled(self.unet, lora_scale):
-            out, captured = self._functions["unet"](
+            out, captured = self._function("unet", half)(
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
@@ -1038,6 +1113,8 @@ class Installation:
         cut = half_only and not half and run.pair.confirmed()
         index, history = now.index, run.history
         for name, value in captured.items():
+            if name not in wanted:
+                continue
             value = conditional_half(value) if cut else value
             run.cache.write(name, value, evaluation=index, history=history, half=half or cut)
         if "output" in wanted:

@@ -49,6 +49,9 @@ def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
 
 def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     """A decoder layer's input: ``cat([hidden, skip + terms])``, in one pass where it can be."""
+    if torch.compiler.is_compiling():
+        # the compiler fuses this with the norm that follows; an opaque op would stand between
+        return torch.cat([hidden, _add(skip, terms)], dim=1)
     if len(terms) > 1 or (terms and terms[0][0].shape != skip.shape):
         return hgc_kernels.gather_blocks(hidden, _add(skip, terms))
     if terms:

@@ -75,25 +75,47 @@ class Held:
         return isinstance(other, plain) and type(other) is type(self.value) and other == self.value
 
 
-def signature(*values: Any) -> tuple[Held, ...]:
+# Compared by type and value; everything else by identity.
+_PLAIN = frozenset(
+    (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+)  # fmt: skip
+
+
+def signature(*values: Any) -> tuple[Any, ...]:
     """Values that features depend on, flattened, to be compared with :func:`same_signature`."""
-    out: list[Held] = []
-    for value in values:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                out.append(Held(str(key)))
-                out.extend(signature(value[key]))
-        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            out.append(Held(len(value)))
-            out.extend(signature(*value))
-        else:
-            out.append(Held(value))
+    out: list[Any] = []
+    _flatten(values, out)
     return tuple(out)
 
 
-def same_signature(x: tuple[Held, ...], y: tuple[Held, ...]) -> bool:
+def _flatten(values: Any, out: list[Any]) -> None:
+    for value in values:
+        if type(value) in _PLAIN:
+            out.append(value)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                out.append(str(key))
+                _flatten((value[key],), out)
+        elif isinstance(value, (list, tuple)):
+            out.append(len(value))
+            _flatten(value, out)
+        else:
+            out.append(Held(value))
+
+
+def same_signature(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
     """Whether two signatures hold the same values, none of them written to in between."""
-    return len(x) == len(y) and all(a.is_(b.value) for a, b in zip(x, y, strict=True))
+    if len(x) != len(y):
+        return False
+    for a, b in zip(x, y, strict=True):
+        if type(a) is not type(b):
+            return False
+        if type(a) is Held:
+            if not a.is_(b.value):
+                return False
+        elif a is not b and a != b:
+            return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +207,7 @@ class ControlSlot:
     index: int
     text: Held | None = None
     called_at: int = -1
-    signature: tuple[Held, ...] = ()
+    signature: tuple[Any, ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -237,7 +259,7 @@ class Run:
         self.pair = PairCheck(assume)
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
-        self.unet_signature: tuple[Held, ...] | None = None
+        self.unet_signature: tuple[Any, ...] | None = None
         self.lora: tuple[Any, ...] = ()
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
@@ -259,6 +281,10 @@ class Run:
         else:
             self.plan = plan(config, position.total)
         self.history = max(max(len(s.forecast), len(s.guidance_forecast)) for s in self.plan)
+        self._will_read: tuple[int, tuple[set[str], bool]] = (-1, (set(), False))
+        # the same at every key evaluation, so that compiled ones are one graph
+        read = set[str]().union(*(reads(step, num_layers) for step in self.plan))
+        self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
 
     # -- what an evaluation does ------------------------------------------------------------
 
@@ -325,6 +351,8 @@ class Run:
         """Compute the rest of the run in full."""
         self.broken = why
         self.plan = [_FULL_STEP] * len(self.plan)
+        self._will_read = (-1, (set(), False))
+        self.captures = ()
         self.cache.drop_history()
         if self.now is not None:
             self.promote(why)
@@ -341,7 +369,12 @@ class Run:
 
     def will_read(self, *, after: int) -> tuple[set[str], bool]:
         """Names that evaluations after ``after`` read before they fall out of the history, and
-        whether all of those need the conditional half only."""
+        whether all of those need the conditional half only. Not to be written to."""
+        if self._will_read[0] != after:
+            self._will_read = (after, self._find_will_read(after))
+        return self._will_read[1]
+
+    def _find_will_read(self, after: int) -> tuple[set[str], bool]:
         names: set[str] = set()
         half_only = True
         overwritten = dict.fromkeys(("features", "residual", "guidance", "attention"), 0)

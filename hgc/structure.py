@@ -58,11 +58,21 @@ def _is_compiled(module: Any) -> bool:
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def has_compiled_parts(module: Any) -> bool:
+    """Whether parts of ``module`` are compiled by themselves (``compile_repeated_blocks``)."""
+    return any(
+        part.__dict__.get("_compiled_call_impl") is not None
+        or type(part).__name__ == "OptimizedModule"
+        for part in module.modules()
+    )
+
+
 def _refuse_compiled(name: str, module: Any) -> None:
     if _is_compiled(module):
         raise TypeError(
             f"{name} is compiled by torch.compile, which would trace hgc's bookkeeping: pass the "
-            "plain module (module._orig_mod of a compiled one)"
+            "plain module (module._orig_mod of a compiled one), then call .compile() of the "
+            "Installation"
         )
 
 

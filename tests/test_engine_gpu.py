@@ -88,3 +88,43 @@ def test_nothing_waits_for_the_gpu(pipe):
         finally:
             for module, forward in installed.items():
                 module.forward = forward
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_evaluations_follow_the_eager_ones(pipe, mode):
+    """Three runs: the first compiles, the second records the graphs, the third replays them."""
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        eager = [draw(pipe, steps=10, prompt_embeds=text(pipe, s)).float() for s in range(3)]
+        installed.compile(mode=mode)
+        kinds = None
+        for seed in range(3):
+            out = draw(pipe, steps=10, prompt_embeds=text(pipe, seed)).float()
+            # another compiler rounds otherwise at every layer of ten evaluations
+            bound = 64 * torch.finfo(pipe.unet.dtype).eps * eager[seed].abs().max()
+            assert (out - eager[seed]).abs().max() <= bound
+            assert kinds is None or kinds == installed._compiled.kinds
+            kinds = installed._compiled.kinds
+    torch._dynamo.reset()
+
+
+def text(pipe, seed):
+    return models.text(seed).to("cuda", pipe.unet.dtype)
+
+
+def test_nothing_waits_for_the_gpu_when_compiled(pipe):
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        installed.compile(mode="reduce-overhead")
+        for _ in range(3):
+            draw(pipe, steps=10)
+        for role in ("unet", "controlnet"):
+
+            def watched(*args, _run=getattr(installed._compiled, f"run_{role}"), **kwargs):  # noqa: B008
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    return _run(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            setattr(installed._compiled, f"run_{role}", watched)
+        draw(pipe, steps=10)
+    torch._dynamo.reset()

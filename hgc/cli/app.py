@@ -149,11 +149,26 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every sample to this file")
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call")] = 1,
+    modes: Annotated[
+        str, typer.Option(help="eager, compiled, graphs (CUDA only), with commas between")
+    ] = "eager",
+    fewer_steps: Annotated[
+        bool, typer.Option("--fewer-steps", help="Also fewer uncached steps at equal MACs")
+    ] = False,
+    peers: Annotated[
+        str, typer.Option(help="deepcache-2, deepcache-3, deepcache-5: needs the extra `peers`")
+    ] = "",
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write a bar chart to this file")] = None,
 ) -> None:
     """Time a pipeline with and without hgc, interleaved, and compare with what its MACs promise."""
     from hgc.cli.bench import run
 
-    run(model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file)
+    run(
+        model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file,
+        batch, modes, fewer_steps, peers, markdown, chart,
+    )  # fmt: skip
 
 
 @app.command()

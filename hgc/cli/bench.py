@@ -25,7 +25,7 @@ from hgc.cli.evaluate import check_device
 from hgc.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from hgc.benchmarking import Bench, BenchRow, Timing
+    from hgc.benchmarking import Bench, Timing
 
 __all__ = ["run"]
 
@@ -43,6 +43,12 @@ def run(
     dtype: str,
     threads: int | None,
     json_file: Path | None,
+    batch: int = 1,
+    modes: str = "eager",
+    fewer_steps: bool = False,
+    peers: str = "",
+    markdown: Path | None = None,
+    chart: Path | None = None,
 ) -> None:
     """Time the pipeline and print what arrived of the promised speedup."""
     configs = [_read(name) for name in split(presets)]
@@ -51,8 +57,9 @@ def run(
     if dtype not in _DTYPES:
         raise CliError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     height, width = parse_size(size)
-    if json_file is not None:
-        writable(json_file)
+    for path in (json_file, markdown, chart):
+        if path is not None:
+            writable(path)
     quiet_libraries()
     check_device(device)
 
@@ -78,16 +85,25 @@ def run(
                 width=width,
                 steps=steps,
                 repeats=repeats,
+                images=batch,
+                modes=split(modes),
+                fewer_steps=fewer_steps,
+                peers=split(peers),
                 device=device,
                 on_progress=bar,
             )
-    if json_file is not None:
-        with as_usage(OSError):
+    with as_usage(OSError, ValueError):
+        if json_file is not None:
             json_file.write_text(measured.to_json(), encoding="utf-8")
+        if markdown is not None:
+            markdown.write_text(measured.to_markdown(), encoding="utf-8")
+        if chart is not None:
+            measured.save_chart(chart)
     out = console()
     _print(out, measured, model)
-    if json_file is not None:
-        out.print(f"wrote {json_file.resolve()}", soft_wrap=True)
+    for path in (json_file, markdown, chart):
+        if path is not None:
+            out.print(f"wrote {path.resolve()}", soft_wrap=True)
 
 
 def _read(name: str) -> Config:
@@ -117,9 +133,9 @@ def _print(out: Console, measured: Bench, model: str) -> None:
         table.add_column(head, justify="right")
     for row in measured.rows:
         table.add_row(
-            _name(row),
-            tera(row.macs),
-            tera(row.macs_paper),
+            row.label,
+            "" if row.macs is None else tera(row.macs),
+            "" if row.macs_paper is None else tera(row.macs_paper),
             _time(row.loop),
             _time(row.whole),
             f"{row.held_bytes / 2**20:.1f}",
@@ -131,14 +147,17 @@ def _print(out: Console, measured: Bench, model: str) -> None:
     for head in ("promised", "loop", "arrived", "pipeline"):
         table.add_column(head, justify="right")
     for row in measured.rows:
-        pairs = {c.steps: c for c in (row.against, row.against_equal) if c is not None}
+        found = (row.against, row.against_equal, row.against_eager)
+        pairs = {(c.mode, c.steps): c for c in found if c is not None}
         for comparison in pairs.values():
+            promised, arrived = comparison.promised, comparison.arrived
+            mode = "" if comparison.mode == "eager" else f", {comparison.mode}"
             table.add_row(
-                _name(row),
-                f"uncached, {comparison.steps} steps",
-                f"{comparison.promised:.2f}x",
+                row.label,
+                f"uncached, {comparison.steps} steps{mode}",
+                "" if promised is None else f"{promised:.2f}x",
                 f"{comparison.loop:.2f}x",
-                f"{comparison.arrived:.0%}",
+                "" if arrived is None else f"{arrived:.0%}",
                 f"{comparison.whole:.2f}x",
             )
     out.print(table)
@@ -150,7 +169,3 @@ def _print(out: Console, measured: Bench, model: str) -> None:
         "ratios within a repeat.",
         style="bright_black",
     )
-
-
-def _name(row: BenchRow) -> str:
-    return f"{row.name}, {row.steps} steps"
