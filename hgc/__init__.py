@@ -14,6 +14,7 @@ from hgc.planning import plan
 if TYPE_CHECKING:
     from hgc.engine import HgcWarning, Installation, install, uninstall
     from hgc.macs import MacCount, count_macs
+    from hgc.maps import plot_maps
     from hgc.report import Report
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "count_macs",
     "install",
     "plan",
+    "plot_maps",
     "uninstall",
 ]
 
@@ -40,6 +42,7 @@ _LAZY = {
     "uninstall": "hgc.engine",
     "MacCount": "hgc.macs",
     "count_macs": "hgc.macs",
+    "plot_maps": "hgc.maps",
     "Report": "hgc.report",
 }
 
