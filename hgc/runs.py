@@ -432,7 +432,7 @@ class Runs(threading.local):
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self.last: Run | None = None
         self.forced = 0
-        self._single: tuple[Any, int] = (None, 0)
+        self._single: tuple[Any, ...] = ()
         self.clock = time.perf_counter
 
     def is_one_step(self, timestep: Any, text: Any) -> bool:
@@ -440,10 +440,9 @@ class Runs(threading.local):
         its text was not seen at another such timestep."""
         if not isinstance(timestep, Tensor) or not isinstance(text, Tensor):
             return False
-        known, storage = self._single
-        seen = known is not None and known() is text
-        self._single = (weakref.ref(text), _storage(timestep))
-        return not seen or storage == _storage(timestep)
+        seen = [reference() for reference in self._single]
+        self._single = (weakref.ref(text), weakref.ref(timestep))
+        return not seen or seen[0] is not text or seen[1] is timestep
 
     def add(self, run: Run) -> Run:
         """Take in a new run."""

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import re
 import tempfile
 import threading
@@ -1367,7 +1366,6 @@ def outcome(row: Row) -> Outcome:
             reused = reused_of(installation)
         finally:
             installation.uninstall()
-        gc.collect()
         uninstall = residue(pipe, by) == before and same(row.call(pipe, 0), reference)
         other = row.make()
         with row.install(other, "balanced"):

@@ -421,6 +421,22 @@ def test_a_pipeline_whose_guidance_has_three_rows_keeps_maps():
         assert installed.maps().shape == (3, models.TOKENS, 16, 16)
 
 
+def test_macs_of_a_controlnet_union_are_those_of_a_real_run():
+    from hgc.macs import flop_counter, macs_of
+
+    pipe = compatibility.xl(diffusers.StableDiffusionXLControlNetUnionPipeline)
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact") as installed:
+        counter = flop_counter()
+        with counter:
+            compatibility.call(pipe, 0)
+        report = installed.report()
+    assert report.macs == macs_of(counter)
+    count = hgc.count_macs(
+        pipe.unet, pipe.controlnet, "exact", num_evaluations=8, height=32, tokens=models.TOKENS
+    )
+    assert (count.total, count.paper) == (report.macs.total, report.macs.paper)
+
+
 def test_warnings_are_said_once():
     pipe = compatibility.sd()
     tight = SOME.replace(max_cache_bytes=100)
