@@ -677,9 +677,11 @@ class Installation:
         guess_mode: bool = False,
         return_dict: bool = True,
     ) -> Any:
-        scales = conditioning_scale
-        if isinstance(scales, float):
-            scales = [scales] * len(controlnet_cond)
+        scales: list[float] = (
+            [conditioning_scale] * len(controlnet_cond)
+            if isinstance(conditioning_scale, (int, float))
+            else list(conditioning_scale)
+        )
         # one condition: the scale is that of the residuals; several are weighed before the encoder
         single = from_multi or len(control_type_idx) == 1
         arguments = {
@@ -701,7 +703,7 @@ class Installation:
             evaluate=functools.partial(
                 self._functions["controlnet_union"],
                 control_type_idx=control_type_idx,
-                weights=None if single else list(scales),
+                weights=None if single else scales,
             ),
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)

@@ -84,7 +84,7 @@ class MapSums:
             return None
         finest = max((tuple(g.shape[-2:]) for g, _ in found), key=math.prod)
         layers = sum(count for _, count in found)
-        return sum(_resized(grid, finest) for grid, _ in found) / layers
+        return torch.stack([_resized(grid, finest) for grid, _ in found]).sum(dim=0) / layers
 
 
 def _level(size: tuple[int, int], length: int) -> tuple[int, int] | None:

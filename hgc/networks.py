@@ -9,6 +9,7 @@ equal diffusers' own forwards bit for bit.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -384,7 +385,7 @@ def run_controlnet_union(
     emb = emb if added is None else emb + added
 
     sample = net.conv_in(sample)
-    scales = [None] * len(hints) if weights is None else weights
+    scales: Sequence[float | None] = [None] * len(hints) if weights is None else weights
     inputs, conditions = [], []
     for hint, kind, scale in zip(hints, control_type_idx, scales, strict=False):
         feature = torch.mean(hint, dim=(2, 3)) + net.task_embedding[kind]

@@ -84,7 +84,10 @@ class Row:
 
 
 ROWS: list[Row] = []
-SLOW = re.compile("nested|one after the other|from_pipe|save_pretrained|Inpaint|PAGImg2Img")
+SLOW = re.compile(
+    "nested|one after the other|from_pipe|save_pretrained|Inpaint|PAGImg2Img|, SDXL|strength="
+    "|20 steps|InstructPix2Pix|float16"
+)
 
 
 def row(group: str, name: str, make: Callable[[], Any], **more: Any) -> None:
