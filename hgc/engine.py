@@ -591,9 +591,10 @@ class Installation:
         or swapped. Versions only rise, so their sum tells."""
         weights = []
         for attn, _ in self._cross_attentions[id(model)]:
+            key = attn.to_k.weight
             # offloaded layer by layer, a weight is another object at every evaluation
-            if not attn.to_k.weight.is_meta:
-                weights += [attn.to_k.weight, attn.to_v.weight]
+            if not key.is_meta:
+                weights += [key, attn.to_v.weight]
         held, generation = self._weights.get(id(model), ([], 0))
         if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
             generation += 1
