@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hgc.calibration import calibrate
     from hgc.engine import HgcWarning, Installation, install, uninstall
     from hgc.macs import MacCount, count_macs
+    from hgc.maps import plot_maps
     from hgc.report import Report
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "count_macs",
     "install",
     "plan",
+    "plot_maps",
     "uninstall",
 ]
 
@@ -44,6 +46,7 @@ _LAZY = {
     "calibrate": "hgc.calibration",
     "MacCount": "hgc.macs",
     "count_macs": "hgc.macs",
+    "plot_maps": "hgc.maps",
     "Report": "hgc.report",
 }
 

@@ -42,6 +42,8 @@ class Text:
             cached map to fresh values).
         store: Layer names whose output a later evaluation reads; None means all of them.
         map_format: Where given, maps are stored in that format.
+        watch: Called with query [B, S_q, C], key [B, S_kv, C] and the number of heads, where a
+            map is computed.
     """
 
     hidden: Tensor
@@ -53,6 +55,7 @@ class Text:
     mode: str = "compute"
     store: Callable[[str], bool] | None = None
     map_format: str | None = None
+    watch: Callable[[Tensor, Tensor, int], None] | None = None
 
     def projections(self, name: str, attn: Attention) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, C] of one cross-attention, projected once a run."""
@@ -135,6 +138,8 @@ class Processor:
             out = hgc_kernels.apply_map(stored, values)
             return _project(attn, out.reshape(batch, length, -1))
         query = attn.to_q(hidden_states)
+        if text.watch is not None:
+            text.watch(query, key, attn.heads)
         if text.map_format is not None:
             shape = (batch, -1, attn.heads, head_dim)
             buffer = hgc_kernels.new_map(

@@ -48,6 +48,11 @@ class Cache:
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return True
 
+    def reserve(self, count: int) -> bool:
+        """Count ``count`` bytes that somebody else holds until the run ends; False where they do
+        not fit."""
+        return self._grow(count)
+
     def write(
         self, name: str, tensor: Tensor, *, evaluation: int, history: int, half: bool
     ) -> None:

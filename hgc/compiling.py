@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hgc.attention import Processor, Text, _is_plain, cross_attentions
-from hgc.networks import Residuals, run_controlnet, run_unet
+from hgc.networks import Residuals, control_function, run_unet
 from hgc.structure import UNetStructure
 
 __all__ = ["CompiledNetworks", "Kind"]
@@ -157,17 +157,19 @@ def _unet_function(unet: Any, structure: UNetStructure, kind: Kind) -> Callable[
 
 
 def _control_function(net: Any, kind: Kind) -> Callable[..., Any]:
+    run_network = control_function(net)
+
     def evaluate(
         sample: Tensor,
         timestep: Any,
         text: Any,
         given: dict[str, Tensor],
-        hint: Tensor,
+        hint: Tensor | list[Tensor],
         arguments: dict[str, Any],
     ) -> Any:
         exchange = _Exchange(given)
         wrap = _wrap_in_graph(kind, exchange)
-        residuals = run_controlnet(net, sample, timestep, text, hint, wrap, **arguments)
+        residuals = run_network(net, sample, timestep, text, hint, wrap, **arguments)
         return residuals, exchange.taken
 
     return evaluate
@@ -294,11 +296,12 @@ class CompiledNetworks:
         sample: Tensor,
         timestep: Any,
         text: Any,
-        hint: Tensor,
+        hint: Tensor | list[Tensor],
         wrap_text: Callable[[Any], Any] | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """:func:`~hgc.networks.run_controlnet`; ``half`` as for the UNet."""
+        """:func:`~hgc.networks.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
+        the UNet."""
         spec, given, store = self._text(net, wrap_text, text, arguments, None)
         kind = Kind(
             network=self._networks[id(net)],

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
@@ -25,9 +25,9 @@ from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
     Residuals,
+    control_function,
     embed_condition,
     freeu_active,
-    run_controlnet,
     run_unet,
     scale_residuals,
 )
@@ -144,6 +144,33 @@ class _EndOfCall:
         return (_do_nothing, ())
 
 
+class _Noticed:
+    """Stands for a method of a model that writes to its weights where no tensor's version shows
+    it: peft fuses a LoRA through ``.data``, and it may be unloaded before the next evaluation."""
+
+    METHODS = ("fuse_lora", "unfuse_lora")
+
+    def __init__(self, installation: Installation, module: torch.nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+        self._installation = installation
+        functools.update_wrapper(self, getattr(module, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._installation._rewritten += 1
+        return _class_method(self.module, self.name)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _class_method(memo.get(id(self.module), self.module), self.name)
+
+    def __reduce__(self) -> Any:
+        return (_class_method, (self.module, self.name))
+
+
+def _class_method(module: torch.nn.Module, name: str) -> Any:
+    return types.MethodType(getattr(type(module), name), module)
+
+
 def _nothing() -> None:
     """Stands for :class:`_EndOfCall` in a copied model."""
 
@@ -250,6 +277,32 @@ def _can_be_halved(arguments: dict[str, Any], text: Any, batch: int) -> bool:
     return simple and isinstance(text, Tensor) and text.shape[0] == batch
 
 
+@dataclasses.dataclass
+class _ControlCall:
+    """One call of a ControlNet, of either kind.
+
+    Attributes:
+        cond: ``controlnet_cond`` as it was given.
+        scale: That of the residuals.
+        arguments: The others that the network's function takes, batched ones among them.
+        asked: All that diffusers' forward was given beside the first four.
+        conditions: The condition images, [B, C, H, W] each.
+        constants: Arguments of the network's function that have no row a sample.
+    """
+
+    net: ControlNetModel | ControlNetUnionModel
+    sample: Tensor
+    timestep: Tensor | float | int
+    text: Tensor
+    cond: Any
+    scale: float | Tensor
+    guess_mode: bool
+    arguments: dict[str, Any]
+    asked: dict[str, Any]
+    conditions: list[Tensor]
+    constants: dict[str, Any]
+
+
 class Installation:
     """The cache on one UNet and its ControlNets. Made by :func:`install`.
 
@@ -260,7 +313,7 @@ class Installation:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        nets: tuple[ControlNetModel, ...],
+        nets: tuple[ControlNetModel | ControlNetUnionModel, ...],
         config: Config,
         *,
         assume_pair: bool | None = None,
@@ -275,6 +328,7 @@ class Installation:
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
+        self._rewritten = 0  # how often a LoRA was fused or unfused
         self._scaled_processors: list[Any] = []
         self._weights: dict[int, tuple[list[Tensor], list[Tensor], int]] = {}
         self._cross_attentions = {
@@ -319,6 +373,9 @@ class Installation:
         self._restore_processors()
         for module in (self.unet, *self.controlnets):
             module.__dict__.pop(_MARK, None)
+            for name in _Noticed.METHODS:
+                if isinstance(module.__dict__.get(name), _Noticed):
+                    delattr(module, name)
         self.unet.__dict__.pop("_reset_stateful_cache", None)
         self._compiled = None
         self._runs.clear()
@@ -366,6 +423,37 @@ class Installation:
         run = self._runs.last
         return 0 if run is None else run.cache.peak_bytes
 
+    def maps(self) -> Tensor:
+        """Where each token of the prompt looked in the calling thread's last run.
+
+        The cross-attention maps of the UNet, averaged over heads, layers and key evaluations: what
+        the first prompt of the run asked for, where it was changed later. Held until the thread's
+        next run ends.
+
+        Returns:
+            [images, tokens, h, w], float32, on the run's device, at the finest resolution with
+            cross-attention; the tokens of a position sum to 1. Under classifier-free guidance the
+            conditional half; of any other batch all rows. See :func:`hgc.plot_maps`.
+
+        Raises:
+            RuntimeError: this thread has made no run yet, or none that kept maps.
+        """
+        run = self._runs.last
+        if run is None:
+            raise RuntimeError("no run whose maps to show: call the pipeline first, in this thread")
+        if not self._config.fresh_values:
+            raise RuntimeError(
+                "no maps were kept: install with Config(fresh_values=True), for example "
+                'config=hgc.Config.preset("balanced").replace(fresh_values=True)'
+            )
+        maps = run.attention_maps()
+        if maps is None:
+            raise RuntimeError(
+                "no maps were kept: the run failed, max_cache_bytes left no room for them, or its "
+                "cross-attention has processors, masks or options that hgc leaves to diffusers"
+            )
+        return maps
+
     def report(self) -> Any:
         """What the calling thread's last run did: a :class:`hgc.Report`.
 
@@ -401,18 +489,29 @@ class Installation:
         for module in (self.unet, *self.controlnets):
             setattr(module, _MARK, _Mark(self))
             slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-            run = self._unet_call if module is self.unet else self._control_call
+            run = self._call_of(module)
             forward = _Forward(module, slot, run)
             self._forwards.append(forward)
             setattr(module, slot, forward)
+            for name in _Noticed.METHODS:
+                if hasattr(type(module), name) and name not in module.__dict__:
+                    setattr(module, name, _Noticed(self, module, name))
         self.unet._reset_stateful_cache = _EndOfCall(self)
         self._adopt_processors()
 
-    def _function(self, role: str, half: bool) -> Callable[..., Any]:
-        """What computes an evaluation of ``role``: the pure function, or its compiled stand-in."""
-        if self._compiled is None:
-            return run_unet if role == "unet" else run_controlnet
-        return functools.partial(getattr(self._compiled, f"run_{role}"), half)
+    def _function(self, module: Any, half: bool) -> Callable[..., Any]:
+        """What computes an evaluation of ``module``: the pure function, or its compiled stand-in."""
+        if self._compiled is not None:
+            name = "run_unet" if module is self.unet else "run_controlnet"
+            return functools.partial(getattr(self._compiled, name), half)
+        return run_unet if module is self.unet else control_function(module)
+
+    def _call_of(self, module: torch.nn.Module) -> Callable[..., Any]:
+        if module is self.unet:
+            return self._unet_call
+        if isinstance(module, ControlNetUnionModel):
+            return self._union_call
+        return self._control_call
 
     def _networks(self) -> list[torch.nn.Module]:
         return [self.unet, *self.controlnets]
@@ -545,6 +644,8 @@ class Installation:
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
         planned = run.plan[now.index]
         same_length = text.shape == run.text.value.shape
+        if run.maps is not None:
+            run.maps.close()
         run.change("the text changed", keep_maps=self._config.fresh_values and same_length)
         if planned.attention == "reuse":
             if self._config.fresh_values and self._prompt_grain:
@@ -581,11 +682,12 @@ class Installation:
     def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
         """A value that changes when the weights that make keys and values do: when a LoRA is fused
         or swapped. Versions only rise, so their sum tells."""
-        weights = [
-            _weight_of(attn, name)
-            for attn, _ in self._cross_attentions[id(model)]
-            for name in ("to_k", "to_v")
-        ]
+        weights = []
+        for attn, _ in self._cross_attentions[id(model)]:
+            key = _weight_of(attn, "to_k")
+            # offloaded layer by layer, a weight is another object at every evaluation
+            if not key.is_meta:
+                weights += [key, _weight_of(attn, "to_v")]
         held, counted, generation = self._weights.get(id(model), ([], [], 0))
         if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
             generation += 1
@@ -608,7 +710,7 @@ class Installation:
             self._collect_lora()
             _, layers = self._lora[id(model)]
         scales = [list(p.scale) for p in self._scaled_processors]
-        return (*_lora_state(model, layers), self._weights_now(model), scales)
+        return (*_lora_state(model, layers), self._weights_now(model), self._rewritten, scales)
 
     def _fail(self, run: Run) -> None:
         """An exception left the evaluation unfinished: keep nothing of the run."""
@@ -642,60 +744,103 @@ class Installation:
             "added_cond_kwargs": added_cond_kwargs,
             "cross_attention_kwargs": cross_attention_kwargs,
         }
+        call = _ControlCall(
+            net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
+            guess_mode, arguments,
+            asked={**arguments, "conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
+            conditions=[controlnet_cond],
+            constants={},
+        )  # fmt: skip
+        return self._evaluate_control(call, return_dict)
+
+    def _union_call(
+        self,
+        net: ControlNetUnionModel,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: list[Tensor],
+        control_type: Tensor,
+        control_type_idx: list[int],
+        conditioning_scale: float | list[float] = 1.0,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        from_multi: bool = False,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        scales: list[float] = (
+            [conditioning_scale] * len(controlnet_cond)
+            if isinstance(conditioning_scale, (int, float))
+            else list(conditioning_scale)
+        )
+        # one condition: the scale is that of the residuals; several are weighed before the encoder
+        single = from_multi or len(control_type_idx) == 1
+        arguments = {
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "added_cond_kwargs": added_cond_kwargs,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "control_type": control_type,
+        }
+        call = _ControlCall(
+            net, sample, timestep, encoder_hidden_states, controlnet_cond,
+            scales[0] if single else 1.0, guess_mode, arguments,
+            asked={
+                **arguments, "control_type_idx": control_type_idx, "from_multi": from_multi,
+                "conditioning_scale": conditioning_scale, "guess_mode": guess_mode,
+            },
+            conditions=list(controlnet_cond),
+            constants={
+                "control_type_idx": control_type_idx, "weights": None if single else scales,
+            },
+        )  # fmt: skip
+        return self._evaluate_control(call, return_dict)
+
+    def _evaluate_control(self, call: _ControlCall, return_dict: bool) -> Any:
+        """One call of a ControlNet of either kind."""
+        net, sample, text, cond = call.net, call.sample, call.text, call.cond
 
         def compute_fresh() -> list[Tensor]:
             """The whole batch, by diffusers, with the hooks that stand before its forward."""
             self._runs.forced += 1
             try:
                 down, mid = net(
-                    sample,
-                    timestep,
-                    encoder_hidden_states=encoder_hidden_states,
-                    controlnet_cond=controlnet_cond,
-                    conditioning_scale=conditioning_scale,
-                    guess_mode=guess_mode,
-                    return_dict=False,
-                    **arguments,
-                )
+                    sample, call.timestep, encoder_hidden_states=text, controlnet_cond=cond,
+                    return_dict=False, **call.asked,
+                )  # fmt: skip
             finally:
                 self._runs.forced -= 1
             return [*down, mid]
 
-        position = None if self._runs.forced else self._position(timestep)
+        position = None if self._runs.forced else self._position(call.timestep, text)
         if position is None:
             return self._original(net)(
-                sample,
-                timestep,
-                encoder_hidden_states,
-                controlnet_cond,
-                conditioning_scale,
-                guess_mode=guess_mode,
-                return_dict=return_dict,
-                **arguments,
-            )
+                sample, call.timestep, encoder_hidden_states=text, controlnet_cond=cond,
+                return_dict=return_dict, **call.asked,
+            )  # fmt: skip
         start = self._runs.clock()
-        run, now = self._run_of(encoder_hidden_states, position, sample.shape[0], controlnet_cond)
+        run, now = self._run_of(text, position, sample.shape[0], cond)
         try:
-            slot = run.slot(net, controlnet_cond)
+            slot = run.slot(net, cond)
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
             slot.called_at = position.index
-            slot.text = Held(encoder_hidden_states)
-            run.factor = controlnet_cond.shape[-1] // sample.shape[-1]
+            slot.text = Held(text)
+            run.factor = call.conditions[0].shape[-1] // sample.shape[-1]
             found = signature(
-                conditioning_scale, guess_mode, sample.shape, sample.dtype, sample.device,
-                class_labels, timestep_cond, attention_mask, cross_attention_kwargs,
-                self._lora_now(net),
-            )  # fmt: skip
+                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net)
+            )
             if slot.signature and not same_signature(slot.signature, found):
                 run.change("a ControlNet's scale or arguments changed")
             elif not slot.signature and now.plan != StepPlan():
                 run.change("a ControlNet joined the run")
             slot.signature = found
-            residuals = self._control_residuals(
-                run, now, slot, sample, timestep, encoder_hidden_states, controlnet_cond,
-                conditioning_scale, guess_mode, arguments, compute_fresh,
-            )  # fmt: skip
+            residuals = self._control_residuals(run, now, slot, call, compute_fresh)
         except BaseException:
             self._fail(run)
             raise
@@ -706,11 +851,11 @@ class Installation:
             down_block_res_samples=tuple(residuals[:-1]), mid_block_res_sample=residuals[-1]
         )
 
-    def _position(self, timestep: Any) -> Position | None:
+    def _position(self, timestep: Any, text: Any) -> Position | None:
         if not self._active:
             return None
         position = position_of(timestep)
-        if position is None:
+        if position is None and not self._runs.is_one_step(timestep, text):
             self._say(
                 "timestep",
                 "the timestep is not an element of a tensor of timesteps, so where an evaluation "
@@ -737,16 +882,11 @@ class Installation:
         run: Run,
         now: Evaluation,
         slot: ControlSlot,
-        sample: Tensor,
-        timestep: Any,
-        text: Tensor,
-        cond: Tensor,
-        scale: float | Tensor,
-        guess_mode: bool,
-        arguments: dict[str, Any],
+        call: _ControlCall,
         compute_fresh: Callable[[], list[Tensor]],
     ) -> list[Tensor]:
         net, index = slot.net, now.index
+        sample, text, scale, guess_mode = call.sample, call.text, call.scale, call.guess_mode
         shapes = self._residual_shapes(net, sample)
         names = [*(f"residual/{j}" for j in range(len(shapes) - 1)), "residual/mid"]
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
@@ -767,9 +907,7 @@ class Installation:
             now.control[slot.index] = "reused"
         else:
             half = now.half and not is_part
-            outputs = self._compute_control(
-                run, slot, sample, timestep, text, cond, arguments, index, half
-            )
+            outputs = self._compute_control(run, slot, call, half)
             self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
             now.control[slot.index] = "computed"
             if not half:
@@ -806,32 +944,29 @@ class Installation:
         ]
 
     def _compute_control(
-        self,
-        run: Run,
-        slot: ControlSlot,
-        sample: Tensor,
-        timestep: Any,
-        text: Tensor,
-        cond: Tensor,
-        arguments: dict[str, Any],
-        index: int,
-        half: bool,
+        self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
     ) -> list[Tensor]:
-        net = slot.net
-        hint = run.cache.kept(slot.prefix + "hint")
-        if hint is None:
-            hint = embed_condition(net, cond)
-            if _may_be_kept(cond):
-                hint = run.cache.keep(slot.prefix + "hint", hint)
+        net, sample, text, arguments = call.net, call.sample, call.text, call.arguments
+        hints = []
+        for i, cond in enumerate(call.conditions):
+            hint = run.cache.kept(f"{slot.prefix}hint{i}")
+            if hint is None:
+                hint = embed_condition(net, cond)
+                if _may_be_kept(cond):
+                    hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
+            hints.append(hint)
         if half:
             batch = sample.shape[0]
-            sample, text, hint = (conditional_half(x) for x in (sample, text, hint))
+            sample, text = conditional_half(sample), conditional_half(text)
+            hints = [conditional_half(hint) for hint in hints]
             arguments = _cut(arguments, batch)
         cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
         wrap = self._text_wrapper(run, slot.prefix, half, run.now)
         with _lora_scaled(net, lora_scale):
-            return self._function("controlnet", half)(
-                net, sample, timestep, text, hint, wrap,
+            return self._function(net, half)(
+                net, sample, call.timestep, text,
+                hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,
+                **call.constants,
                 **{**arguments, "cross_attention_kwargs": cross},
             )  # fmt: skip
 
@@ -839,7 +974,9 @@ class Installation:
         self, run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool
     ) -> None:
         wanted, half_only = run.will_read(after=index)
-        is_whole_condition = slot.cond.value.shape[0] != run.text.value.shape[0]
+        cond = slot.cond.value
+        rows = cond.shape[0] if isinstance(cond, Tensor) else cond[0].shape[0]
+        is_whole_condition = rows != run.text.value.shape[0]
         cut = half_only and not half and not is_whole_condition and run.pair.confirmed()
         for name, value in values.items():
             if name in wanted:
@@ -875,6 +1012,7 @@ class Installation:
         )
         if step.is_key and mode == "compute" and may_apply:
             map_format = self._config.map_format
+        watch = run.maps.add if run.maps and step.is_key and prefix == "unet/" else None
 
         def wrap(text: Any) -> Any:
             if not isinstance(text, Tensor):
@@ -889,6 +1027,7 @@ class Installation:
                 mode=mode,
                 store=store,
                 map_format=map_format,
+                watch=watch,
             )
 
         return wrap
@@ -939,7 +1078,7 @@ class Installation:
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        position = self._position(timestep)
+        position = self._position(timestep, encoder_hidden_states)
         legacy = down_block_additional_residuals is not None and (
             mid_block_additional_residual is None
         )
@@ -985,7 +1124,7 @@ class Installation:
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,
             )  # fmt: skip
-            wants_pair = any(s.guidance != "both" for s in run.plan)
+            wants_pair = run.maps is not None or any(s.guidance != "both" for s in run.plan)
             if wants_pair and not (
                 self._rows_are_samples
                 and _can_be_halved(arguments, encoder_hidden_states, sample.shape[0])
@@ -1083,7 +1222,7 @@ class Installation:
             intrablock = _cut(intrablock, batch)
         cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
         with _lora_scaled(self.unet, lora_scale):
-            out, captured = self._function("unet", half)(
+            out, captured = self._function(self.unet, half)(
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
@@ -1140,7 +1279,7 @@ class Installation:
 
 
 def _scaled(
-    net: ControlNetModel,
+    net: ControlNetModel | ControlNetUnionModel,
     value: Tensor,
     j: int,
     count: int,
@@ -1172,7 +1311,7 @@ def install(
     Args:
         unet: ``pipe.unet``.
         controlnet: ``pipe.controlnet``: a ControlNetModel, a list of them, a MultiControlNetModel,
-            or None for a pipeline without one.
+            the same of ControlNetUnionModel, or None for a pipeline without one.
         config: A :class:`~hgc.Config`, the name of a preset, or the path of a JSON file.
 
     Returns:

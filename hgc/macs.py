@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
@@ -236,8 +236,13 @@ def _run_models(
         text = torch.empty(shapes.batch, shapes.tokens, unet.config.cross_attention_dim)
         sample = torch.empty(shapes.batch, unet.config.in_channels, shapes.height, shapes.width)
         side = shapes.condition
+        # made once a run, as pipelines make it
         conds = [
-            torch.empty(shapes.batch, 3, shapes.height * side, shapes.width * side) for _ in nets
+            _condition_arguments(
+                net,
+                torch.empty(shapes.batch, 3, shapes.height * side, shapes.width * side),
+            )
+            for net in nets
         ]
         added = None
         if unet.config.addition_embed_type == "text_time":
@@ -272,8 +277,9 @@ def _run_models(
                         scale = 0.0 if off[i][j] else 1.0
                         outputs = net(
                             sample[:, : net.config.in_channels], schedule[i],
-                            encoder_hidden_states=text, controlnet_cond=cond,
-                            conditioning_scale=scale, added_cond_kwargs=added, return_dict=False,
+                            encoder_hidden_states=text, conditioning_scale=scale,
+                            added_cond_kwargs=added, return_dict=False,
+                            **cond,
                         )  # fmt: skip
                         if down is None:
                             down, mid = outputs
@@ -293,7 +299,15 @@ def _run_models(
     return counted
 
 
-def _condition_factor(nets: Sequence[ControlNetModel]) -> int:
+def _condition_arguments(net: Any, cond: torch.Tensor) -> dict[str, Any]:
+    """The condition as ``net`` takes it: one kind of control for a ControlNet-Union."""
+    if not isinstance(net, ControlNetUnionModel):
+        return {"controlnet_cond": cond}
+    kinds = torch.empty(cond.shape[0], net.config.num_control_type)
+    return {"controlnet_cond": [cond], "control_type": kinds, "control_type_idx": [0]}
+
+
+def _condition_factor(nets: Sequence[ControlNetModel | ControlNetUnionModel]) -> int:
     if not nets:
         return 8
     return 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1)

@@ -1,23 +1,33 @@
 """The pure functions the executor calls: tensors in, tensors out, no state.
 
 :func:`run_unet` is one evaluation of a UNet at any depth, :func:`run_controlnet` one of a
-ControlNet before its scale. Whole blocks are called as diffusers has them; only the partially run
-blocks are stepped through by layer. Both equal diffusers' own forwards bit for bit.
+ControlNet before its scale, :func:`run_controlnet_union` one of a ControlNet-Union. Whole blocks
+are called as diffusers has them; only the partially run blocks are stepped through by layer. All
+equal diffusers' own forwards bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 
 import hgc_kernels
 from hgc.structure import UNetStructure
 
-__all__ = ["Residuals", "embed_condition", "run_controlnet", "run_unet", "scale_residuals"]
+__all__ = [
+    "Residuals",
+    "control_function",
+    "embed_condition",
+    "run_controlnet",
+    "run_controlnet_union",
+    "run_unet",
+    "scale_residuals",
+]
 
 Tensor = torch.Tensor
 
@@ -300,10 +310,10 @@ def _decode(
     return hidden
 
 
-def embed_condition(net: ControlNetModel, controlnet_cond: Tensor) -> Tensor:
+def embed_condition(net: ControlNetModel | ControlNetUnionModel, controlnet_cond: Tensor) -> Tensor:
     """The condition image's embedding, [B, C, H, W]: the same at every evaluation of a run."""
     order = net.config.controlnet_conditioning_channel_order
-    if order == "bgr":
+    if order == "bgr" and not isinstance(net, ControlNetUnionModel):
         controlnet_cond = torch.flip(controlnet_cond, dims=[1])
     elif order != "rgb":
         raise ValueError(f"unknown `controlnet_conditioning_channel_order`: {order}")
@@ -332,8 +342,87 @@ def run_controlnet(
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
     """
-    if attention_mask is not None:
-        attention_mask = _bias(attention_mask, sample.dtype)
+    emb, added = _control_embedding(
+        net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
+    )
+    emb = emb if added is None else emb + added
+    sample = net.conv_in(sample) + hint
+    return _control_encoder(
+        net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs
+    )
+
+
+def control_function(net: Any) -> Callable[..., list[Tensor]]:
+    """:func:`run_controlnet`, or :func:`run_controlnet_union` where ``net`` is one of those."""
+    return run_controlnet_union if isinstance(net, ControlNetUnionModel) else run_controlnet
+
+
+def run_controlnet_union(
+    net: ControlNetUnionModel,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Any,
+    hints: list[Tensor],
+    wrap_text: Any = None,
+    *,
+    control_type: Tensor,
+    control_type_idx: list[int],
+    weights: list[float] | None,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """One evaluation of a ControlNet-Union, before the scale of its residuals.
+
+    Args:
+        hints: :func:`embed_condition`'s result for each condition, [B, C, H, W].
+        control_type: 1 where a kind of control is given, [B, kinds].
+        control_type_idx: The kind of each condition.
+        weights: The scale of each condition where there are several, which are weighed before the
+            encoder; None where the one scale is that of the residuals.
+
+    Returns:
+        As :func:`run_controlnet`.
+    """
+    emb, added = _control_embedding(
+        net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
+    )
+    kinds = net.control_type_proj(control_type.flatten()).reshape((sample.shape[0], -1))
+    emb = emb + net.control_add_embedding(kinds.to(emb.dtype))
+    emb = emb if added is None else emb + added
+
+    sample = net.conv_in(sample)
+    scales: Sequence[float | None] = [None] * len(hints) if weights is None else weights
+    inputs, conditions = [], []
+    for hint, kind, scale in zip(hints, control_type_idx, scales, strict=False):
+        feature = torch.mean(hint, dim=(2, 3)) + net.task_embedding[kind]
+        feature = feature.unsqueeze(1)
+        inputs.append(feature if scale is None else feature * scale)
+        conditions.append(hint if scale is None else hint * scale)
+    x = torch.cat([*inputs, torch.mean(sample, dim=(2, 3)).unsqueeze(1)], dim=1)
+    for layer in net.transformer_layes:
+        x = layer(x)
+    fused = sample * 0.0
+    for i, (condition, scale) in enumerate(zip(conditions, scales, strict=False)):
+        alpha = net.spatial_ch_projs(x[:, i]).unsqueeze(-1).unsqueeze(-1)
+        fused = fused + (condition + (alpha if scale is None else alpha * scale))
+    return _control_encoder(
+        net, sample + fused, emb, text, wrap_text, attention_mask, cross_attention_kwargs
+    )
+
+
+def _control_embedding(
+    net: Any,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Any,
+    class_labels: Tensor | None,
+    timestep_cond: Tensor | None,
+    added_cond_kwargs: dict[str, Any] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The embedding of time and class, and what is to be added to it."""
     if not torch.is_tensor(timestep):
         dtype = torch.float64 if isinstance(timestep, float) else torch.int64
         timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
@@ -348,19 +437,30 @@ def run_controlnet(
             class_labels = net.time_proj(class_labels)
         emb = emb + net.class_embedding(class_labels).to(dtype=net.dtype)
     if net.config.addition_embed_type == "text":
-        emb = emb + net.add_embedding(text)
-    elif net.config.addition_embed_type == "text_time":
+        return emb, net.add_embedding(text)
+    if net.config.addition_embed_type == "text_time":
+        assert added_cond_kwargs is not None
         pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
         time_embeds = net.add_time_proj(ids.flatten()).reshape((pooled.shape[0], -1))
-        emb = emb + net.add_embedding(torch.concat([pooled, time_embeds], dim=-1).to(emb.dtype))
-    if wrap_text is not None:
-        text = wrap_text(text)
+        return emb, net.add_embedding(torch.concat([pooled, time_embeds], dim=-1).to(emb.dtype))
+    return emb, None
+
+
+def _control_encoder(
+    net: Any,
+    sample: Tensor,
+    emb: Tensor,
+    text: Any,
+    wrap_text: Any,
+    attention_mask: Tensor | None,
+    cross_attention_kwargs: dict[str, Any] | None,
+) -> list[Tensor]:
+    """The encoder of a ControlNet and its zero convolutions."""
     attention = {
-        "encoder_hidden_states": text,
-        "attention_mask": attention_mask,
+        "encoder_hidden_states": text if wrap_text is None else wrap_text(text),
+        "attention_mask": _bias(attention_mask, sample.dtype),
         "cross_attention_kwargs": cross_attention_kwargs,
     }
-    sample = net.conv_in(sample) + hint
     outputs = [sample]
     for block in net.down_blocks:
         if _has_attention(block):
@@ -381,7 +481,10 @@ def run_controlnet(
 
 
 def scale_residuals(
-    net: ControlNetModel, residuals: list[Tensor], scale: float | Tensor, guess_mode: bool
+    net: ControlNetModel | ControlNetUnionModel,
+    residuals: list[Tensor],
+    scale: float | Tensor,
+    guess_mode: bool,
 ) -> list[Tensor]:
     """Residuals as a ControlNet returns them: scaled, and pooled where its config says so."""
     pooled = net.config.global_pool_conditions

@@ -13,12 +13,14 @@ import dataclasses
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import torch
 
 from hgc.cache import Cache
 from hgc.config import Config, StepPlan
+from hgc.maps import MapSums
 from hgc.planning import plan, reads
 
 __all__ = ["ControlSlot", "Evaluation", "Position", "Run", "Runs", "position_of", "same_tensor"]
@@ -53,21 +55,24 @@ def same_tensor(x: Any, y: Any) -> bool:
 class Held:
     """A value as it was when it was taken: compares unequal once it was written to."""
 
-    __slots__ = ("value", "version")
+    __slots__ = ("parts", "value", "version")
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self.version = _version(value) if isinstance(value, Tensor) else 0
+        # of a list each element is held, not the list: it may be filled with others later
+        several = isinstance(value, (list, tuple)) and not isinstance(value, torch.Size)
+        self.parts = [Held(v) for v in value] if several else None
 
     def is_(self, other: Any) -> bool:
         """Whether ``other`` is the value, and nobody has written to it since."""
         if isinstance(self.value, Tensor):
             return same_tensor(self.value, other) and _version(other) == self.version
-        if isinstance(self.value, (list, tuple)):
+        if self.parts is not None:
             return (
                 type(other) is type(self.value)
-                and len(other) == len(self.value)
-                and all(Held(a).is_(b) for a, b in zip(self.value, other, strict=True))
+                and len(other) == len(self.parts)
+                and all(a.is_(b) for a, b in zip(self.parts, other, strict=True))
             )
         if self.value is other:
             return True
@@ -122,12 +127,14 @@ def same_signature(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
 class Position:
     """Where an evaluation stands in its run, read off the timestep tensor without a sync."""
 
-    timestep: Tensor
+    timestep: Tensor | None  # None: of a run that was freed
     index: int
     total: int
 
     def same_schedule(self, other: Position) -> bool:
         """Whether both timesteps are views of one tensor."""
+        if self.timestep is None or other.timestep is None:
+            return False
         return _storage(self.timestep) == _storage(other.timestep)
 
 
@@ -255,6 +262,9 @@ class Run:
         self.position = position
         self.first = position.index
         self.cache = Cache(config.max_cache_bytes)
+        self.maps = MapSums(self.cache.reserve) if config.fresh_values else None
+        self.mean_maps: Tensor | None = None  # of the finished run
+        self.was_pair = False  # before a change, which starts the check of the pair again
         self._assume = assume
         self.pair = PairCheck(assume)
         self.slots: list[ControlSlot] = []
@@ -360,6 +370,7 @@ class Run:
     def change(self, why: str, *, keep_maps: bool = False) -> None:
         """Something that features depend on has changed: drop them and compute in full."""
         assert self.now is not None
+        self.was_pair = self.was_pair or (self.maps is not None and self.pair.confirmed())
         self.pair = PairCheck(self._assume)
         self.cache.drop(n for n in self.cache.names() if not (keep_maps and "map/" in n))
         self.cache.drop_kept("unet/")
@@ -405,8 +416,19 @@ class Run:
             self.finished = True
             self.free()
 
+    def attention_maps(self) -> Tensor | None:
+        """Mean cross-attention maps so far, [images, tokens, h, w], where they are kept."""
+        if self.maps is None:
+            return self.mean_maps
+        return self.maps.mean(self.latent_size, self.was_pair or self.pair.confirmed())
+
     def free(self) -> None:
-        """Give back every tensor, the pipeline's own too."""
+        """Give back every tensor, the pipeline's own too. What is left of a finished run are its
+        mean maps, where it kept maps."""
+        if self.finished:
+            self.mean_maps = self.attention_maps()
+        self.maps = None
+        self.position = dataclasses.replace(self.position, timestep=None)
         self.cache.clear()
         self.unet_signature = None
         self.text = Held(None)
@@ -443,7 +465,17 @@ class Runs(threading.local):
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self.last: Run | None = None
         self.forced = 0
+        self._single: tuple[Any, ...] = ()
         self.clock = time.perf_counter
+
+    def is_one_step(self, timestep: Any, text: Any) -> bool:
+        """Whether a timestep that is alone in its tensor may be that of a run of one evaluation:
+        its text was not seen at another such timestep."""
+        if not isinstance(timestep, Tensor) or not isinstance(text, Tensor):
+            return False
+        seen = [reference() for reference in self._single]
+        self._single = (weakref.ref(text), weakref.ref(timestep))
+        return not seen or seen[0] is not text or seen[1] is timestep
 
     def add(self, run: Run) -> Run:
         """Take in a new run."""

@@ -9,8 +9,9 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from diffusers.models.unets import unet_2d_blocks as blocks
 
 __all__ = ["UNetStructure", "check_unet", "controlnets", "known_sources"]
@@ -24,16 +25,13 @@ _MID = (blocks.UNetMidBlock2DCrossAttn, blocks.UNetMidBlock2D, type(None))
 _STEPPED_THROUGH = (
     UNet2DConditionModel,
     ControlNetModel,
+    ControlNetUnionModel,
     blocks.CrossAttnDownBlock2D,
     blocks.DownBlock2D,
     blocks.CrossAttnUpBlock2D,
     blocks.UpBlock2D,
 )
-_KNOWN_cf6f840691e54b9f: frozenset[str] = frozenset(
-    {
-        "cf6f840691e54b9f",  # diffusers 0.42.1
-    }
-)
+_KNOWN_SOURCES = frozenset({"e9a305c817facb88"})  # diffusers 0.42.1
 
 
 def source_fingerprint() -> str:
@@ -47,7 +45,7 @@ def source_fingerprint() -> str:
 def known_sources() -> bool:
     """Whether the installed diffusers is one whose forwards hgc was tested to reproduce."""
     try:
-        return source_fingerprint() in _KNOWN_cf6f840691e54b9f
+        return source_fingerprint() in _KNOWN_SOURCES
     except OSError:  # no source files: a frozen application
         return False
 
@@ -86,7 +84,7 @@ def _refuse_replaced(name: str, module: Any, base: type) -> None:
     if hasattr(module, "_diffusers_hook"):
         raise TypeError(
             f"{name} ({type(module).__name__}) has diffusers hooks on it (group offload, a cache), "
-            "which hgc would not run: remove them first"
+            "which hgc would not run: remove them, install hgc first, then enable them"
         )
     slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own = module.__dict__.get(slot)
@@ -135,30 +133,31 @@ def check_unet(unet: Any) -> None:
         raise TypeError("unet has addition_embed_type='image_hint', which hgc does not support")
 
 
-def controlnets(controlnet: Any) -> tuple[ControlNetModel, ...]:
-    """The single ControlNets in ``controlnet``: None, a model, a list, or a MultiControlNetModel.
+def controlnets(controlnet: Any) -> tuple[ControlNetModel | ControlNetUnionModel, ...]:
+    """The single ControlNets in ``controlnet``: None, a model, a list, or a model of several.
 
-    Raises TypeError naming the class of what is not a ControlNetModel.
+    Raises TypeError naming the class of what is neither a ControlNetModel nor a
+    ControlNetUnionModel.
     """
     if controlnet is None:
         return ()
     _refuse_compiled("controlnet", controlnet)
-    if isinstance(controlnet, MultiControlNetModel):
+    if isinstance(controlnet, (MultiControlNetModel, MultiControlNetUnionModel)):
         nets: Iterable[Any] = controlnet.nets
     elif isinstance(controlnet, (list, tuple)):
         nets = controlnet
     else:
         nets = [controlnet]
-    unique: list[ControlNetModel] = []
+    unique: list[ControlNetModel | ControlNetUnionModel] = []
     for net in nets:
         _refuse_compiled("controlnet", net)
-        if type(net) is ControlNetModel:
-            _refuse_replaced("controlnet", net, ControlNetModel)
-        else:
+        if type(net) not in (ControlNetModel, ControlNetUnionModel):
             raise TypeError(
-                "controlnet must be a diffusers ControlNetModel, a list of them, or a "
-                f"MultiControlNetModel; got {type(net).__name__}"
+                "controlnet must be a diffusers ControlNetModel, a list of them, a "
+                "MultiControlNetModel, or the same of ControlNetUnionModel; "
+                f"got {type(net).__name__}"
             )
+        _refuse_replaced("controlnet", net, type(net))
         if all(net is not seen for seen in unique):
             unique.append(net)
     return tuple(unique)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    ControlNetUnionModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
     UNet2DConditionModel,
@@ -85,6 +88,98 @@ def sdxl_controlnet(seed: int = 1, **changes) -> ControlNetModel:
     return sd15_controlnet(seed, **{**_SDXL, **changes})
 
 
+# -- two levels only: as small as a UNet can be and still have blocks that are run in part -------
+
+_SMALL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": TEXT,
+    "attention_head_dim": 2,
+}
+_SMALL_XL = {
+    **_SMALL,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 8,
+}
+
+
+def _loud(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Random weights hardly listen to the text and say little; make them as loud as trained ones,
+    so that an image shows what was asked for."""
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if name.endswith(".attn2"):
+                module.to_q.weight.mul_(2)
+                module.to_out[0].weight.mul_(2)
+        unet.conv_out.weight.mul_(4)
+    return unet
+
+
+def small_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    """SD1.5's blocks on two levels: 4 skips."""
+    config = {
+        **_SMALL,
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        **changes,
+    }
+    return _seeded(seed, lambda: _loud(UNet2DConditionModel(**config)))
+
+
+def small_controlnet(seed: int = 1, **changes) -> ControlNetModel:
+    """The ControlNet of :func:`small_unet`."""
+    types = ("CrossAttnDownBlock2D", "DownBlock2D")
+    return sd15_controlnet(seed, **{**_SMALL, "down_block_types": types, **changes})
+
+
+def small_xl_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    """SDXL's blocks on two levels: 4 skips."""
+    config = {
+        **_SMALL_XL,
+        "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        **changes,
+    }
+    return _seeded(seed, lambda: _loud(UNet2DConditionModel(**config)))
+
+
+def small_xl_controlnet(seed: int = 1, **changes) -> ControlNetModel:
+    """The ControlNet of :func:`small_xl_unet`."""
+    types = ("DownBlock2D", "CrossAttnDownBlock2D")
+    return sd15_controlnet(seed, **{**_SMALL_XL, "down_block_types": types, **changes})
+
+
+def small_xl_union(seed: int = 1, **changes) -> ControlNetUnionModel:
+    """The ControlNet-Union of :func:`small_xl_unet`, with three kinds of control."""
+    config = {
+        **_SMALL_XL,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "conditioning_embedding_out_channels": (4, 4),
+        "num_control_type": 3,
+        "num_trans_channel": 8,
+        "num_trans_head": 2,
+        "num_proj_channel": 8,
+        **changes,
+    }
+    config["projection_class_embeddings_input_dim"] = 6 * 4 + 8
+
+    def make() -> ControlNetUnionModel:
+        net = ControlNetUnionModel(**config)
+        for module in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(module.weight, std=0.3)
+        for module in (net.controlnet_cond_embedding.conv_out, net.spatial_ch_projs):
+            torch.nn.init.normal_(module.weight, std=0.3)
+        return net
+
+    return _seeded(seed, make)
+
+
 def vae(seed: int = 2) -> AutoencoderKL:
     return _seeded(
         seed,
@@ -112,6 +207,8 @@ def text_encoder(seed: int = 3):
 
 
 def scheduler(cls=UniPCMultistepScheduler, **changes):
+    if "clip_sample" in inspect.signature(cls.__init__).parameters:
+        changes.setdefault("clip_sample", False)  # as SD's own configurations
     return cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
 
 
@@ -180,3 +277,53 @@ def draw(pipe, seed: int = 0, steps: int = 6, size: int = 32, **changes) -> torc
         arguments.setdefault("pooled_prompt_embeds", pooled[0])
         arguments.setdefault("negative_pooled_prompt_embeds", pooled[1])
     return pipe(**arguments).images
+
+
+def pipeline(cls, unet, controlnet=None, scheduler_class=UniPCMultistepScheduler, **components):
+    """A pipeline of any class on ``unet``: a small VAE, texts as embeddings, no other model."""
+    parameters = inspect.signature(cls.__init__).parameters
+    given = {"vae": vae(), "unet": unet, "controlnet": controlnet, **components}
+    given.setdefault("scheduler", scheduler(scheduler_class))
+    for name, value in {"requires_safety_checker": False, "add_watermarker": False}.items():
+        given.setdefault(name, value)
+    arguments = {
+        name: given.get(name)
+        for name, parameter in parameters.items()
+        if name in given or (name != "self" and parameter.default is inspect.Parameter.empty)
+    }
+    pipe = cls(**arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def request(pipe, seed: int = 0, steps: int = 8, size: int = 32, **changes):
+    """The arguments of one call of ``pipe``, whatever its class, to latents."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    is_xl = "pooled_prompt_embeds" in names
+    start, control = picture(seed + 50, size), picture(seed, size)
+    pooled = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(seed + 9))
+    known = {
+        "prompt_embeds": text(seed),
+        "negative_prompt_embeds": text(seed + 500),
+        "num_inference_steps": steps,
+        "guidance_scale": 3.0,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "height": size,
+        "width": size,
+        "strength": 0.8,
+        "control_mode": [1],
+    }
+    if is_xl:
+        known |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
+    union = "control_mode" in names
+    if "control_image" in names:
+        known["control_image"] = [control] if union else control
+        known["image"] = start
+    else:
+        conditioned = "controlnet" in pipe.components or "adapter" in pipe.components
+        known["image"] = control if conditioned else start
+    if "mask_image" in names:
+        known["mask_image"] = (picture(seed + 90, size)[:, :1] > 0.5).float()
+    arguments = {name: value for name, value in known.items() if name in names}
+    return {**arguments, **changes}
