@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -748,7 +749,7 @@ def bench(
         if cuda:
             for i, variant in enumerate(variants):
                 with runner.state(variant):
-                    launches[i] = _launches(lambda n=variant.steps: call(n), variant.steps)
+                    launches[i] = _launches(functools.partial(call, variant.steps), variant.steps)
     finally:
         clock.remove()
     say("done")

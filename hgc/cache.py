@@ -77,7 +77,7 @@ class Cache:
     def has(self, name: str, *, half: bool) -> bool:
         """Whether ``name`` can be read for the conditional half, or else for the whole batch."""
         values = self._entries.get(name)
-        return bool(values) and (half or not values[0].half)
+        return bool(values and (half or not values[0].half))
 
     def read(
         self, name: str, coefficients: Sequence[float] = (1.0,), *, half: bool = False

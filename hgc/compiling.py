@@ -282,9 +282,9 @@ class CompiledNetworks:
         out, captured, taken, left = function(
             sample, timestep, text, given, hidden, skips, down, mid, extra, arguments
         )
-        if extra is not None:
+        if extra is not None and intrablock_residuals is not None:
             # diffusers takes them out of the caller's list
-            del intrablock_residuals[: len(extra) - left]  # type: ignore[index]
+            del intrablock_residuals[: len(extra) - left]
         if spec is not None:
             _write(spec, taken)
         return out.clone(), captured

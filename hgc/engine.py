@@ -198,9 +198,9 @@ def _lora_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
 
 
-def _lora_state(model: torch.nn.Module, layers: list[torch.nn.Module]) -> tuple[Any, ...]:
+def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
     """What LoRA adds to ``model`` now: adapters, which are active, their scales."""
-    config = getattr(model, "peft_config", None)
+    config: Any = getattr(model, "peft_config", None)
     if config is None:
         return ()
     return (
@@ -500,7 +500,7 @@ class Installation:
         self._adopt_processors()
 
     def _function(self, module: Any, half: bool) -> Callable[..., Any]:
-        """What computes an evaluation of ``module``: the pure function, or its compiled stand-in."""
+        """What computes an evaluation of ``module``: the pure function or its compiled stand-in."""
         if self._compiled is not None:
             name = "run_unet" if module is self.unet else "run_controlnet"
             return functools.partial(getattr(self._compiled, name), half)
@@ -513,7 +513,7 @@ class Installation:
             return self._union_call
         return self._control_call
 
-    def _networks(self) -> list[torch.nn.Module]:
+    def _networks(self) -> list[Any]:
         return [self.unet, *self.controlnets]
 
     def _adopt_processors(self) -> None:
@@ -866,7 +866,7 @@ class Installation:
     def _residual_shapes(self, net: ControlNetModel, sample: Tensor) -> list[tuple[int, ...]]:
         """Shapes of the residuals of ``net``, the middle block's last."""
         batch, _, height, width = sample.shape
-        shapes = [(batch, net.config.block_out_channels[0], height, width)]
+        shapes: list[tuple[int, ...]] = [(batch, net.config.block_out_channels[0], height, width)]
         for block, channels in zip(net.down_blocks, net.config.block_out_channels, strict=True):
             shapes += [(batch, channels, height, width)] * len(block.resnets)
             if block.downsamplers is not None:

@@ -131,7 +131,7 @@ def macs_of(counter: FlopCounterMode) -> Macs:
 
 
 # A model's class and its config as JSON: all that its MACs depend on.
-_Described = tuple[type, str]
+_Described = tuple[Any, str]
 
 
 def _describe(model: Any) -> _Described:
@@ -140,7 +140,8 @@ def _describe(model: Any) -> _Described:
 
 
 @functools.lru_cache(maxsize=16)
-def _meta(described: _Described) -> Any:
+def _meta(described: _Described, copy: int = 0) -> Any:
+    """The model on the meta device; models of equal shape in one run are different copies."""
     kind, config = described
     with torch.device("meta"):
         return kind.from_config(json.loads(config)).eval()
@@ -221,7 +222,8 @@ def _run(
 ) -> tuple[Macs, ...]:
     """Run meta models through ``steps``, or once without hgc where there are none."""
     with _lock:
-        return tuple(_run_models(_meta(unet), [_meta(n) for n in nets], steps, shapes, pair, off))
+        models = [_meta(net, nets[:i].count(net)) for i, net in enumerate(nets)]
+        return tuple(_run_models(_meta(unet), models, steps, shapes, pair, off))
 
 
 def _run_models(

@@ -50,10 +50,11 @@ def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     """``x`` plus the sum of ``terms``, rounded as diffusers rounds: terms, their sum, then x."""
     if not terms:
         return x
-    total = None
+    total: Tensor | None = None
     for value, scale in terms:
         term = value if scale == 1.0 else value * scale
         total = term if total is None else total + term
+    assert total is not None
     return x + total
 
 

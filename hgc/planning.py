@@ -164,7 +164,12 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
             raise ConfigError(f"evaluation {i}: attention='reuse' reads an output nothing wrote")
         if step.guidance == "reuse" and not difference:
             raise ConfigError(f"evaluation {i}: guidance='reuse' reads a difference nothing wrote")
-        if not step.is_key and step.depth > 0 and step.guidance == "both" and not both_rows:
+        if (
+            isinstance(step.depth, int)
+            and step.depth > 0
+            and step.guidance == "both"
+            and not both_rows
+        ):
             raise ConfigError(
                 f"evaluation {i}: guidance='both' reads features of which the last key step "
                 "computed the conditional half only"

@@ -55,7 +55,7 @@ class Promise(torch.Tensor):
         """The fresh value, computed now."""
         return self._fresh()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Promise(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
@@ -74,7 +74,7 @@ class Promise(torch.Tensor):
         return func(*fresh(args), **fresh(kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(*fresh(args), **fresh(kwargs or {}))

@@ -145,7 +145,7 @@ def position_of(timestep: Any) -> Position | None:
     total = timestep.untyped_storage().nbytes() // timestep.element_size()
     if total < 2:
         return None
-    return Position(timestep, timestep.storage_offset(), total)
+    return Position(timestep, int(timestep.storage_offset()), total)
 
 
 class PairCheck:

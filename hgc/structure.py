@@ -74,7 +74,7 @@ def _refuse_compiled(name: str, module: Any) -> None:
         )
 
 
-def _refuse_replaced(name: str, module: Any, base: type) -> None:
+def _refuse_replaced(name: str, module: Any, base: Any) -> None:
     """hgc runs the layers of a model itself: a forward that is not diffusers' own would be lost."""
     if type(module).forward is not base.forward:
         raise TypeError(

@@ -137,8 +137,8 @@ def _texture(material: str, rng: np.random.Generator) -> np.ndarray:
         out = _mix((0.56, 0.20, 0.13), (0.78, 0.36, 0.22), tone)
         out[mortar] = (0.84, 0.76, 0.68)
     elif material == "wood":
-        width = rng.uniform(6, 8)
-        grain = 0.5 + 0.5 * np.sin(x * 2 * np.pi / width + 2 * _smooth_noise(rng, 3, 16))
+        plank = rng.uniform(6, 8)
+        grain = 0.5 + 0.5 * np.sin(x * 2 * np.pi / plank + 2 * _smooth_noise(rng, 3, 16))
         out = _mix((0.36, 0.18, 0.07), (0.74, 0.46, 0.22), grain)
     elif material == "foliage":
         blobs = np.clip(_smooth_noise(rng, 11, 11) * 2.6 - 0.8, 0, 1)
