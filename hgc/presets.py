@@ -17,7 +17,7 @@ PRESETS: dict[str, Config] = {
             key_steps=(0, 2, 5, 8, 11, 15, 19),
             guidance="reuse",
             forecast=0.95,
-            guidance_forecast=0.5,
+            guidance_forecast=0.35,
         ),
         # 5.23T; at or under 5.6T.
         Config(
@@ -25,14 +25,14 @@ PRESETS: dict[str, Config] = {
             key_steps=(0, 3, 7, 11, 16, 19),
             conditional_key_steps=(19,),
             guidance="reuse",
-            forecast=0.8,
-            guidance_forecast=0.65,
+            forecast=1.0,
+            guidance_forecast=0.35,
         ),
-        # 4.60T; at or under 4.6T. Fewer steps and a cache multiply below 5T.
+        # 4.58T; at or under 4.6T. Fewer steps and a cache multiply below 5T.
         Config(
             name="fast",
-            num_evaluations=10,
-            key_steps=(0, 2, 4, 7, 9),
+            num_evaluations=9,
+            key_steps=(0, 2, 4, 6, 8),
             guidance="reuse",
             forecast=0.65,
             guidance_forecast=0.5,

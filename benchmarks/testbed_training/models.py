@@ -136,7 +136,7 @@ def make_text_encoder(sizes: Sizes, tokenizer: Any) -> Any:
 
 
 def make_scheduler() -> Any:
-    """UniPC on SD1.5's noise schedule and spacing; the model predicts the velocity, as SD2.1's does.
+    """UniPC on SD1.5's noise schedule and spacing; the model predicts the velocity, as SD2.1 does.
 
     The spacing is the one a pipeline of SD1.5 has after
     `UniPCMultistepScheduler.from_config(pipe.scheduler.config)`: its PNDM's "leading".
