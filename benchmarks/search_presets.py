@@ -5,7 +5,7 @@
 Scenes are held out from training, and from the tables: they start at 10000. The budget is in T MACs
 of SD1.5 + ControlNet at 512, in the paper's convention. Number of steps, key steps, depth and
 damping are varied, one at a time, from the best so far; the score is the mean relative L2 distance
-of the latents to those of 20 uncached steps, plus a tenth of the worst scene's.
+of the pictures to those of 20 uncached steps, plus a tenth of the worst scene's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Budget:
 
 
 class Scorer:
-    """Distances of a rule's latents to the uncached ones."""
+    """Distances of a rule's pictures to the uncached ones."""
 
     def __init__(self, conditions: list[str], scenes: int) -> None:
         self.sets = []
@@ -67,7 +67,7 @@ class Scorer:
             num_inference_steps=steps,
             guidance_scale=testbed.GUIDANCE_SCALE,
             generator=[torch.Generator().manual_seed(s.seed) for s in scenes],
-            output_type="latent",
+            output_type="pt",
         ).images
 
     def distances(self, rule: Config | None, steps: int) -> torch.Tensor:
