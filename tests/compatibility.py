@@ -1155,8 +1155,9 @@ def evaluations(pipe: Any, seed: int, steps: int = STEPS) -> Any:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
     prompts = torch.cat([models.text(seed + 500), models.text(seed)])
     condition = models.picture(seed).repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        for t in schedule.timesteps:
+    for t in schedule.timesteps:
+        # around each step alone: a suspended generator would leave gradients off for its caller
+        with torch.no_grad():
             both = schedule.scale_model_input(torch.cat([latents] * 2), t)
             down, mid = pipe.controlnet(
                 both,
@@ -1175,7 +1176,7 @@ def evaluations(pipe: Any, seed: int, steps: int = STEPS) -> Any:
             )[0]
             first, second = noise.chunk(2)
             latents = schedule.step(first + 5 * (second - first), t, latents).prev_sample
-            yield latents
+        yield latents
 
 
 def abandoned(pipe: Any, seed: int) -> torch.Tensor:

@@ -37,3 +37,13 @@ def sd15():
 def sdxl():
     """A pipeline of SDXL's topology. Tests leave it as they found it."""
     return models.sdxl_pipeline()
+
+
+@pytest.fixture(autouse=True)
+def grad_mode_is_left_alone():
+    """No test, and nothing it calls, may leave gradients off for those that follow."""
+    before = torch.is_grad_enabled()
+    yield
+    after = torch.is_grad_enabled()
+    torch.set_grad_enabled(before)
+    assert after == before
