@@ -290,6 +290,7 @@ def test_training_resumes_from_its_checkpoints(tmp_path):
         rebuilt=32,
         sizes=models.TINY,
         vae_steps=2,
+        decoder_steps=2,
         judge_steps=2,
         steps=2,
         batch=16,
