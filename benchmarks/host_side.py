@@ -18,7 +18,6 @@ import cProfile
 import platform
 import pstats
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ import hgc
 from hgc import testbed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from measured import table, write_section
+from measured import commit, table, write_section
 
 GOALS = {"full": 0.03, "shallow": 0.10}
 CONFIGS = ("paper", "balanced", "exact")
@@ -156,13 +155,10 @@ def main():
     if profiler is not None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(r"hgc/", 25)
     if options.write:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         note = (
             f"The testbed at {size} x {size}, one image under guidance, fp32, "
             f"{platform.machine()}, "
-            f"one thread, its CPU time, torch {torch.__version__}, commit {commit}, "
+            f"one thread, its CPU time, torch {torch.__version__}, commit {commit()}, "
             f"{options.repeats} runs of {options.steps} steps. Own time: an evaluation's, less "
             "that of the modules called in it. The first evaluation of a run also tells the run, "
             "wraps the processors and makes the plan."

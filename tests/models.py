@@ -251,6 +251,20 @@ def text(seed: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, TOKENS, TEXT, generator=torch.Generator().manual_seed(seed))
 
 
+def change_text(at: int) -> dict:
+    """Arguments of a call that change the prompt at evaluation ``at``."""
+
+    def callback(pipe, i, t, kwargs):
+        if i == at - 1:
+            return {"prompt_embeds": torch.cat([text(500), text(77)])}
+        return {}
+
+    return {
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+
+
 def picture(seed: int, size: int = 32, width: int | None = None) -> torch.Tensor:
     """A condition image [1, 3, size, width] in [0, 1]."""
     return torch.rand(

@@ -272,21 +272,9 @@ def test_other_points_of_the_plan_space(name):
             assert torch.equal(made.draw(seed=1), eager[1])
         if name == "maps":
             # the cached map on the values of another text
-            eager_changed = made.eager(**change_text(3))
-            assert torch.equal(made.draw(**change_text(3)), eager_changed)
+            eager_changed = made.eager(**models.change_text(3))
+            assert torch.equal(made.draw(**models.change_text(3)), eager_changed)
             assert {kind.mode for kind in made.kinds} == {"compute", "map", "output"}
-
-
-def change_text(at):
-    def callback(pipe, i, t, kwargs):
-        if i == at - 1:
-            return {"prompt_embeds": torch.cat([models.text(500), models.text(77)])}
-        return {}
-
-    return {
-        "callback_on_step_end": callback,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-    }
 
 
 @pytest.mark.slow

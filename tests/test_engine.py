@@ -578,30 +578,18 @@ def test_timesteps_of_unknown_origin_are_computed_in_full(sd15):
 # -- text that changes -----------------------------------------------------------------------
 
 
-def change_text(at):
-    def callback(pipe, i, t, kwargs):
-        if i == at - 1:
-            return {"prompt_embeds": torch.cat([models.text(500), models.text(77)])}
-        return {}
-
-    return {
-        "callback_on_step_end": callback,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-    }
-
-
 def test_changed_text_is_obeyed(sd15):
     config = Config(num_evaluations=6, key_steps=(0, 5), depth=1, guidance="reuse")
     with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
         plain = models.draw(sd15)
-        changed = models.draw(sd15, **change_text(3))
+        changed = models.draw(sd15, **models.change_text(3))
         rows = installed.report().rows
     assert rows[3].depth == "full" and rows[3].why == "the text changed"
     assert rows[4].depth == 1
     assert not torch.equal(plain, changed)
     with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
-        exact = models.draw(sd15, **change_text(3))
-    assert torch.equal(exact, models.draw(sd15, **change_text(3)))
+        exact = models.draw(sd15, **models.change_text(3))
+    assert torch.equal(exact, models.draw(sd15, **models.change_text(3)))
 
 
 def test_changed_text_with_maps_applies_them_to_fresh_values(sd15, monkeypatch):
@@ -614,7 +602,7 @@ def test_changed_text_with_maps_applies_them_to_fresh_values(sd15, monkeypatch):
     )
     config = Config(num_evaluations=6, attention_gate=0.2, fresh_values=True, map_format="fp32")
     with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
-        kept = models.draw(sd15, **change_text(3))
+        kept = models.draw(sd15, **models.change_text(3))
         rows = installed.report().rows
     assert [row.attention for row in rows] == ["compute"] * 2 + ["reuse"] * 4
     # once in each cross-attention of both networks; outputs are reused from then on
@@ -623,8 +611,8 @@ def test_changed_text_with_maps_applies_them_to_fresh_values(sd15, monkeypatch):
         hgc.install(sd15.unet, sd15.controlnet, config=config.replace(fresh_values=False)),
         pytest.warns(HgcWarning, match="fresh_values=True"),
     ):
-        computed = models.draw(sd15, **change_text(3))
-    reference = models.draw(sd15, **change_text(3))
+        computed = models.draw(sd15, **models.change_text(3))
+    reference = models.draw(sd15, **models.change_text(3))
     unchanged = models.draw(sd15)
 
     def distance(a, b):

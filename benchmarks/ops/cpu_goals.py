@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from workloads import CROSS_ATTENTIONS, DECODER_INPUTS, eager_apply_map, eager_g
 import hgc_kernels as hk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from measured import table, write_section
+from measured import commit, table, write_section
 
 BATCH = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -125,18 +124,15 @@ def main():
     text = table(header, rows)
     print(text)
     if options.write:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
         head = (
             "## CPU goals of the ops\n\n"
             f"{platform.machine()}, vector set {hk.build_info()['vector_set']}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit "
-            f"{commit or 'unknown'}, batch {BATCH}, {options.rounds} interleaved rounds with "
+            f"{commit()}, batch {BATCH}, {options.rounds} interleaved rounds with "
             "caches cold. The byte ratio is `counts.eager_gather_blocks_bytes` over "
             "`counts.gather_blocks_bytes`; the share reached is the median speedup over it.\n\n"
         )
-        write_section("cpu-goals", "python benchmarks/ops/cpu_goals.py --write", head + text)
+        write_section("cpu-goals", f"python {' '.join(sys.argv)}", head + text)
     for name in failed:
         print(f"BELOW GOAL {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -12,7 +12,6 @@ stores nothing. Exits with 1 where one fails. The figures are goals for an H200.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +29,7 @@ from workloads import (
 import hgc_kernels as hk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from measured import table, write_section
+from measured import commit, table, write_section
 
 BATCH = 2
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -117,13 +116,10 @@ def main() -> int:
     text = table(["case", "against", "hgc us", "other us", "reached", "goal"], rows)
     print(text)
     if options.write:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
         head = (
             "## GPU goals of the ops\n\n"
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit "
-            f"{commit or 'unknown'}, batch {BATCH}; copy bandwidth "
+            f"{commit()}, batch {BATCH}; copy bandwidth "
             f"{copy_bandwidth() / 1e9:.0f} GB/s. Medians of 50 interleaved rounds with caches "
             "cold, by CUDA events. Reached: the other's time over hgc's; against the copy "
             "bandwidth and the byte ratio, the share of them.\n\n"

@@ -44,16 +44,7 @@ def train_judge(
     judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01)
     clock = loop.Clock(steps, minutes)
-    saved = loop.load_checkpoint(work / "judge.pt", device)
-    if saved is not None:
-        judge.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        clock.load(saved["clock"])
-
-    def save() -> None:
-        state = {"model": judge.state_dict(), "optimizer": optimizer.state_dict()}
-        loop.save_checkpoint(work / "judge.pt", {**state, "clock": clock.state()})
-
+    save = loop.resumed(work / "judge.pt", judge, optimizer, clock, device)
     half = batch // 2
     own = loop.batches(len(scenes), half, seed=30 + clock.step)
     after_vae = loop.batches(len(rebuilt), half, seed=31 + clock.step)

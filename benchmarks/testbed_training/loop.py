@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,27 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def resumed(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clock: Clock,
+    device: torch.device,
+) -> Callable[[], None]:
+    """Load the checkpoint of a stage where there is one; returns what writes the next."""
+    saved = load_checkpoint(path, device)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        clock.load(saved["clock"])
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(path, {**state, "clock": clock.state()})
+
+    return save
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:

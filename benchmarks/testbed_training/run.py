@@ -44,6 +44,11 @@ class Recipe:
     compiled: bool = False
 
 
+def _save_vae(model: Any, work: Path) -> None:
+    state = {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor}
+    loop.save_checkpoint(work / "vae_done.pt", state)
+
+
 def _trained_vae(recipe: Recipe, work: Path, device: torch.device) -> Any:
     saved = loop.load_checkpoint(work / "vae_done.pt", device)
     if saved is None:
@@ -110,10 +115,7 @@ def train(
             device=device,
             log=log,
         )
-        loop.save_checkpoint(
-            work / "vae_done.pt",
-            {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor},
-        )
+        _save_vae(model, work)
     if "decoder" in stages:
         model = _trained_vae(recipe, work, device)
         vae.train_decoder(
@@ -126,10 +128,7 @@ def train(
             device=device,
             log=log,
         )
-        loop.save_checkpoint(
-            work / "vae_done.pt",
-            {"model": model.state_dict(), "scaling_factor": model.config.scaling_factor},
-        )
+        _save_vae(model, work)
     if "judge" in stages:
         model = _trained_vae(recipe, work, device)
         rebuilt = _cached(

@@ -35,16 +35,7 @@ def train_vae(
     vae = models.make_vae(sizes).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     clock = loop.Clock(steps, minutes)
-    saved = loop.load_checkpoint(work / "vae.pt", device)
-    if saved is not None:
-        vae.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        clock.load(saved["clock"])
-
-    def save() -> None:
-        state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-        loop.save_checkpoint(work / "vae.pt", {**state, "clock": clock.state()})
-
+    save = loop.resumed(work / "vae.pt", vae, optimizer, clock, device)
     vae.train()
     for index in loop.batches(len(scenes), batch, seed=1 + clock.step):
         if clock.progress() >= 1:
@@ -113,16 +104,7 @@ def train_decoder(
     parameters = [p for module in decoder for p in module.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     clock = loop.Clock(steps, minutes)
-    saved = loop.load_checkpoint(work / "decoder.pt", device)
-    if saved is not None:
-        vae.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        clock.load(saved["clock"])
-
-    def save() -> None:
-        state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-        loop.save_checkpoint(work / "decoder.pt", {**state, "clock": clock.state()})
-
+    save = loop.resumed(work / "decoder.pt", vae, optimizer, clock, device)
     vae.decoder.train()
     for index in loop.batches(len(scenes), batch, seed=40 + clock.step):
         if clock.progress() >= 1:
