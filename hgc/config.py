@@ -76,6 +76,7 @@ class StepPlan:
         forecast: A cached feature is ``sum_i forecast[i] * value[i]`` over its last key values,
             newest first: ``(1.0,)`` is reuse, ``(1 + a, -a)`` extrapolates to first order.
         guidance_forecast: The same for the cached guidance difference.
+        control_forecast: The same for the ControlNets' residuals. ``None``: as ``forecast``.
     """
 
     control: str = "compute"
@@ -85,6 +86,7 @@ class StepPlan:
     guidance: str = "both"
     forecast: tuple[float, ...] = (1.0,)
     guidance_forecast: tuple[float, ...] = (1.0,)
+    control_forecast: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _choice("StepPlan", "control", self.control, _CONTROL)
@@ -93,8 +95,10 @@ class StepPlan:
         _choice("StepPlan", "guidance", self.guidance, _GUIDANCE)
         if self.depth != FULL:
             _integer("StepPlan", "depth", self.depth, 0)
-        for name in ("forecast", "guidance_forecast"):
+        for name in ("forecast", "guidance_forecast", "control_forecast"):
             value = getattr(self, name)
+            if value is None and name == "control_forecast":
+                continue
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
                 value = tuple(value)
@@ -102,6 +106,11 @@ class StepPlan:
                 raise ConfigError(f"StepPlan.{name} must be a non-empty tuple; got {value!r}")
             for coefficient in value:
                 _number("StepPlan", name, coefficient, -100.0, 100.0)
+
+    @property
+    def of_residuals(self) -> tuple[float, ...]:
+        """Coefficients of the ControlNets' residuals."""
+        return self.forecast if self.control_forecast is None else self.control_forecast
 
     @property
     def is_key(self) -> bool:
@@ -213,7 +222,8 @@ class Config:
         max_cache_bytes: Upper bound of the bytes a run may hold. Past it, evaluations are computed
             instead of reused, and a warning says so.
         steps: An explicit plan, one :class:`StepPlan` an evaluation, for exactly
-            ``num_evaluations``. ``key_steps`` and the fields after it are then not used.
+            ``num_evaluations``. A run of another length follows the rule, ``key_steps`` and the
+            fields after it, and warns; without ``key_steps`` it is computed in full.
         calibration: What :func:`hgc.calibrate` measured it on; a use on something else warns.
     """
 
@@ -301,6 +311,12 @@ class Config:
             return all(s == StepPlan() for s in self.steps)
         every = self.key_steps is None or len(self.key_steps) == self.num_evaluations
         return every and not self.conditional_key_steps and self.attention_gate >= 1.0
+
+    @property
+    def depths(self) -> set[int]:
+        """Depths of the evaluations that are not key ones."""
+        found = {s.depth for s in self.steps or () if isinstance(s.depth, int)}
+        return found if self.key_steps is None else found | {self.depth}
 
     @classmethod
     def preset(cls, name: str) -> Config:

@@ -193,14 +193,14 @@ class _Mark:
 
 
 def _lora_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    if getattr(model, "peft_config", None) is None:
+    if model.__dict__.get("peft_config") is None:
         return []
     return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
 
 
 def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
     """What LoRA adds to ``model`` now: adapters, which are active, their scales."""
-    config: Any = getattr(model, "peft_config", None)
+    config: Any = model.__dict__.get("peft_config")
     if config is None:
         return ()
     return (
@@ -219,11 +219,69 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
     )
 
 
-def _weight_of(attn: Any, name: str) -> Tensor:
-    """``attn.<name>.weight``, past the slow lookups of modules; it is asked for at every step."""
-    layer = attn._modules[name]
-    weight = layer._parameters.get("weight")
-    return layer.weight if weight is None else weight  # PEFT's layers have a property
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The weights that make keys and values in a model, as they were when they were last looked at.
+
+    They are looked at in every evaluation, and modules are slow to look things up in, so where the
+    weights are is kept too. ``to_k`` and ``to_v`` of a cross-attention are neighbours in all lists.
+
+    Attributes:
+        modules: ``_modules`` of the cross-attentions.
+        layers: Their ``to_k`` and ``to_v``.
+        holders: ``_parameters`` of these, or of the layer inside where PEFT wrapped it.
+        found: The weights found there.
+        versions: How often each was written to; they only rise.
+        generation: Goes up where other weights are found.
+        total: Sum of the versions.
+    """
+
+    modules: list[dict[str, Any]]
+    layers: list[Any]
+    holders: list[dict[str, Any]]
+    found: list[Any]
+    versions: list[int]
+    generation: int
+    total: int
+
+    def same(self, which: range | list[int]) -> bool:
+        """Whether the weights of the cross-attentions ``which`` are what they were."""
+        for i in which:
+            parts, k, v = self.modules[i], 2 * i, 2 * i + 1
+            if parts.get("to_k") is not self.layers[k] or parts.get("to_v") is not self.layers[v]:
+                return False
+            for at in (k, v):
+                weight = self.holders[at].get("weight")
+                if weight is not self.found[at] or _count(weight) != self.versions[at]:
+                    return False
+        return True
+
+    @classmethod
+    def of(cls, attentions: list[tuple[Any, str]], before: _Weights | None) -> _Weights:
+        """Look for them in ``attentions``."""
+        modules = [attn._modules for attn, _ in attentions]
+        layers = [parts.get(name) for parts in modules for name in ("to_k", "to_v")]
+        holders: list[dict[str, Any]] = []
+        for layer in layers:
+            while layer is not None and "base_layer" in layer._modules:
+                layer = layer._modules["base_layer"]
+            holders.append({} if layer is None else layer._parameters)
+        found = [holder.get("weight") for holder in holders]
+        generation = 0
+        if before is not None:
+            # offloaded layer by layer, a weight is another object at every evaluation
+            here = [w for w in found if w is not None and not w.is_meta]
+            there = [w for w in before.found if w is not None and not w.is_meta]
+            same = len(here) == len(there) and all(map(operator.is_, here, there))
+            generation = before.generation + (not same)
+        versions = [_count(w) for w in found]
+        return cls(modules, layers, holders, found, versions, generation, sum(versions))
+
+
+def _count(weight: Tensor | None) -> int:
+    if weight is None or weight.is_inference() or weight.is_meta:
+        return 0
+    return weight._version
 
 
 def _may_be_kept(source: Tensor) -> bool:
@@ -240,12 +298,18 @@ def _take_lora_scale(cross: dict[str, Any] | None) -> tuple[dict[str, Any] | Non
     return rest, rest.pop("scale", 1.0)
 
 
-@contextlib.contextmanager
-def _lora_scaled(model: torch.nn.Module, scale: float) -> Iterator[None]:
+def _lora_scaled(model: torch.nn.Module, scale: float) -> contextlib.AbstractContextManager[None]:
     """What diffusers' ``apply_lora_scale`` does around a forward."""
     if not USE_PEFT_BACKEND or scale == 1.0:
-        yield
-        return
+        return _NO_SCALE
+    return _scaled_lora(model, scale)
+
+
+_NO_SCALE = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _scaled_lora(model: torch.nn.Module, scale: float) -> Iterator[None]:
     scale_lora_layers(model, scale)
     try:
         yield
@@ -255,12 +319,14 @@ def _lora_scaled(model: torch.nn.Module, scale: float) -> Iterator[None]:
 
 def _cut(value: Any, batch: int) -> Any:
     """The conditional half of ``value``, where it has the rows of the batch."""
+    if value is None:
+        return None
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
         return conditional_half(value)
     if isinstance(value, (list, tuple)):
         return type(value)(_cut(v, batch) for v in value)
     if isinstance(value, dict):
-        return {k: _cut(v, batch) for k, v in value.items()}
+        return {k: None if v is None else _cut(v, batch) for k, v in value.items()}
     return value
 
 
@@ -326,24 +392,24 @@ class Installation:
         self._runs = Runs()
         self._forwards: list[_Forward] = []
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
+        # of each model, what must be in the cross-attentions
+        self._in_place: dict[int, list[Any]] = {}
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
         self._rewritten = 0  # how often a LoRA was fused or unfused
         self._scaled_processors: list[Any] = []
-        self._weights: dict[int, tuple[list[Tensor], list[Tensor], int]] = {}
+        self._weights: dict[int, _Weights] = {}
         self._cross_attentions = {
-            id(model): [
-                (attn, name) for name, attn in prompt_grain.cross_attentions(model).items()
-                if attn.to_k is not None
-            ]
+            id(model): [(attn, name) for name, attn in prompt_grain.cross_attentions(model).items()]
             for model in (unet, *nets)
-        }  # fmt: skip
+        }
         self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
         self._active = known_sources()
         self._prompt_grain = True
         self._rows_are_samples = True
         self._compiled: CompiledNetworks | None = None
-        self._layers: dict[int | str, frozenset[str] | None] = {}
+        self._layers: dict[int, frozenset[str]] = {}
+        self._at_depth: dict[int, list[int]] = {}
 
     # -- public -----------------------------------------------------------------------------
 
@@ -469,12 +535,7 @@ class Installation:
     # -- installing -------------------------------------------------------------------------
 
     def _install(self) -> None:
-        plan_depth = (
-            [s.depth for s in self._config.steps]
-            if self._config.steps is not None
-            else [self._config.depth]
-        )
-        deepest = max((d for d in plan_depth if isinstance(d, int)), default=0)
+        deepest = max(self._config.depths, default=0)
         if deepest > self._structure.num_layers:
             raise ValueError(
                 f"config.depth must be at most {self._structure.num_layers}, the number of decoder "
@@ -529,10 +590,7 @@ class Installation:
             for processor in self.unet.attn_processors.values()
             if isinstance(getattr(processor, "scale", None), (list, tuple))
         ]
-        found = [
-            (attn, name) for model in self._networks()
-            for name, attn in prompt_grain.cross_attentions(model).items()
-        ]  # fmt: skip
+        found = [pair for model in self._networks() for pair in self._cross_attentions[id(model)]]
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
         compiled = any(has_compiled_parts(model) for model in self._networks())
         current = {id(attn): wrapped for attn, _, _, wrapped in self._processors}
@@ -560,6 +618,10 @@ class Installation:
             wrapped = prompt_grain.wrap(name, original)
             self._processors.append((attn, name, original, wrapped))
             attn.processor = wrapped
+        self._in_place = {
+            id(model): [attn.processor for attn, _ in self._cross_attentions[id(model)]]
+            for model in self._networks()
+        }
 
     def _restore_processors(self) -> None:
         # a user may have saved a wrapped processor and put it back: unwrap whatever is there
@@ -570,6 +632,7 @@ class Installation:
                 if original is not processor:
                     module.processor = original
         self._processors.clear()
+        self._in_place.clear()
 
     def _say(self, key: str, message: str) -> None:
         """Warn once an installation."""
@@ -623,9 +686,6 @@ class Installation:
             if run.now is None and run.completed == position.index and run.broken is None:
                 run.give_up("one timestep was evaluated more than once")
         now = run.begin(position)
-        if not self._processors_in_place():
-            self._adopt_processors()
-            run.change("the attention processors changed")
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
@@ -659,13 +719,9 @@ class Installation:
 
     def _may_step_through(self) -> bool:
         """Whether no block that is run in part has hooks, which stepping through would skip."""
-        steps = self._config.steps
-        depths = {s.depth for s in steps} if steps is not None else {self._config.depth}
-        if steps is None and self._config.key_steps is None:
-            return True
         structure = self._structure
-        for depth in depths:
-            if not isinstance(depth, int) or depth == 0:
+        for depth in self._config.depths:
+            if depth == 0:
                 continue
             up, layer = structure.boundary(depth)
             if layer > 0 and has_hooks(self.unet.up_blocks[up]):
@@ -676,32 +732,44 @@ class Installation:
                 return False
         return True
 
-    def _processors_in_place(self) -> bool:
-        return all(attn.processor is wrapped for attn, _, _, wrapped in self._processors)
+    def _look(self, run: Run, model: torch.nn.Module, depth: Any = "full") -> None:
+        """See whether the cross-attentions that are to be computed are what they were: their
+        processors, and the weights that make keys and values, which change when a LoRA is fused or
+        swapped. An evaluation looks at the layers it computes."""
+        attentions = self._cross_attentions[id(model)]
+        which = range(len(attentions)) if depth == "full" else self._computed(depth)
+        wrapped = self._in_place.get(id(model))
+        if wrapped is not None and any(
+            attentions[i][0].__dict__.get("processor") is not wrapped[i] for i in which
+        ):
+            self._adopt_processors()
+            run.change("the attention processors changed")
+        known = self._weights.get(id(model))
+        if known is None or not known.same(which):
+            known = self._weights[id(model)] = _Weights.of(attentions, known)
+        value = (known.generation, known.total)
+        if run.weights.setdefault(id(model), value) != value:
+            run.weights[id(model)] = value
+            run.change("the weights changed")
 
-    def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
-        """A value that changes when the weights that make keys and values do: when a LoRA is fused
-        or swapped. Versions only rise, so their sum tells."""
-        weights = []
-        for attn, _ in self._cross_attentions[id(model)]:
-            key = _weight_of(attn, "to_k")
-            # offloaded layer by layer, a weight is another object at every evaluation
-            if not key.is_meta:
-                weights += [key, _weight_of(attn, "to_v")]
-        held, counted, generation = self._weights.get(id(model), ([], [], 0))
-        if len(held) != len(weights) or any(map(operator.is_not, held, weights)):
-            generation += 1
-            counted = [w for w in weights if not w.is_inference()]
-            self._weights[id(model)] = (weights, counted, generation)
-        return generation, sum([w._version for w in counted])
+    def _computed(self, depth: int) -> list[int]:
+        """Which of the UNet's cross-attentions an evaluation of ``depth`` computes."""
+        if depth not in self._at_depth:
+            names = self._structure.attention_blocks(depth)
+            self._at_depth[depth] = [
+                i
+                for i, (_, name) in enumerate(self._cross_attentions[id(self.unet)])
+                if name.startswith(names)
+            ]
+        return self._at_depth[depth]
 
     def _collect_lora(self) -> None:
         for model in self._networks():
-            config = getattr(model, "peft_config", None)
+            config = model.__dict__.get("peft_config")
             self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
 
     def _lora_now(self, model: torch.nn.Module) -> tuple[Any, ...]:
-        config = getattr(model, "peft_config", None)
+        config = model.__dict__.get("peft_config")
         known, layers = self._lora.get(id(model), (None, []))
         now = config and tuple(config.values())
         if (now is None) != (known is None) or any(
@@ -710,7 +778,7 @@ class Installation:
             self._collect_lora()
             _, layers = self._lora[id(model)]
         scales = [list(p.scale) for p in self._scaled_processors]
-        return (*_lora_state(model, layers), self._weights_now(model), self._rewritten, scales)
+        return (*_lora_state(model, layers), self._rewritten, scales)
 
     def _fail(self, run: Run) -> None:
         """An exception left the evaluation unfinished: keep nothing of the run."""
@@ -854,6 +922,9 @@ class Installation:
     def _position(self, timestep: Any, text: Any) -> Position | None:
         if not self._active:
             return None
+        last = self._runs.last
+        if last is not None and timestep is not None and last.position.timestep is timestep:
+            return last.position
         position = position_of(timestep)
         if position is None and not self._runs.is_one_step(timestep, text):
             self._say(
@@ -887,8 +958,10 @@ class Installation:
     ) -> list[Tensor]:
         net, index = slot.net, now.index
         sample, text, scale, guess_mode = call.sample, call.text, call.scale, call.guess_mode
-        shapes = self._residual_shapes(net, sample)
-        names = [*(f"residual/{j}" for j in range(len(shapes) - 1)), "residual/mid"]
+        if slot.shapes[0] != sample.shape:
+            slot.shapes = (sample.shape, self._residual_shapes(net, sample))
+        shapes = slot.shapes[1]
+        names = _residual_names(len(shapes))
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
@@ -902,10 +975,10 @@ class Installation:
             rows = now.half and not is_part
             if not all(run.cache.has(name, half=rows) for name in needed):
                 run.promote("residuals are not cached")
-        reused = now.plan.control == "reuse"
-        if reused:
+        if now.plan.control == "reuse":
             now.control[slot.index] = "reused"
         else:
+            self._look(run, net)
             half = now.half and not is_part
             outputs = self._compute_control(run, slot, call, half)
             self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
@@ -914,34 +987,15 @@ class Installation:
                 return scale_residuals(net, outputs, scale, guess_mode)
             values = dict(zip(names, scale_residuals(net, outputs, scale, guess_mode), strict=True))
 
-        held: list[Tensor] = []
-
-        def fresh_value(j: int) -> Tensor:
-            if not held:
-                held.extend(compute_fresh())
-                now.control[slot.index] = "computed"
-            return held[j]
-
-        def planned(name: str, j: int, half: bool) -> Terms | None:
-            if values:
-                return [(values[name], 1.0)] if half else None
-            entry = slot.prefix + name
-            # promoted after the ControlNet's turn: what was reused then is not wanted any more
-            if now.plan.control != "reuse" or not run.cache.has(entry, half=half):
-                return None
-            value = run.cache.read(entry, now.plan.forecast, half=half)
-            return [_scaled(net, value, j, len(shapes), scale, guess_mode)]
-
+        turn = _Turn(run, now, slot, call, compute_fresh, values)
+        dtype, device, count = sample.dtype, sample.device, len(shapes)
         return [
             Promise(
-                shape,
-                sample.dtype,
-                sample.device,
-                functools.partial(planned, name, j),
-                functools.partial(fresh_value, j),
+                shape, dtype, device,
+                functools.partial(turn.planned, j, count), functools.partial(turn.fresh, j),
             )
-            for j, (name, shape) in enumerate(zip(names, shapes, strict=True))
-        ]
+            for j, shape in enumerate(shapes)
+        ]  # fmt: skip
 
     def _compute_control(
         self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
@@ -997,20 +1051,17 @@ class Installation:
         if not self._prompt_grain or now is None:
             return None
         step = now.plan
-        wanted, _ = run.will_read(after=now.index)
         mode, store, map_format = "compute", None, None
         if step.attention == "reuse":
             held = run.cache.names()
             outputs = any(n.startswith(f"{prefix}attention/") for n in held)
             maps = any(n.startswith(f"{prefix}map/") for n in held)
             mode = "output" if outputs else "map" if maps else "compute"
-        if step.is_key and mode != "output" and "attention" in wanted:
+        if step.is_key and mode != "output" and "attention" in run.will_read(after=now.index)[0]:
             layers = self._layers_read(run, now.index) if prefix == "unet/" else None
             store = (lambda name: True) if layers is None else layers.__contains__
-        may_apply = self._config.fresh_values and any(
-            s.attention == "reuse" for s in run.plan[now.index + 1 :]
-        )
-        if step.is_key and mode == "compute" and may_apply:
+        keeps_maps = step.is_key and mode == "compute" and self._config.fresh_values
+        if keeps_maps and any(s.attention == "reuse" for s in run.plan[now.index + 1 :]):
             map_format = self._config.map_format
         watch = run.maps.add if run.maps and step.is_key and prefix == "unet/" else None
 
@@ -1044,19 +1095,9 @@ class Installation:
                 break
         depth = max(depths, default=0)
         if depth not in self._layers:
-            blocks = [
-                f"up_blocks.{b}.attentions.{layer}."
-                for b, layer in self._structure.decoder[self._structure.num_layers - depth :]
-            ]
-            blocks += [
-                f"down_blocks.{b}.attentions.{layer}."
-                for b, layer in self._structure.encoder[:depth]
-            ]
-            self._layers[depth] = frozenset(
-                name
-                for name in prompt_grain.cross_attentions(self.unet)
-                if name.startswith(tuple(blocks))
-            )
+            names = prompt_grain.cross_attentions(self.unet)
+            blocks = self._structure.attention_blocks(depth)
+            self._layers[depth] = frozenset(name for name in names if name.startswith(blocks))
         return self._layers[depth]
 
     # -- UNet -------------------------------------------------------------------------------
@@ -1124,6 +1165,8 @@ class Installation:
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,
             )  # fmt: skip
+            looked = now.plan.depth
+            self._look(run, unet, looked)
             wants_pair = run.maps is not None or any(s.guidance != "both" for s in run.plan)
             if wants_pair and not (
                 self._rows_are_samples
@@ -1134,6 +1177,8 @@ class Installation:
                     run.promote("an argument cannot be cut into halves")
             if wants_pair and run.pair.wants:
                 run.pair.compare(sample, encoder_hidden_states)
+            if now.plan.depth != looked:
+                self._look(run, unet, now.plan.depth)
             now.batch = sample.shape[0]
             run.latent_size = (sample.shape[-2], sample.shape[-1])
             if now.plan.depth == 0:
@@ -1208,13 +1253,12 @@ class Installation:
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
             block, _ = self._structure.boundary(depth)
-            if freeu_active(self.unet.up_blocks[block]):
+            if freeu_active(self.unet.up_blocks._modules[str(block)]):
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
                     run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
                 ]
-        wanted, half_only = run.will_read(after=now.index)
         capture = run.captures if step.is_key else ()
         if half:
             sample, text = conditional_half(sample), conditional_half(text)
@@ -1236,7 +1280,7 @@ class Installation:
         else:
             whole = torch.cat([out - run.cache.read("guidance", step.guidance_forecast), out])
         if step.is_key:
-            self._write_features(run, now, captured, whole, wanted, half_only)
+            self._write_features(run, now, captured, whole)
         return whole
 
     def _write_features(
@@ -1245,10 +1289,9 @@ class Installation:
         now: Evaluation,
         captured: dict[str, Tensor],
         out: Tensor,
-        wanted: set[str],
-        half_only: bool,
     ) -> None:
         half = now.half
+        wanted, half_only = run.will_read(after=now.index)
         cut = half_only and not half and run.pair.confirmed()
         index, history = now.index, run.history
         for name, value in captured.items():
@@ -1276,6 +1319,51 @@ class Installation:
                 f"Config.max_cache_bytes={self._config.max_cache_bytes} is too small for this "
                 "plan: evaluations are computed instead of reused",
             )
+
+
+@functools.lru_cache
+def _residual_names(count: int) -> tuple[str, ...]:
+    """Names of a ControlNet's ``count`` residuals in the cache, the middle block's last."""
+    return (*(f"residual/{j}" for j in range(count - 1)), "residual/mid")
+
+
+@dataclasses.dataclass(slots=True)
+class _Turn:
+    """One call of a ControlNet, for the promises that stand for its residuals.
+
+    Attributes:
+        compute_fresh: Computes all residuals of the whole batch.
+        values: Those of the conditional half, where they were computed in this call.
+        held: What ``compute_fresh`` returned, once it was called.
+    """
+
+    run: Run
+    now: Evaluation
+    slot: ControlSlot
+    call: _ControlCall
+    compute_fresh: Callable[[], list[Tensor]]
+    values: dict[str, Tensor]
+    held: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def fresh(self, j: int) -> Tensor:
+        """The value of residual ``j``, computed now."""
+        if not self.held:
+            self.held.extend(self.compute_fresh())
+            self.now.control[self.slot.index] = "computed"
+        return self.held[j]
+
+    def planned(self, j: int, count: int, half: bool) -> Terms | None:
+        """What the plan means by residual ``j`` of ``count``."""
+        name = _residual_names(count)[j]
+        if self.values:
+            return [(self.values[name], 1.0)] if half else None
+        entry, plan, cache = self.slot.prefix + name, self.now.plan, self.run.cache
+        # promoted after the ControlNet's turn: what was reused then is not wanted any more
+        if plan.control != "reuse" or not cache.has(entry, half=half):
+            return None
+        value = cache.read(entry, plan.of_residuals, half=half)
+        call = self.call
+        return [_scaled(self.slot.net, value, j, count, call.scale, call.guess_mode)]
 
 
 def _scaled(

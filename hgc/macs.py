@@ -187,7 +187,12 @@ def _count(
     known to be a guidance pair.
     """
     kinds = [
-        (dataclasses.replace(s, forecast=(1.0,), guidance_forecast=(1.0,)), o)
+        (
+            dataclasses.replace(
+                s, forecast=(1.0,), guidance_forecast=(1.0,), control_forecast=None
+            ),
+            o,
+        )
         for s, o in zip(steps, off, strict=True)
     ]
     chosen: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from hgc.config import Config, ConfigError, StepPlan
@@ -72,7 +73,9 @@ def plan(config: Config | str, num_evaluations: int) -> list[StepPlan]:
         raise ConfigError(f"num_evaluations must be an integer; got {num_evaluations!r}")
     if num_evaluations < 1:
         raise ConfigError(f"num_evaluations must be at least 1; got {num_evaluations}")
-    if config.steps is not None:
+    if config.steps is not None and (
+        num_evaluations == config.num_evaluations or config.key_steps is None
+    ):
         if num_evaluations != config.num_evaluations:
             raise ConfigError(
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations; "
@@ -190,7 +193,8 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
             both_rows = step.guidance == "both"
 
 
-def reads(step: StepPlan, num_layers: int) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def reads(step: StepPlan, num_layers: int) -> frozenset[str]:
     """Names of the cache entries an evaluation reads on a model of ``num_layers`` decoder layers.
 
     ``feature/k``: the input of the ``k``-th outermost decoder layer (ControlNet's share of it
@@ -201,7 +205,7 @@ def reads(step: StepPlan, num_layers: int) -> set[str]:
     names: set[str] = set()
     used = range(num_layers) if step.is_key else range(int(step.depth))
     if step.depth == 0:
-        return {"output"}
+        return frozenset({"output"})
     if not step.is_key:
         names.add(f"feature/{step.depth}")
         if step.encoder == "reuse":
@@ -214,4 +218,4 @@ def reads(step: StepPlan, num_layers: int) -> set[str]:
         names.add("guidance")
     if step.attention == "reuse":
         names.add("attention")
-    return names
+    return frozenset(names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import sys
 import threading
 import time
@@ -123,33 +124,36 @@ def same_signature(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
     return True
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Position:
     """Where an evaluation stands in its run, read off the timestep tensor without a sync."""
 
     timestep: Tensor | None  # None: of a run that was freed
     index: int
     total: int
+    storage: int  # of the timesteps; theirs alone while ``timestep`` is held
 
     def same_schedule(self, other: Position) -> bool:
         """Whether both timesteps are views of one tensor."""
         if self.timestep is None or other.timestep is None:
             return False
-        return _storage(self.timestep) == _storage(other.timestep)
+        return self.storage == other.storage
 
 
 def position_of(timestep: Any) -> Position | None:
     """The position, or None where ``timestep`` is not an element of a tensor of timesteps."""
     if not isinstance(timestep, Tensor) or timestep.dim() != 0 or timestep.is_meta:
         return None
-    total = timestep.untyped_storage().nbytes() // timestep.element_size()
+    storage = timestep.untyped_storage()
+    total = storage.nbytes() // timestep.element_size()
     if total < 2:
         return None
-    return Position(timestep, int(timestep.storage_offset()), total)
+    return Position(timestep, int(timestep.storage_offset()), total, storage._cdata)
 
 
 class PairCheck:
-    """Whether the batch is a classifier-free guidance pair: one sample twice, with two texts.
+    """Whether the batch is a classifier-free guidance pair: one sample twice, with two texts. A
+    check is of one text: where it changes, another begins.
 
     Two images made from one seed without guidance look like a pair at the first evaluation and
     then part, since their texts differ: two evaluations must agree. Every later one is compared
@@ -163,6 +167,8 @@ class PairCheck:
         self._pending: list[tuple[Tensor | bool, Any]] = []
         self._agreed = 0
         self._refuted = False
+        # of the text, which is the same for as long as a check lasts
+        self._texts_differ: Tensor | bool | None = None
 
     @property
     def wants(self) -> bool:
@@ -180,10 +186,11 @@ class PairCheck:
         elif self._assume is not None:
             self._pending.append((self._assume, None))
         elif sample.device.type == "cpu":
-            same_text = torch.equal(*text.chunk(2))
-            self._pending.append((torch.equal(*sample.chunk(2)) and not same_text, None))
+            rows = sample.shape[0] // 2
+            agrees = self._differs(text) and torch.equal(sample[:rows], sample[rows:])
+            self._pending.append((bool(agrees), None))
         else:
-            equal = torch.eq(*sample.chunk(2)).all() & torch.ne(*text.chunk(2)).any()
+            equal = torch.eq(*sample.chunk(2)).all() & self._differs(text)
             flag = torch.empty((), dtype=torch.bool, pin_memory=sample.is_cuda)
             flag.copy_(equal, non_blocking=True)
             event = None
@@ -191,6 +198,16 @@ class PairCheck:
                 event = torch.cuda.Event()
                 event.record()
             self._pending.append((flag, event))
+
+    def _differs(self, text: Tensor) -> Tensor | bool:
+        """Whether the halves of ``text`` differ."""
+        if self._texts_differ is None:
+            first, second = text.chunk(2)
+            on_host = text.device.type == "cpu"
+            self._texts_differ = (
+                not torch.equal(first, second) if on_host else torch.ne(first, second).any()
+            )
+        return self._texts_differ
 
     def confirmed(self) -> bool:
         """Whether enough evaluations agreed. Waits for a copy started an evaluation ago."""
@@ -215,11 +232,11 @@ class ControlSlot:
     text: Held | None = None
     called_at: int = -1
     signature: tuple[Any, ...] = ()
+    prefix: str = ""  # before the names of its cache entries
+    shapes: tuple[torch.Size | None, list[tuple[int, ...]]] = (None, [])  # of its residuals
 
-    @property
-    def prefix(self) -> str:
-        """Before the names of its cache entries."""
-        return f"control{self.index}/"
+    def __post_init__(self) -> None:
+        self.prefix = f"control{self.index}/"
 
 
 @dataclasses.dataclass
@@ -250,6 +267,20 @@ class Evaluation:
 _FULL_STEP = StepPlan()
 
 
+@functools.lru_cache(maxsize=4096)
+def _residuals(step: StepPlan, num_layers: int) -> tuple[str, ...]:
+    """What ``step`` reads of a ControlNet."""
+    names = reads(step, num_layers)
+    return tuple(sorted(name for name in names if name.startswith("residual/")))
+
+
+@functools.lru_cache(maxsize=4096)
+def _needed(step: StepPlan, num_layers: int) -> tuple[str, ...]:
+    """What must be in the cache for ``step`` before any network is called."""
+    others = {"attention", "guidance", *_residuals(step, num_layers)}
+    return tuple(sorted(reads(step, num_layers) - others))
+
+
 class Run:
     """The evaluations of one pipeline call, and everything kept for them."""
 
@@ -270,19 +301,18 @@ class Run:
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
         self.unet_signature: tuple[Any, ...] | None = None
-        self.lora: tuple[Any, ...] = ()
+        self.weights: dict[int, tuple[int, int]] = {}  # of each model: what they were last
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
-        self.changed: str | None = None
-        self.text_changed = False
         self.finished = False
         self.warned = False
         # for the report, which is asked for when the tensors are gone
         self.latent_size = (0, 0)
         self.tokens = text.shape[1]
         self.factor = 8
-        if config.steps is not None and config.num_evaluations != position.total:
+        other_length = config.num_evaluations != position.total
+        if config.steps is not None and config.key_steps is None and other_length:
             self.plan = [_FULL_STEP] * position.total
             self.broken = (
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
@@ -290,7 +320,9 @@ class Run:
             )
         else:
             self.plan = plan(config, position.total)
-        self.history = max(max(len(s.forecast), len(s.guidance_forecast)) for s in self.plan)
+        self.history = max(
+            max(len(s.forecast), len(s.of_residuals), len(s.guidance_forecast)) for s in self.plan
+        )
         self._will_read: tuple[int, tuple[set[str], bool]] = (-1, (set(), False))
         # the same at every key evaluation, so that compiled ones are one graph
         read = set[str]().union(*(reads(step, num_layers) for step in self.plan))
@@ -328,10 +360,7 @@ class Run:
         if step.guidance != "both" and not self.pair.confirmed():
             step = dataclasses.replace(step, guidance="both", guidance_forecast=(1.0,))
         half = step.guidance != "both"
-        needed = reads(step, self.num_layers) - {"guidance"}
-        for name in sorted(needed):
-            if name == "attention" or name.startswith("residual/"):
-                continue
+        for name in _needed(step, self.num_layers):
             if not self.cache.has(name, half=half):
                 self.promote(f"{name} is not cached")
                 return
@@ -343,11 +372,7 @@ class Run:
 
     def residual_names(self, slot: ControlSlot, step: StepPlan) -> list[str]:
         """Cache names of the residuals of ``slot`` that ``step`` reads."""
-        return [
-            slot.prefix + name
-            for name in sorted(reads(step, self.num_layers))
-            if name.startswith("residual/")
-        ]
+        return [slot.prefix + name for name in _residuals(step, self.num_layers)]
 
     def promote(self, why: str) -> None:
         """Compute the evaluation under way in full."""
@@ -490,7 +515,8 @@ class Runs(threading.local):
 
     def use(self, run: Run) -> Run:
         """Mark ``run`` as the last used."""
-        self.runs.move_to_end(id(run))
+        if run is not self.last:
+            self.runs.move_to_end(id(run))
         self.last = run
         return run
 
@@ -522,6 +548,15 @@ class Runs(threading.local):
             batch: Rows of its sample.
             cond: The condition, for a ControlNet.
         """
+        last = self.last
+        if (
+            last is not None
+            and last.now is not None
+            and last.position.timestep is position.timestep
+            and last.text.value is text
+            and last.text.is_(text)
+        ):
+            return last  # its evaluation is under way
         candidates = self._usable(position)
         for run in candidates:
             if run.text.is_(text) or _is_part(text, run.text):

@@ -186,6 +186,13 @@ class UNetStructure:
         """(up block, layer in it) of the first decoder layer computed at ``depth``."""
         return self.decoder[self.num_layers - depth]
 
+    def attention_blocks(self, depth: int) -> tuple[str, ...]:
+        """What the names of the attentions computed at ``depth`` begin with."""
+        return (
+            *(f"up_blocks.{b}.attentions.{i}." for b, i in self.decoder[self.num_layers - depth :]),
+            *(f"down_blocks.{b}.attentions.{i}." for b, i in self.encoder[:depth]),
+        )
+
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> UNetStructure:
         """Read the structure of ``unet``."""
