@@ -12,6 +12,7 @@ import torch
 
 from hgc.config import Calibration, Config, model_name
 from hgc.engine import install
+from hgc.fitting import Products, fit
 from hgc.macs import count_macs
 from hgc.structure import controlnets
 
@@ -21,7 +22,8 @@ __all__ = ["calibrate"]
 # plans that are equal on average the one without an outlier is taken.
 _WORST = 0.1
 _DEPTHS = (1, 2, 3)
-_DAMPING = 0.8
+_DAMPING, _GUIDANCE_DAMPING = 0.8, 0.35  # of the rule, for runs of other lengths
+_ORDERS = (2, 3, 1)
 _SHARES_OF_STEPS = (1.0, 0.85, 0.7, 0.6, 0.5)
 # Inputs that are kept out of the search, to measure what it found.
 _KEPT_OUT = 4
@@ -38,57 +40,94 @@ class _Facts:
     width: int
     tokens: int
 
+    @property
+    def pair_rows(self) -> int | None:
+        """Rows of the batch of a guidance pair."""
+        return 2 * self.images if self.guidance else None
 
-class _Trial:
-    """Runs the pipeline on the inputs, and measures latents against those of the uncached run."""
+
+class Trial:
+    """Runs pipelines on inputs, and measures latents against those of the uncached runs.
+
+    Args:
+        items: Each a pipeline and the arguments of one call of it.
+        steps: Steps of the uncached runs.
+        seed: Input ``i`` gets a generator with ``seed + i`` where it has none.
+        output: ``output_type`` of the calls: what is measured.
+    """
 
     def __init__(
-        self, pipe: Any, inputs: Sequence[Mapping[str, Any]], steps: int, seed: int
+        self,
+        items: Sequence[tuple[Any, Mapping[str, Any]]],
+        steps: int,
+        seed: int = 0,
+        output: str = "latent",
     ) -> None:
-        self.pipe, self.inputs, self.steps, self.seed = pipe, inputs, steps, seed
-        self.facts: _Facts | None = None
-        self.references = [self._draw(i, steps) for i in range(len(inputs))]
+        self.items, self.steps, self.seed, self.output = items, steps, seed, output
+        self.facts = self._facts()
+        self._products: dict[int, Products] = {}
+        self.references = [self._draw(i, steps) for i in range(len(items))]
 
-    def _draw(self, index: int, steps: int) -> torch.Tensor:
+    def _facts(self) -> _Facts:
         calls: list[tuple[torch.Size, torch.Size]] = []
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
             sample = args[0] if args else kwargs["sample"]
             calls.append((sample.shape, kwargs["encoder_hidden_states"].shape))
 
-        hook = None
-        if self.facts is None:
-            hook = self.pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+        hook = self.items[0][0].unet.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            latents = self.pipe(
-                **{
-                    "generator": torch.Generator().manual_seed(self.seed + index),
-                    **self.inputs[index],
-                    "num_inference_steps": steps,
-                    "output_type": "latent",
-                }
-            ).images
+            images = len(self._draw(0, self.steps))
         finally:
-            if hook is not None:
-                hook.remove()
-        if self.facts is None:
-            (rows, _, height, width), text = calls[0]
-            images = len(latents)
-            self.facts = _Facts(len(calls), rows == 2 * images, images, height, width, text[1])
+            hook.remove()
+        (rows, _, height, width), text = calls[0]
+        return _Facts(len(calls), rows == 2 * images, images, height, width, text[1])
+
+    def _draw(self, index: int, steps: int) -> torch.Tensor:
+        pipe, arguments = self.items[index]
+        several = [torch.Generator().manual_seed(self.seed + index)]
+        prompts = arguments.get("prompt")
+        if isinstance(prompts, list):
+            several = [
+                torch.Generator().manual_seed(1000 * (self.seed + index) + i)
+                for i in range(len(prompts))
+            ]
+        latents = pipe(
+            **{
+                "generator": several if len(several) > 1 else several[0],
+                **arguments,
+                "num_inference_steps": steps,
+                "output_type": self.output,
+            }
+        ).images
         return latents.detach().float()
 
     def distances(self, config: Config | None, steps: int, which: Sequence[int]) -> list[float]:
-        """Relative L2 of each input's latents, with ``config`` or without hgc at ``steps``."""
-        found = []
-        if config is None:
-            drawn = [self._draw(i, steps) for i in which]
-        else:
-            with install(self.pipe.unet, self.pipe.controlnet, config=config):
-                drawn = [self._draw(i, steps) for i in which]
-        for i, latents in zip(which, drawn, strict=True):
-            reference = self.references[i]
-            found.append(float((latents - reference).norm() / reference.norm()))
+        """Relative L2 of each picture's latents, with ``config`` or without hgc at ``steps``."""
+        found: list[float] = []
+        for i in which:
+            pipe = self.items[i][0]
+            if config is None:
+                latents = self._draw(i, steps)
+            else:
+                with install(pipe.unet, getattr(pipe, "controlnet", None), config=config):
+                    latents = self._draw(i, steps)
+            reference = self.references[i].flatten(1)
+            error = (latents.flatten(1) - reference).norm(dim=1) / reference.norm(dim=1)
+            found += error.tolist()
         return found
+
+    def products(self, steps: int, which: Sequence[int]) -> Products:
+        """Of uncached runs of ``steps`` steps on the inputs ``which``."""
+        if steps not in self._products:
+            products = self._products[steps] = Products(_DEPTHS)
+            for i in which:
+                pipe = self.items[i][0]
+                nets = getattr(pipe, "controlnet", None)
+                rows = self.facts.pair_rows
+                with products.recording(pipe.unet, nets, pair_rows=rows):
+                    self._draw(i, steps)
+        return self._products[steps]
 
 
 class _Costs:
@@ -97,7 +136,8 @@ class _Costs:
     def __init__(self, pipe: Any, facts: _Facts) -> None:
         factor = _pixels_a_latent(pipe)
         self._count = lambda config, n: count_macs(
-            pipe.unet, pipe.controlnet, config, num_evaluations=n, images=facts.images,
+            pipe.unet, getattr(pipe, "controlnet", None), config, num_evaluations=n,
+            images=facts.images,
             height=facts.height * factor, width=facts.width * factor, guidance=facts.guidance,
             tokens=facts.tokens,
         )  # fmt: skip
@@ -129,13 +169,15 @@ class _Costs:
 
 
 def _pixels_a_latent(pipe: Any) -> int:
-    nets = controlnets(pipe.controlnet)
+    nets = controlnets(getattr(pipe, "controlnet", None))
     if not nets:
         return 8
     return 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1)
 
 
-def _starts(limit: float, costs: _Costs, lengths: Sequence[int], guided: bool) -> Iterator[Config]:
+def _starts(
+    limit: float, cost: Callable[[Config], float], lengths: Sequence[int], guided: bool
+) -> Iterator[Config]:
     """Rules with evenly spread keys that use up the budget, the one with most keys of each kind."""
     for count, depth in itertools.product(lengths, _DEPTHS):
         for keys in range(count - 1, 1, -1):
@@ -143,9 +185,9 @@ def _starts(limit: float, costs: _Costs, lengths: Sequence[int], guided: bool) -
             rule = Config(
                 name="calibrated", num_evaluations=count, key_steps=tuple(spread), depth=depth,
                 guidance="reuse" if guided else "both", forecast=_DAMPING,
-                guidance_forecast=_DAMPING if guided else 0.0,
+                guidance_forecast=_GUIDANCE_DAMPING if guided else 0.0,
             )  # fmt: skip
-            if costs.of(rule) <= limit:
+            if cost(rule) <= limit:
                 yield rule
                 break
 
@@ -163,54 +205,73 @@ def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
         if len(moved) == len(keys) and moved[-1] < rule.num_evaluations:
             kept = [keys[j] + move if k == keys[j] else k for k in halves]
             yield rule.replace(key_steps=tuple(moved), conditional_key_steps=tuple(kept))
-    for change in (-0.15, 0.15):
-        yield rule.replace(forecast=round(rule.forecast + change, 2))
-        if guided:
-            yield rule.replace(guidance_forecast=round(rule.guidance_forecast + change, 2))
     for depth in _DEPTHS:
         if depth != rule.depth:
             yield rule.replace(depth=depth)
 
 
-class _Search:
-    """Steepest of random neighbours, from the best of evenly spread rules."""
+class Search:
+    """Steepest of random neighbours, from the best of evenly spread rules.
+
+    Args:
+        trial: Of the pipelines.
+        cost: MACs of a rule, in the unit of the limits given to :meth:`best`.
+        which: The inputs that are searched on.
+        lengths: Steps by the number of evaluations they make: those that may be taken.
+        rng: Of the order in which neighbours are tried.
+        step: Called with the best distance after each trial.
+    """
 
     def __init__(
         self,
-        trial: _Trial,
-        costs: _Costs,
+        trial: Trial,
+        cost: Callable[[Config], float],
         which: Sequence[int],
         lengths: Mapping[int, int],
         rng: random.Random,
-        step: Callable[[str], None],
+        step: Callable[[str], None] = lambda label: None,
     ) -> None:
-        self._trial, self._costs, self._which = trial, costs, which
+        self._trial, self._cost, self._which = trial, cost, which
         self._lengths, self._rng, self._step = lengths, rng, step
-        self._guided = trial.facts is not None and trial.facts.guidance
-        self._tried: dict[Config, float] = {}
+        self._guided = trial.facts.guidance
+        self._tried: dict[Config, tuple[float, Config]] = {}
         self.left = 0
 
+    def _fitted(self, rule: Config) -> Iterator[Config]:
+        """What stands for ``rule`` in a trial: its plan with fitted coefficients."""
+        products = self._trial.products(self._lengths[rule.num_evaluations], self._which)
+        for order in _ORDERS:
+            yield fit(rule, products, order=order)
+
+    def measure(self, config: Config) -> float:
+        """The distance to be made small."""
+        steps = self._lengths[config.num_evaluations]
+        found = self._trial.distances(config, steps, self._which)
+        return sum(found) / len(found) + _WORST * max(found)
+
     def score(self, rule: Config) -> float:
+        """:meth:`measure` of the fitted plan of ``rule``."""
         if rule not in self._tried:
             self.left -= 1
-            found = self._trial.distances(rule, self._lengths[rule.num_evaluations], self._which)
-            self._tried[rule] = sum(found) / len(found) + _WORST * max(found)
-            self._step(f"distance {min(self._tried.values()):.4f}")
-        return self._tried[rule]
+            config = next(self._fitted(rule))
+            self._tried[rule] = (self.measure(config), config)
+            self._step(f"distance {min(d for d, _ in self._tried.values()):.4f}")
+        return self._tried[rule][0]
 
-    def best(self, limit: float, trials: int) -> Config | None:
-        """The best rule within ``limit`` MACs that ``trials`` more runs find."""
+    def best(self, limit: float, trials: int, start: Sequence[Config] = ()) -> Config | None:
+        """The best plan within ``limit`` that ``trials`` more runs find, from the rules ``start``
+        too."""
         self.left = trials
         pool = sorted(
-            _starts(limit, self._costs, list(self._lengths), self._guided),
-            key=lambda rule: -self._costs.of(rule),
+            _starts(limit, self._cost, list(self._lengths), self._guided),
+            key=lambda rule: -self._cost(rule),
         )[: max(1, trials // 2)]
         best: Config | None = None
-        for rule in pool:
+        for rule in [*start, *pool]:
             if best is None or self.score(rule) < self.score(best):
                 best = rule
         while best is not None and self.left > 0:
-            around = [r for r in _neighbours(best, self._guided) if self._costs.of(r) <= limit]
+            around = [r for r in _neighbours(best, self._guided) if self._cost(r) <= limit]
             self._rng.shuffle(around)
             for rule in around:
                 if self.left <= 0:
@@ -220,7 +281,13 @@ class _Search:
                     break
             else:
                 break
-        return best
+        if best is None:
+            return None
+        # the same rule with coefficients of other orders, and with the damping it is written with
+        self.score(best)
+        tried = [self._tried[best], (self.measure(best), best)]
+        tried += [(self.measure(config), config) for config in self._fitted(best)][1:]
+        return min(tried, key=lambda pair: pair[0])[1]
 
 
 def _check(name: str, value: Any, low: float, high: float) -> None:
@@ -244,7 +311,9 @@ def calibrate(
 
     Plans are tried on the pipeline itself: evenly spread key steps at several numbers of steps and
     depths first, then changes of one thing at a time (a key step moved, added, or made conditional
-    only; the damping of a forecast; the depth) from the best so far. The distance is the relative
+    only; the depth) from the best so far. The coefficients of each evaluation's forecasts are
+    fitted by least squares to uncached runs on the same inputs; first, second and third order and
+    a damped extrapolation are tried, and the nearest is kept. The distance is the relative
     L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs or more the last
     quarter is kept out of the search, and the distance that is reported is theirs.
 
@@ -263,7 +332,8 @@ def calibrate(
 
     Returns:
         A :class:`Config` whose ``calibration`` says what it was measured on. Installing it on a
-        model of another shape, or running it for another number of evaluations, warns.
+        model of another shape, or running it for another number of evaluations, warns; the latter
+        follows the rule it was fitted from.
 
     Raises:
         TypeError: ``inputs`` is not a sequence of mappings.
@@ -284,9 +354,8 @@ def calibrate(
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{what}: expected an integer of at least {low}, got {value!r}")
 
-    trial = _Trial(pipe, inputs, steps, seed)
+    trial = Trial([(pipe, one) for one in inputs], steps, seed)
     facts = trial.facts
-    assert facts is not None
     costs = _Costs(pipe, facts)
     # Of another number of steps, how many evaluations it makes is known only where one step is one.
     shares = _SHARES_OF_STEPS if facts.evaluations == steps else (1.0,)
@@ -302,7 +371,7 @@ def calibrate(
         if on_progress is not None:
             on_progress(label, min(next(done), trials), trials)
 
-    search = _Search(trial, costs, which, lengths, random.Random(seed), step)
+    search = Search(trial, costs.of, which, lengths, random.Random(seed), step)
     full = costs.full * facts.evaluations
 
     def measured(rule: Config) -> list[float]:
@@ -319,6 +388,7 @@ def calibrate(
         assert max_distance is not None
         best = _cheapest(search, full, max_distance, trials, measured)
     found = measured(best)
+    timesteps = _timesteps(pipe, best)
     macs = costs.exactly(best)
     # What a sceptic asks for: the same pipeline with as many steps as these MACs pay for.
     fewer = max(1, -(-macs * steps // full))
@@ -336,12 +406,19 @@ def calibrate(
         fewer_steps=fewer,
         fewer_steps_distance=round(sum(plain) / len(plain), 6),
         inputs=len(inputs),
+        timesteps=timesteps,
     )
     return best.replace(name=name, calibration=record)
 
 
+def _timesteps(pipe: Any, config: Config) -> tuple[float, ...]:
+    """Of the last run, where each is one evaluation."""
+    found = tuple(float(t) for t in pipe.scheduler.timesteps)
+    return found if len(found) == config.num_evaluations else ()
+
+
 def _cheapest(
-    search: _Search,
+    search: Search,
     full: int,
     max_distance: float,
     trials: int,

@@ -151,6 +151,7 @@ class Calibration:
         fewer_steps: Uncached steps that cost at least as many MACs.
         fewer_steps_distance: Their distance.
         inputs: Number of inputs.
+        timesteps: Of the run, where they are known: what the features were fitted at.
     """
 
     model: str
@@ -163,11 +164,19 @@ class Calibration:
     fewer_steps: int
     fewer_steps_distance: float
     inputs: int
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.timesteps, list):
+            object.__setattr__(self, "timesteps", tuple(self.timesteps))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "str":
+            if field.name == "timesteps":
+                if not isinstance(value, tuple):
+                    raise ConfigError(f"Calibration.timesteps must be a list; got {value!r}")
+                for timestep in value:
+                    _number("Calibration", "timesteps", timestep, -1e9, 1e9)
+            elif field.type == "str":
                 if not isinstance(value, str):
                     raise ConfigError(f"Calibration.{field.name} must be a string; got {value!r}")
             elif field.type == "int":
@@ -182,7 +191,7 @@ class Calibration:
             raise ConfigError(f"Config.calibration must be an object of fields; got {data!r}")
         names = {f.name for f in dataclasses.fields(cls)}
         _unknown_keys("Calibration", data, names)
-        missing = sorted(names - set(data))
+        missing = sorted(names - set(data) - {"timesteps"})
         if missing:
             raise ConfigError(f"Calibration lacks the field {missing[0]!r}")
         return cls(**data)

@@ -43,6 +43,7 @@ from hgc.runs import (
     position_of,
     same_signature,
     signature,
+    to_host,
 )
 from hgc.structure import (
     UNetStructure,
@@ -640,23 +641,57 @@ class Installation:
             self._said.add(key)
             warnings.warn(message, HgcWarning, stacklevel=2)
 
-    def _check_calibration(self, evaluations: int | None = None) -> None:
-        """Warn where the configuration was calibrated on something else than what it is used on."""
+    def _check_calibration(self) -> None:
+        """Warn where the configuration was calibrated on another model."""
         known = self._config.calibration
-        if known is None:
-            return
-        name = self._config.name
-        if model_name(self.unet) != known.model:
+        if known is not None and model_name(self.unet) != known.model:
             self._say(
                 "calibration of the model",
-                f"{name!r} was calibrated on {known.model}; this model is {model_name(self.unet)}. "
-                "Its distance is not measured here: run hgc.calibrate",
+                f"{self._config.name!r} was calibrated on {known.model}; this model is "
+                f"{model_name(self.unet)}. Its distance is not measured here: run hgc.calibrate",
             )
-        if evaluations is not None and evaluations != self._config.num_evaluations:
+
+    def _check_length(self, run: Run) -> None:
+        """Warn where a run is not the one that the configuration was made for."""
+        config, total = self._config, run.position.total
+        known = config.calibration
+        if total == config.num_evaluations:
+            if known is not None and len(known.timesteps) == total:
+                timesteps = run.position.timestep
+                assert timesteps is not None
+                run.timesteps = to_host(timesteps.as_strided((total,), (1,), 0))
+                self._check_timesteps(run)
+            return
+        made = "is"
+        if known is not None:
+            made = f"was calibrated at {known.steps} steps of {known.scheduler}, which is"
+        rule = ""
+        if config.steps is not None and config.key_steps is not None:
+            rule = ", and follows key_steps and the fields after it instead of steps"
+        if rule or known is not None:
             self._say(
-                "calibration of the length",
-                f"{name!r} was calibrated for {self._config.num_evaluations} evaluations "
-                f"({known.steps} steps of {known.scheduler}); this run has {evaluations}",
+                "length",
+                f"{config.name!r} {made} for {config.num_evaluations} evaluations; this run has "
+                f"{total}{rule}",
+            )
+
+    def _check_timesteps(self, run: Run) -> None:
+        """Warn, as soon as they are on the host, where a run's timesteps are not those that the
+        configuration was calibrated at: another scheduler, or other spacing."""
+        assert run.timesteps is not None
+        values, event = run.timesteps
+        if event is not None and not event.query():
+            return
+        run.timesteps = None
+        known = self._config.calibration
+        assert known is not None
+        if any(abs(a - b) > 0.5 for a, b in zip(values.tolist(), known.timesteps, strict=True)):
+            self._say(
+                "timesteps",
+                f"{self._config.name!r} was calibrated at other timesteps, those of "
+                f"{known.scheduler}: from {known.timesteps[0]:g} to {known.timesteps[-1]:g}; this "
+                f"run's are from {float(values[0]):g} to {float(values[-1]):g}. Its distance is "
+                "not measured here: run hgc.calibrate",
             )
 
     # -- runs -------------------------------------------------------------------------------
@@ -678,13 +713,15 @@ class Installation:
                     self._assume_pair,
                 )
             )
-            self._check_calibration(position.total)
+            self._check_length(run)
             if not self._may_step_through():
                 run.give_up("a block that would be run in part has hooks of its own")
         else:
             self._runs.use(run)
             if run.now is None and run.completed == position.index and run.broken is None:
                 run.give_up("one timestep was evaluated more than once")
+        if run.timesteps is not None:
+            self._check_timesteps(run)
         now = run.begin(position)
         if run.broken is not None and not run.warned:
             run.warned = True

@@ -151,6 +151,19 @@ def position_of(timestep: Any) -> Position | None:
     return Position(timestep, int(timestep.storage_offset()), total, storage._cdata)
 
 
+def to_host(value: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host that is under way, and the event after which it is there."""
+    if value.device.type == "cpu":
+        return value.clone(), None
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    copy.copy_(value, non_blocking=True)
+    event = None
+    if value.is_cuda:
+        event = torch.cuda.Event()
+        event.record()
+    return copy, event
+
+
 class PairCheck:
     """Whether the batch is a classifier-free guidance pair: one sample twice, with two texts. A
     check is of one text: where it changes, another begins.
@@ -191,13 +204,7 @@ class PairCheck:
             self._pending.append((bool(agrees), None))
         else:
             equal = torch.eq(*sample.chunk(2)).all() & self._differs(text)
-            flag = torch.empty((), dtype=torch.bool, pin_memory=sample.is_cuda)
-            flag.copy_(equal, non_blocking=True)
-            event = None
-            if sample.is_cuda:
-                event = torch.cuda.Event()
-                event.record()
-            self._pending.append((flag, event))
+            self._pending.append(to_host(equal))
 
     def _differs(self, text: Tensor) -> Tensor | bool:
         """Whether the halves of ``text`` differ."""
@@ -302,6 +309,7 @@ class Run:
         self.report: list[Evaluation] = []
         self.unet_signature: tuple[Any, ...] | None = None
         self.weights: dict[int, tuple[int, int]] = {}  # of each model: what they were last
+        self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
@@ -456,6 +464,7 @@ class Run:
         self.position = dataclasses.replace(self.position, timestep=None)
         self.cache.clear()
         self.unet_signature = None
+        self.timesteps = None
         self.text = Held(None)
         for slot in self.slots:
             slot.signature = ()

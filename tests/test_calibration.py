@@ -98,8 +98,23 @@ def test_use_on_something_else_warns():
         hgc.install(other.unet, other.controlnet, config=config).uninstall()
     with hgc.install(pipe.unet, pipe.controlnet, config=config):
         models.draw(pipe, steps=config.calibration.steps)
-        with pytest.warns(HgcWarning, match=r"evaluations .* this run has 9"):
+        with pytest.warns(HgcWarning, match=r"evaluations; this run has 9, and follows key_steps"):
             models.draw(pipe, steps=9)
+
+
+def test_other_timesteps_warn_and_the_same_do_not(recwarn):
+    _, config, _ = found()
+    steps = config.calibration.steps
+    for scheduler, warns in (("trailing", True), ("linspace", False)):
+        pipe = models.sd15_pipeline()
+        pipe.scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, timestep_spacing=scheduler
+        )
+        recwarn.clear()
+        with hgc.install(pipe.unet, pipe.controlnet, config=config):
+            models.draw(pipe, steps=steps)
+        said = [str(w.message) for w in recwarn if w.category is HgcWarning]
+        assert [("at other timesteps, those of UniPC" in s) for s in said] == [True] * warns, said
 
 
 @pytest.mark.parametrize(
