@@ -1,12 +1,11 @@
 """Look for the plan that comes nearest to the uncached picture at a budget of MACs.
 
-    python benchmarks/search_presets.py --budget 5.46 --trials 60 --out plan.json
+    python benchmarks/search_presets.py --budget 6 --trials 60 --out plan.json
 
 What `hgc.calibrate` does, on pictures instead of latents, for the testbed's four conditions at
-once, and with a budget in T MACs of SD1.5 + ControlNet at 512, in the paper's convention. Scenes
-are held out from training and from the tables: they start at 10000, those that check the result at
-11000. The score is the mean relative L2 distance of the pictures to those of 20 uncached steps,
-plus a tenth of the worst one's.
+once, and with a budget in uncached steps. Scenes are held out from training and from the tables:
+they start at 10000, those that check the result at 11000. The score is the mean relative L2
+distance of the pictures to those of 20 uncached steps, plus a tenth of the worst one's.
 """
 
 from __future__ import annotations
@@ -17,38 +16,39 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
 
 import hgc
 from hgc import Config, testbed
-from hgc.calibration import Search, Trial
-from hgc.presets import PRESETS
+from hgc.calibration import Costs, Search, Trial
+from hgc.evaluation.models import load_shapes
 
 SEARCHED, CHECKED = 10_000, 11_000
 
 
 class Budget:
-    """MACs of a rule on SD1.5, from the count of a few evaluations."""
+    """What a rule costs, in uncached steps: counted on SD1.5 at 512 and on the testbed, each with
+    attention counted and without, and the largest of the four taken. So a plan that costs at most 6
+    is compared with 6 uncached steps (see `hgc.evaluation.candidate.equal_steps`)."""
 
     def __init__(self) -> None:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(
-                cross_attention_dim=768, attention_head_dim=8, sample_size=64
-            )
-            net = ControlNetModel(cross_attention_dim=768, attention_head_dim=8)
-        self.shallow = {}
-        for depth in (1, 2, 3):
-            rule = Config(num_evaluations=4, key_steps=(0, 3), depth=depth, guidance="reuse")
-            counted = [e.paper / 1e12 for e in hgc.count_macs(unet, net, rule).evaluations]
-            self.first, self.shallow[depth], self.key = counted[0], counted[2], counted[3]
+        self.costs = []
+        for name, size in (("sd15", 512), ("testbed", 64)):
+            shapes = load_shapes(name)
+            nets = list(shapes.controlnets)
+            for kind in ("total", "paper"):
+
+                def count(config, *, shapes=shapes, nets=nets, size=size, kind=kind):
+                    done = hgc.count_macs(
+                        shapes.unet, nets, config, num_evaluations=config.num_evaluations,
+                        height=size, width=size,
+                    )  # fmt: skip
+                    return [getattr(e, kind) / getattr(done.full_evaluation, kind)
+                            for e in done.evaluations]  # fmt: skip
+
+                self.costs.append(Costs(count, guided=True))
 
     def of(self, rule: Config) -> float:
-        keys = rule.key_steps or ()
-        count = self.first + (len(keys) - 1 - len(rule.conditional_key_steps) / 2) * self.key
-        for i in range(rule.num_evaluations):
-            if i not in keys:
-                count += self.shallow[rule.depth] * (2 if i == 1 else 1)
-        return count
+        return max(cost.of(rule) for cost in self.costs)
 
 
 def items(conditions, scenes, first):
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--conditions", nargs="+", default=list(testbed.CONDITIONS))
     parser.add_argument("--scenes", type=int, default=8)
-    parser.add_argument("--start", nargs="*", default=[], help="presets to start from too")
+    parser.add_argument("--start", nargs="*", default=[], help="presets or files to start from too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -103,13 +103,15 @@ def main() -> None:
     )  # fmt: skip
     start = [
         rule
-        for rule in (PRESETS[name].replace(steps=None, calibration=None) for name in options.start)
+        for rule in (
+            Config.of(name).replace(steps=None, calibration=None) for name in options.start
+        )
         if budget.of(rule) <= options.budget and rule.num_evaluations in options.steps
     ]
     best = search.best(options.budget, options.trials, start)
     if best is None:
         raise SystemExit(f"--budget {options.budget}: no plan is that cheap")
-    print(best.replace(steps=None), f"{budget.of(best):.3f} T")
+    print(best.replace(steps=None), f"{budget.of(best):.3f} steps")
     check = Reseeded(items(options.conditions, options.scenes, CHECKED), 20, output="pt")
     rule = best.replace(steps=None)
     for name, config in (("fitted", best), ("rule", rule)):

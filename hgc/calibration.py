@@ -13,7 +13,7 @@ import torch
 from hgc.config import Calibration, Config, model_name
 from hgc.engine import install
 from hgc.fitting import Products, fit
-from hgc.macs import count_macs
+from hgc.macs import MacCount, count_macs
 from hgc.structure import controlnets
 
 __all__ = ["calibrate"]
@@ -130,42 +130,42 @@ class Trial:
         return self._products[steps]
 
 
-class _Costs:
-    """MACs of a rule, from the counts of one evaluation of each kind."""
+class Costs:
+    """MACs of rules, from the counts of one evaluation of each kind.
 
-    def __init__(self, pipe: Any, facts: _Facts) -> None:
-        factor = _pixels_a_latent(pipe)
-        self._count = lambda config, n: count_macs(
-            pipe.unet, getattr(pipe, "controlnet", None), config, num_evaluations=n,
-            images=facts.images,
-            height=facts.height * factor, width=facts.width * factor, guidance=facts.guidance,
-            tokens=facts.tokens,
-        )  # fmt: skip
-        guidance = "reuse" if facts.guidance else "both"
-        self._second: dict[int, int] = {}
-        self._shallow: dict[int, int] = {}
+    Args:
+        count: Gives the MACs of each evaluation of a configuration, which is for its own length.
+        guided: Evaluations may compute the conditional half only.
+    """
+
+    def __init__(self, count: Callable[[Config], list[float]], guided: bool) -> None:
+        self._second: dict[int, float] = {}
+        self._shallow: dict[int, float] = {}
+        keys = (0, 3, 4, 5, 6) if guided else (0, 3, 4)
         for depth in _DEPTHS:
             rule = Config(
-                num_evaluations=6, key_steps=(0, 3, 5), depth=depth, guidance=guidance,
-                conditional_key_steps=(5,) if facts.guidance else (),
+                num_evaluations=7, key_steps=keys, depth=depth,
+                control_key_steps=(0, 3, *keys[3:4]), conditional_key_steps=keys[3:],
+                guidance="reuse" if guided else "both",
             )  # fmt: skip
-            done = self._count(rule, 6)
-            each = [e.total for e in done.evaluations]
+            each = count(rule)
             self._first, self._second[depth], self._shallow[depth] = each[:3]
-            self._key, self._half = each[3], each[5]
-            self.full = done.full_evaluation.total
+            # by whether the conditional half, and whether the ControlNets are computed
+            self._key = {(False, True): each[3], (False, False): each[4]}
+            if guided:
+                self._key.update({(True, True): each[5], (True, False): each[6]})
 
-    def of(self, rule: Config) -> int:
-        keys, count = rule.key_steps or (), rule.num_evaluations
-        halves = len(rule.conditional_key_steps)
-        total = self._first + (len(keys) - 1 - halves) * self._key + halves * self._half
-        for i in range(1, count):
-            if i not in keys:
+    def of(self, rule: Config) -> float:
+        """MACs of a run of ``rule``."""
+        keys = rule.key_steps or ()
+        control = keys if rule.control_key_steps is None else rule.control_key_steps
+        total = self._first
+        for i in range(1, rule.num_evaluations):
+            if i in keys:
+                total += self._key[i in rule.conditional_key_steps, i in control]
+            else:
                 total += self._second[rule.depth] if i == 1 else self._shallow[rule.depth]
         return total
-
-    def exactly(self, rule: Config) -> int:
-        return self._count(rule, rule.num_evaluations).total
 
 
 def _pixels_a_latent(pipe: Any) -> int:
@@ -198,13 +198,38 @@ def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
     if guided:
         for key in keys[2:]:
             yield rule.replace(conditional_key_steps=tuple(sorted({*halves} ^ {key})))
+    control = keys if rule.control_key_steps is None else rule.control_key_steps
+    for key in keys[1:]:
+        toggled = sorted({*control} ^ {key})
+        yield rule.replace(control_key_steps=tuple(toggled) if len(toggled) < len(keys) else None)
     for key in set(range(1, rule.num_evaluations)) - set(keys):
-        yield rule.replace(key_steps=tuple(sorted({*keys, key})))
+        more = None if control == keys else tuple(sorted({*control, key}))
+        yield rule.replace(key_steps=tuple(sorted({*keys, key})), control_key_steps=more)
+        if len(keys) > 2:
+            # another key gives up its ControlNet for it
+            for given in keys[1:]:
+                less = tuple(sorted(({*control} - {given}) | {key}))
+                yield rule.replace(key_steps=tuple(sorted({*keys, key})), control_key_steps=less)
     for j, move in itertools.product(range(1, len(keys)), (-1, 1)):
         moved = sorted({*keys[:j], keys[j] + move, *keys[j + 1 :]})
         if len(moved) == len(keys) and moved[-1] < rule.num_evaluations:
             kept = [keys[j] + move if k == keys[j] else k for k in halves]
-            yield rule.replace(key_steps=tuple(moved), conditional_key_steps=tuple(kept))
+            computed = tuple(keys[j] + move if k == keys[j] else k for k in control)
+            yield rule.replace(
+                key_steps=tuple(moved),
+                conditional_key_steps=tuple(kept),
+                control_key_steps=None if control == keys else computed,
+            )
+    for j in range(1, len(keys)):
+        # one key less: what it frees may go to another depth or key
+        kept_keys = keys[:j] + keys[j + 1 :]
+        yield rule.replace(
+            key_steps=kept_keys,
+            conditional_key_steps=tuple(k for k in halves if k != keys[j]),
+            control_key_steps=(
+                None if control == keys else tuple(k for k in control if k != keys[j])
+            ),
+        )
     for depth in _DEPTHS:
         if depth != rule.depth:
             yield rule.replace(depth=depth)
@@ -356,7 +381,17 @@ def calibrate(
 
     trial = Trial([(pipe, one) for one in inputs], steps, seed)
     facts = trial.facts
-    costs = _Costs(pipe, facts)
+    factor = _pixels_a_latent(pipe)
+
+    def count(config: Config) -> MacCount:
+        return count_macs(
+            pipe.unet, getattr(pipe, "controlnet", None), config,
+            num_evaluations=config.num_evaluations, images=facts.images,
+            height=facts.height * factor, width=facts.width * factor, guidance=facts.guidance,
+            tokens=facts.tokens,
+        )  # fmt: skip
+
+    costs = Costs(lambda config: [e.total for e in count(config).evaluations], facts.guidance)
     # Of another number of steps, how many evaluations it makes is known only where one step is one.
     shares = _SHARES_OF_STEPS if facts.evaluations == steps else (1.0,)
     lengths = {
@@ -372,7 +407,7 @@ def calibrate(
             on_progress(label, min(next(done), trials), trials)
 
     search = Search(trial, costs.of, which, lengths, random.Random(seed), step)
-    full = costs.full * facts.evaluations
+    full = count(Config(name="exact", num_evaluations=1)).full_evaluation.total * facts.evaluations
 
     def measured(rule: Config) -> list[float]:
         held_out = range(len(inputs) - kept, len(inputs)) if kept else which
@@ -389,7 +424,7 @@ def calibrate(
         best = _cheapest(search, full, max_distance, trials, measured)
     found = measured(best)
     timesteps = _timesteps(pipe, best)
-    macs = costs.exactly(best)
+    macs = count(best).total
     # What a sceptic asks for: the same pipeline with as many steps as these MACs pay for.
     fewer = max(1, -(-macs * steps // full))
     plain = trial.distances(

@@ -221,6 +221,8 @@ class Config:
             too. 1.0: never.
         guidance: Halves computed at the other evaluations: ``"both"``, ``"reuse"`` or ``"off"``.
         conditional_key_steps: Key steps that compute the conditional half only.
+        control_key_steps: Key steps at which the ControlNets are computed, starting with 0; at the
+            others their cached residuals stand in. ``None``: all of them.
         forecast: Damping ``a`` of the first-order forecast of cached features. An evaluation ``d``
             after the last key, the keys before it ``g`` apart, reads
             ``(1 + a d/g) last - (a d/g) previous``. 0.0 is plain reuse.
@@ -246,6 +248,7 @@ class Config:
     attention_gate: float = 1.0
     guidance: str = "both"
     conditional_key_steps: tuple[int, ...] = ()
+    control_key_steps: tuple[int, ...] | None = None
     forecast: float = 0.0
     guidance_forecast: float = 0.0
     fresh_values: bool = False
@@ -255,7 +258,7 @@ class Config:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        for name in ("key_steps", "conditional_key_steps", "steps"):
+        for name in ("key_steps", "conditional_key_steps", "control_key_steps", "steps"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.name, str) or not self.name:
@@ -289,9 +292,9 @@ class Config:
                 )
 
     def _check_keys(self) -> None:
-        for name in ("key_steps", "conditional_key_steps"):
+        for name in ("key_steps", "conditional_key_steps", "control_key_steps"):
             keys = getattr(self, name)
-            if keys is None and name == "key_steps":
+            if keys is None and name != "conditional_key_steps":
                 continue
             if not isinstance(keys, tuple):
                 raise ConfigError(f"Config.{name} must be a tuple of integers; got {keys!r}")
@@ -304,14 +307,15 @@ class Config:
                     f"Config.{name} must lie below num_evaluations={self.num_evaluations}; "
                     f"got {keys[-1]}"
                 )
-        if self.key_steps is not None and (not self.key_steps or self.key_steps[0] != 0):
-            raise ConfigError(f"Config.key_steps must start with 0; got {self.key_steps!r}")
+        for name in ("key_steps", "control_key_steps"):
+            keys = getattr(self, name)
+            if keys is not None and (not keys or keys[0] != 0):
+                raise ConfigError(f"Config.{name} must start with 0; got {keys!r}")
         keys = self.key_steps if self.key_steps is not None else range(self.num_evaluations)
-        stray = sorted(set(self.conditional_key_steps) - set(keys))
-        if stray:
-            raise ConfigError(
-                f"Config.conditional_key_steps must be key steps; {stray[0]} is not in {keys!r}"
-            )
+        for name in ("conditional_key_steps", "control_key_steps"):
+            stray = sorted(set(getattr(self, name) or ()) - set(keys))
+            if stray:
+                raise ConfigError(f"Config.{name} must be key steps; {stray[0]} is not in {keys!r}")
 
     @property
     def is_exact(self) -> bool:
@@ -319,7 +323,12 @@ class Config:
         if self.steps is not None:
             return all(s == StepPlan() for s in self.steps)
         every = self.key_steps is None or len(self.key_steps) == self.num_evaluations
-        return every and not self.conditional_key_steps and self.attention_gate >= 1.0
+        all_control = self.control_key_steps is None or len(self.control_key_steps) == len(
+            self.key_steps or range(self.num_evaluations)
+        )
+        return (
+            every and all_control and not self.conditional_key_steps and self.attention_gate >= 1.0
+        )
 
     @property
     def depths(self) -> set[int]:

@@ -1020,9 +1020,10 @@ class Installation:
             outputs = self._compute_control(run, slot, call, half)
             self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
             now.control[slot.index] = "computed"
+            scaled = scale_residuals(net, outputs, scale, guess_mode, owned=self._compiled is None)
             if not half:
-                return scale_residuals(net, outputs, scale, guess_mode)
-            values = dict(zip(names, scale_residuals(net, outputs, scale, guess_mode), strict=True))
+                return scaled
+            values = dict(zip(names, scaled, strict=True))
 
         turn = _Turn(run, now, slot, call, compute_fresh, values)
         dtype, device, count = sample.dtype, sample.device, len(shapes)

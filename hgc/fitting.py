@@ -33,8 +33,9 @@ _RIDGE = 1e-6
 class Products:
     """Inner products, between the evaluations of uncached runs, of what plans cache.
 
-    Names are those of the cache: ``feature/k``, ``residual/j`` (summed over ControlNets) and
-    ``guidance``. Of a classifier-free guidance batch the conditional half is taken.
+    Names are those of the cache: ``feature/k``, ``residual/j`` (summed over ControlNets, the
+    middle block's the last) and ``guidance``. Of a classifier-free guidance batch the conditional
+    half is taken.
     """
 
     def __init__(self, depths: Iterable[int]) -> None:
@@ -67,8 +68,8 @@ class Products:
             keep(f"feature/{depth}", half(args[0][:, : args[0].shape[1] - of_skip]))
 
         def residual(module: Any, args: Any, out: Any, *, net: int) -> None:
-            for j in range(max(depths, default=0)):
-                keep(f"residual/{j}/{net}", half(out[0][j]))
+            for j, value in enumerate((*out[0], out[1])):
+                keep(f"residual/{j}/{net}", half(value))
 
         def difference(module: Any, args: Any, out: Any) -> None:
             if pair_rows is not None:
@@ -94,6 +95,10 @@ class Products:
             stacked = torch.stack(values).double()
             name = "/".join(name.split("/")[:2])
             self._sums[name] = self._sums.get(name, 0) + (stacked @ stacked.T).cpu()
+
+    def residuals(self) -> list[str]:
+        """Names of all residuals that were seen, the middle block's last."""
+        return [name for name in self._sums if name.startswith("residual/")]
 
     def of(self, names: Sequence[str]) -> Tensor | None:
         """[evaluations, evaluations], float64: the sum over ``names``, each of equal weight."""
@@ -124,6 +129,8 @@ def fit(rule: Config, products: Products, *, order: int = 2) -> Config:
     steps = plan(rule, rule.num_evaluations)
     keys = [i for i, step in enumerate(steps) if step.is_key]
     pairs = [i for i in keys if steps[i].guidance == "both"]
+    computed = [i for i in keys if steps[i].control == "compute"]
+    residuals = products.residuals()
     fitted: list[StepPlan] = []
     for i, step in enumerate(steps):
         changes: dict[str, Any] = {}
@@ -132,9 +139,12 @@ def fit(rule: Config, products: Products, *, order: int = 2) -> Config:
             feature = products.of([f"feature/{step.depth}"])
             if feature is not None:
                 changes["forecast"] = _solved(feature, i, last)
-            residual = products.of([f"residual/{j}" for j in range(int(step.depth))])
-            if residual is not None and step.control == "reuse":
-                changes["control_forecast"] = _solved(residual, i, last)
+        if step.control == "reuse":
+            read = residuals if step.is_key else residuals[: int(step.depth)]
+            residual = products.of(read)
+            if residual is not None:
+                past = [k for k in computed if k < i][::-1][:order]
+                changes["control_forecast"] = _solved(residual, i, past)
         difference = products.of(["guidance"])
         if step.guidance == "reuse" and difference is not None:
             both = [k for k in pairs if k < i][::-1][:order]

@@ -493,13 +493,18 @@ def scale_residuals(
     residuals: list[Tensor],
     scale: float | Tensor,
     guess_mode: bool,
+    *,
+    owned: bool = True,
 ) -> list[Tensor]:
-    """Residuals as a ControlNet returns them: scaled, and pooled where its config says so."""
+    """Residuals as a ControlNet returns them: scaled, and pooled where its config says so.
+
+    ``owned``: ``residuals`` may be returned themselves. Not those in a graph's own memory.
+    """
     pooled = net.config.global_pool_conditions
     if guess_mode and not pooled:
         scales = torch.logspace(-1, 0, len(residuals), device=residuals[0].device) * scale
         out = [r * s for r, s in zip(residuals, scales, strict=True)]
-    elif isinstance(scale, (int, float)) and scale == 1.0:
+    elif owned and isinstance(scale, (int, float)) and scale == 1.0:
         out = residuals  # the same bits, thirteen launches less
     else:
         out = [r * scale for r in residuals]

@@ -94,55 +94,65 @@ def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
         keys: tuple[int, ...] = tuple(range(num_evaluations))
     else:
         keys = scaled_key_steps(config.key_steps, reference, num_evaluations)
-    conditional = _scaled_conditional(config, keys, num_evaluations)
+    conditional = _carried_over(config, config.conditional_key_steps, keys, num_evaluations)
+    control = set(keys)
+    if config.control_key_steps is not None:
+        reference_keys = range(reference) if config.key_steps is None else config.key_steps
+        without = set(reference_keys) - set(config.control_key_steps)
+        control -= _carried_over(config, tuple(sorted(without)), keys, num_evaluations)
     gate = config.attention_gate * num_evaluations
     both = [k for k in keys if k not in conditional]
+    computed = sorted(control)
     steps = []
     for i in range(num_evaluations):
+        forecast = _first_order(config.forecast, keys, i)
+        of_residuals = _first_order(config.forecast, computed, i)
+        of_guidance = _first_order(config.guidance_forecast, both, i)
         if i in keys:
+            half = i in conditional
             steps.append(
                 StepPlan(
+                    control="compute" if i in control else "reuse",
                     attention="reuse" if i >= gate and i > 0 else "compute",
-                    guidance="reuse" if i in conditional else "both",
-                    guidance_forecast=_first_order(config.guidance_forecast, both, i)
-                    if i in conditional
-                    else (1.0,),
+                    guidance="reuse" if half else "both",
+                    guidance_forecast=of_guidance if half else (1.0,),
+                    control_forecast=None if i in control else of_residuals,
                 )
             )
-            continue
-        steps.append(
-            StepPlan(
-                control=config.control,
-                depth=config.depth,
-                encoder=config.encoder if config.depth > 0 else "needed",
-                attention=config.attention if config.depth > 0 else "compute",
-                guidance=config.guidance if config.depth > 0 else "both",
-                forecast=_first_order(config.forecast, keys, i),
-                guidance_forecast=_first_order(config.guidance_forecast, both, i)
-                if config.guidance == "reuse" and config.depth > 0
-                else (1.0,),
-            )
-        )
-        if config.depth == 0:
-            steps[-1] = StepPlan(
-                control="off", depth=0, forecast=_first_order(config.forecast, keys, i)
+        elif config.depth == 0:
+            steps.append(StepPlan(control="off", depth=0, forecast=forecast))
+        else:
+            steps.append(
+                StepPlan(
+                    control=config.control,
+                    depth=config.depth,
+                    encoder=config.encoder,
+                    attention=config.attention,
+                    guidance=config.guidance,
+                    forecast=forecast,
+                    guidance_forecast=of_guidance if config.guidance == "reuse" else (1.0,),
+                    control_forecast=None if of_residuals == forecast else of_residuals,
+                )
             )
     return steps
 
 
-def _scaled_conditional(config: Config, keys: Sequence[int], num_evaluations: int) -> set[int]:
-    """The key steps of this run nearest, in order of rank, to those that were conditional-only."""
-    if not config.conditional_key_steps:
+def _carried_over(
+    config: Config, chosen: Sequence[int], keys: Sequence[int], num_evaluations: int
+) -> set[int]:
+    """The key steps of this run nearest, in order of rank, to those ``chosen`` of the rule's; never
+    the first."""
+    if not chosen:
         return set()
     reference = config.key_steps
     if reference is None:
         reference = tuple(range(config.num_evaluations))
     if num_evaluations == config.num_evaluations:
-        return set(config.conditional_key_steps)
+        return set(chosen)
     if len(keys) < len(reference) or len(keys) == num_evaluations:
         return set()
     last = max(len(reference) - 1, 1)
-    ranks = {reference.index(k) / last for k in config.conditional_key_steps}
+    ranks = {reference.index(k) / last for k in chosen}
     return {keys[round(r * (len(keys) - 1))] for r in ranks} - {keys[0]}
 
 

@@ -285,7 +285,7 @@ def test_two_controlnets_and_an_end_of_guidance():
     )
     call = {
         "image": [models.picture(0), models.picture(1)],
-        "controlnet_conditioning_scale": [0.5, 2.0],
+        "controlnet_conditioning_scale": [1.0, 2.0],
         "control_guidance_end": [0.5, 1.0],
     }
     with compiled(pipe, SHALLOW) as made:

@@ -366,6 +366,47 @@ def whys_of(report):
     return [row.why for row in report.rows]
 
 
+def test_controlnets_run_at_their_own_key_steps(sd15):
+    """A key step without them reads every residual from the cache: with the values of the step
+    before it is the same evaluation."""
+    rule = Config(num_evaluations=6, key_steps=tuple(range(6)), control_key_steps=(0, 2, 3))
+    calls = []
+    hook = sd15.controlnet.controlnet_cond_embedding.register_forward_hook(
+        lambda m, a, o: calls.append(1)
+    )
+    blocks = []
+    other = sd15.controlnet.mid_block.register_forward_hook(lambda m, a, o: blocks.append(1))
+    try:
+        with hgc.install(sd15.unet, sd15.controlnet, config=rule) as installed:
+            reused = models.draw(sd15)
+            report = installed._runs.last.report
+    finally:
+        hook.remove()
+        other.remove()
+    assert len(blocks) == 3 and len(calls) == 1
+    assert [row.control[0] for row in report] == [
+        "computed", "reused", "computed", "computed", "reused", "reused",
+    ]  # fmt: skip
+    assert all(row.plan.is_key for row in report)
+
+    # the same by hand: diffusers' own UNet on residuals that are held back
+    held, forward = [], sd15.controlnet.forward
+
+    def at_intervals(*args, **kwargs):
+        at_intervals.index += 1
+        if at_intervals.index in (0, 2, 3):
+            held[:] = [forward(*args, **kwargs)]
+        return held[0]
+
+    at_intervals.index = -1
+    sd15.controlnet.forward = at_intervals
+    try:
+        by_hand = models.draw(sd15)
+    finally:
+        del sd15.controlnet.forward
+    assert torch.equal(reused, by_hand)
+
+
 def test_img2img_follows_the_plan_from_where_it_starts(sd15):
     pipe = models.sd15_pipeline(
         sd15.unet, sd15.controlnet, cls=StableDiffusionControlNetImg2ImgPipeline

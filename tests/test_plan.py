@@ -117,6 +117,8 @@ def test_impossible_plans_are_refused(steps, message):
         ({"key_steps": (0, 3, 2)}, "Config.key_steps must rise without repeats"),
         ({"key_steps": (0, 20)}, "Config.key_steps must lie below num_evaluations=20; got 20"),
         ({"key_steps": (0, 5), "conditional_key_steps": (3,)}, "must be key steps; 3 is not in"),
+        ({"key_steps": (0, 5), "control_key_steps": (0, 3)}, "control_key_steps must be key steps"),
+        ({"key_steps": (0, 5), "control_key_steps": (5,)}, "control_key_steps must start with 0"),
         ({"num_evaluations": 0}, "Config.num_evaluations must be an integer of at least 1"),
         ({"steps": (StepPlan(),)}, "Config.steps must have num_evaluations=20 entries; got 1"),
         ({"map_format": "int8"}, "Config.map_format must be one of fp32, fp16, bf16, e4m3"),
@@ -158,6 +160,28 @@ def test_misspelt_preset_names_them_all():
     message = str(caught.value)
     assert all(name in message for name in PRESETS)
     assert "Did you mean 'balanced'?" in message
+
+
+def test_controlnets_have_key_steps_of_their_own():
+    rule = Config(
+        num_evaluations=10, key_steps=(0, 3, 6, 9), control_key_steps=(0, 6), forecast=0.5
+    )
+    steps = hgc.plan(rule, 10)
+    assert [i for i, s in enumerate(steps) if s.control == "compute"] == [0, 6]
+    assert [i for i, s in enumerate(steps) if s.is_key] == [0, 3, 6, 9]
+    # features are forecast from 6 and 3, residuals from 6 and 0, half of the gap's slope each
+    assert steps[8].forecast == pytest.approx((1 + 0.5 * 2 / 3, -0.5 * 2 / 3), abs=1e-5)
+    assert steps[8].of_residuals == pytest.approx((1 + 0.5 * 2 / 6, -0.5 * 2 / 6), abs=1e-5)
+    assert steps[9].of_residuals == pytest.approx((1.25, -0.25))
+    assert not rule.is_exact
+    every = rule.replace(key_steps=tuple(range(10)))
+    assert not every.is_exact and every.replace(control_key_steps=tuple(range(10))).is_exact
+    # a longer run keeps which keys, by rank, go without
+    longer = hgc.plan(rule, 20)
+    keys = [i for i, s in enumerate(longer) if s.is_key]
+    assert longer[keys[0]].control == "compute"
+    assert any(longer[k].control == "reuse" for k in keys)
+    assert Config.from_json(rule.to_json()) == rule
 
 
 def test_reads():
