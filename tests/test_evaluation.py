@@ -15,7 +15,7 @@ import torch
 
 import hgc
 from hgc import benchmarking
-from hgc.config import Config, ConfigError, StepPlan
+from hgc.config import Calibration, Config, ConfigError, StepPlan
 from hgc.evaluation import candidates as all_candidates
 from hgc.evaluation import measure, metrics, peers, record, subject, tables
 from hgc.evaluation.candidate import Candidate, equal_steps, own_schedulers, steps_of
@@ -271,6 +271,9 @@ def test_steps_of_a_plan_follow_the_uncached_run():
     assert steps_of(rule, 20) == 12
     assert steps_of(rule, 40) == 24
     assert steps_of(QUICK, 40) == 4
+    known = Calibration("m", "UniPC", 12, 40, 0.5, 0.1, 0.1, 2, 0.1, 1)
+    calibrated = rule.replace(calibration=known)
+    assert steps_of(calibrated, 40) == 12 and steps_of(calibrated, 20) == 6
 
 
 # Measuring

@@ -77,6 +77,7 @@ def run(
     from hgc.evaluation.pictures import pareto
 
     names, subject = _subject(conditions, model, local, device)
+    writable(out, folder=True)
     if subject.count is None:
         count = SCENES if scenes is None else scenes
     else:
@@ -98,7 +99,6 @@ def run(
         subject=subject,
         schedulers=own_schedulers(split(rival_schedulers), own_scheduler(subject, settings)),
     )
-    writable(out, folder=True)
     with progress() as bar, as_usage(ValueError, OSError):
         found = evaluate(
             names, order, settings, subject=subject, folder=out, worst=worst, on_progress=bar

@@ -72,12 +72,14 @@ class Candidate:
 def steps_of(config: Config, steps: int) -> int:
     """Steps ``config`` runs at where the uncached run makes ``steps``.
 
-    Its own number where that is 20, and its share of it otherwise; a plan that is written out step
-    by step has one length only.
+    Its own number where that is what it was calibrated against, 20 without a calibration, and its
+    share of it otherwise; a plan that is written out step by step has one length only.
     """
-    if config.steps is not None or steps == REFERENCE_STEPS:
+    known = config.calibration
+    reference = REFERENCE_STEPS if known is None else max(1, known.uncached_steps)
+    if config.steps is not None or steps == reference:
         return config.num_evaluations
-    return max(1, round(config.num_evaluations * steps / REFERENCE_STEPS))
+    return max(1, round(config.num_evaluations * steps / reference))
 
 
 def equal_steps(config: Config, steps: int, subject: Subject | None = None) -> int:
@@ -180,7 +182,8 @@ def _fewer(count: int, scheduler: str | None, labels: tuple[str, ...] = ()) -> C
 
 def _fits(label: str, config: Config, steps: int, layers: int) -> None:
     depths = [step.depth for step in plan(config, steps) if step.depth != FULL]
-    if any(depth > layers for depth in depths):
+    depths.append(config.depth)
+    if max(depths) > layers:
         raise ConfigError(
             f"row {label!r} is a plan for another model: its depth is {max(depths)}, and this one "
             f"has {layers} decoder layers"

@@ -306,14 +306,22 @@ class Folder(Subject):
                 more["controlnet"] = diffusers.ControlNetModel.from_pretrained(
                     self._controlnet, dtype=dtype, local_files_only=True
                 )
+            index = json.loads((self._model / "model_index.json").read_text())
             # a safety checker paints black what it dislikes, cached or not
-            if "safety_checker" in json.loads((self._model / "model_index.json").read_text()):
+            if "safety_checker" in index:
                 more["safety_checker"] = None
-            pipe = diffusers.AutoPipelineForText2Image.from_pretrained(
-                self._model, dtype=dtype, local_files_only=True, **more
-            )
+            # one that was saved with its ControlNet is of the class that is needed
+            loader: Any = diffusers.AutoPipelineForText2Image
+            if "ControlNet" in str(index.get("_class_name")):
+                loader = diffusers.DiffusionPipeline
+            pipe = loader.from_pretrained(self._model, dtype=dtype, local_files_only=True, **more)
         except (OSError, ValueError) as error:
             raise ModelError(f"{self._model}: {error}") from None
+        if not type(pipe).__name__.endswith("ControlNetPipeline"):
+            raise ModelError(
+                f"{self._model} is a {type(pipe).__name__}; expected a pipeline from text with a "
+                "ControlNet, such as StableDiffusionControlNetPipeline"
+            )
         wanted = getattr(diffusers, SCHEDULERS[_SCHEDULER])
         if not isinstance(pipe.scheduler, wanted):
             pipe.scheduler = wanted.from_config(pipe.scheduler.config)
