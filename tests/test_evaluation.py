@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import sys
 
 import models
 import numpy as np
@@ -193,7 +194,7 @@ def test_candidates_put_the_uncached_run_first_and_fewer_steps_after_their_equal
     assert rows[1].config is Config.preset("exact") and rows[0].config is None
     rows = all_candidates(["turbo", "fewer-steps"], schedulers=(None, "dpm++2m"))
     assert [(r.name, r.scheduler) for r in rows[2:]] == [
-        ("5 steps", None), ("5 steps dpm++2m", "dpm++2m"),
+        ("5 steps", None), ("5 steps@dpm++2m", "dpm++2m"),
     ]  # fmt: skip
     assert rows[2].equal_to == rows[3].equal_to == ("turbo",)
 
@@ -202,6 +203,7 @@ def test_schedulers_of_fewer_steps_leave_out_the_evaluations_own():
     assert own_schedulers(["unipc", "dpm++2m"], "unipc") == (None, "dpm++2m")
     assert own_schedulers(["unipc", "dpm++2m"], "ddim") == (None, "unipc", "dpm++2m")
     assert own_schedulers([], "unipc") == (None,)
+    assert own_schedulers(["unipc-trailing"], "unipc") == (None, "unipc-trailing")
     with pytest.raises(ConfigError, match="no scheduler named 'lcm'"):
         own_schedulers(["lcm"], "unipc")
 
@@ -264,6 +266,83 @@ def test_schedules_of_peers_run(name):
         assert (row.depth, row.encoder) == (step.depth, step.encoder)
         assert (row.attention, row.guidance) == (step.attention, step.guidance)
         assert row.control == ({"compute": "computed", "reuse": "reused"}[step.control],)
+
+
+def test_of_runs_that_differ_in_the_scheduler_the_nearest_is_shown_and_is_the_rival():
+    rows = [
+        ROWS[0], dataclasses.replace(ROWS[2], name="plan"),
+        Candidate("3 steps", None, 3, ("plan",), group="3 steps"),
+        Candidate("3 steps@dpm++2m", None, 3, ("plan",), "dpm++2m", group="3 steps"),
+        Candidate("3 steps@ddim", None, 3, scheduler="ddim"),
+    ]  # fmt: skip
+    found = measure.evaluate(["segmentation"], rows, dataclasses.replace(SETTINGS, scenes=2))
+    near, far = sorted(found[2:4], key=lambda row: row.distance)
+    assert near.distance < far.distance and near.shown and not far.shown
+    # one that was asked for by name competes with none
+    assert found[4].shown and found[4].scheduler == "ddim"
+    plan = found[1]
+    assert plan.rival == near.name
+    assert plan.rival_ratio == pytest.approx(plan.distance / near.distance)
+    assert plan.rival_ratio_worst == pytest.approx(plan.distance_worst / near.distance_worst)
+    assert plan.rival_ratio_low <= plan.rival_ratio <= plan.rival_ratio_high
+    assert found[0].rival is None and found[2].rival is None
+
+
+def test_a_row_may_have_a_scheduler_of_its_own():
+    rows = all_candidates(["turbo@deis", "turbo", "4-steps@dpm++2m-trailing", "t-gate@ddim"])
+    assert [(r.name, r.scheduler) for r in rows] == [
+        ("uncached", None), ("turbo@deis", "deis"), ("turbo", None), ("t-gate@ddim", "ddim"),
+        ("4 steps@dpm++2m-trailing", "dpm++2m-trailing"),
+    ]  # fmt: skip
+    assert [r.method for r in rows] == [
+        "fewer steps", "hgc, deis", "hgc", "T-GATE's schedule, ddim",
+        "fewer steps, dpm++2m-trailing",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="no scheduler named 'lcm'"):
+        all_candidates(["turbo@lcm"])
+
+
+def test_a_scheduler_of_another_class_keeps_the_noise_schedule():
+    own = testbed.load_pipeline("canny").scheduler.config
+    made = {n: subject.make_scheduler(n, own) for n in ("dpm++2m", "dpm++2m-trailing", "ddim")}
+    for one in made.values():
+        assert one.config.beta_end == own["beta_end"]
+        assert one.config.prediction_type == own["prediction_type"]
+    assert [made[n].config.timestep_spacing for n in made] == ["leading", "trailing", "leading"]
+    # clipping belongs to pictures, not to latents
+    assert made["ddim"].config.clip_sample is False
+
+
+def test_rows_of_packages_that_do_not_run_say_why(monkeypatch):
+    with pytest.raises(ConfigError, match="loaders for pipelines without a ControlNet only"):
+        all_candidates(["tgate-pypi"])
+    monkeypatch.setitem(sys.modules, "DeepCache", None)
+    with pytest.raises(ConfigError, match=r"hybrid-grained-cache\[peers\]"):
+        all_candidates(["deepcache-pypi-3"])
+    with pytest.raises(ConfigError, match="no preset named 'deepcache-pypi-1'"):
+        all_candidates(["deepcache-pypi-1"])
+
+
+@pytest.mark.peers
+def test_the_package_deepcache_makes_the_pictures_of_its_schedule():
+    pytest.importorskip("DeepCache")
+    rows = all_candidates(["deepcache-2", "deepcache-pypi-2", "fewer-steps"], 6)
+    assert [row.name for row in rows] == [
+        "uncached", "deepcache-2", "4 steps", "deepcache-pypi-2",
+    ]  # fmt: skip
+    kept = {}
+    found = measure.evaluate(
+        ["canny"], rows, measure.Settings(scenes=2, steps=6, batch=2),
+        on_images=lambda batch: kept.setdefault(batch.candidate.name, batch.images),
+    )  # fmt: skip
+    uncached, ours, _, theirs = found
+    assert theirs.distance == pytest.approx(ours.distance, rel=1e-3) and theirs.distance > 0
+    np.testing.assert_allclose(kept["deepcache-pypi-2"], kept["deepcache-2"], atol=1e-3)
+    # its short evaluation keeps more than ours, and it embeds the condition each time
+    assert ours.macs < theirs.macs < uncached.macs
+    assert ours.sd15_macs_paper < theirs.sd15_macs_paper < uncached.sd15_macs_paper
+    assert theirs.held_bytes > ours.held_bytes
+    assert theirs.method == "DeepCache (package)" and theirs.cached
 
 
 def test_steps_of_a_plan_follow_the_uncached_run():
@@ -454,8 +533,8 @@ def test_tables_say_what_the_rows_say():
     line = next(line for line in text.splitlines() if line.startswith("| quick"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "quick", "4", "5.00 (6.00)", "40.0%", "2.50x", "0.7500 (0.5000)", "-1.20%",
-        "-2.00% to 0.30%", "0.0300 (0.0600)", "0.46 (0.40 to 0.50)", "0.60", "40.0 (30.0)",
-        "0.950 (0.900)", "0.0123", "0.900", "2",
+        "-2.00 to 0.30", "0.0300 (0.0600)", "0.46 (0.40-0.50)", "0.60", "40.0 (30.0)",
+        "0.9500", "0.0123", "0.900", "2",
     ]  # fmt: skip
     uncached = next(line for line in text.splitlines() if line.startswith("| uncached"))
     cells = [cell.strip() for cell in uncached.strip("|").split("|")]
@@ -532,8 +611,8 @@ def test_the_contact_sheet_shows_condition_and_strip_of_each_worst_picture():
 
     random = np.random.default_rng(7)
     pictures = [
-        (f"scene {i}", random.integers(0, 255, (96, 96, 3), dtype=np.uint8),
-         random.integers(0, 255, (96, 288, 3), dtype=np.uint8))
+        (f"scene {i}", random.integers(0, 255, (128, 128, 3), dtype=np.uint8),
+         random.integers(0, 255, (128, 384, 3), dtype=np.uint8))
         for i in range(3)
     ]  # fmt: skip
     rows = [SheetRow("one", tuple(pictures[:2])), SheetRow("two", tuple(pictures[2:]))]
@@ -543,12 +622,12 @@ def test_the_contact_sheet_shows_condition_and_strip_of_each_worst_picture():
         # the first line of it, where it is on the sheet
         places = np.argwhere((pixels == both[0, 0]).all(-1))
         assert any(
-            np.array_equal(pixels[y : y + 96, x : x + 384], both)
+            np.array_equal(pixels[y : y + 128, x : x + 512], both)
             for y, x in places
-            if y + 96 <= pixels.shape[0] and x + 384 <= pixels.shape[1]
+            if y + 128 <= pixels.shape[0] and x + 512 <= pixels.shape[1]
         )
     # worst first, on one line
-    assert pixels.shape[1] > 2 * 384
+    assert pixels.shape[1] > 2 * 512
 
 
 # Benchmark

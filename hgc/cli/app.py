@@ -110,7 +110,7 @@ def evaluate(
         str,
         typer.Option(
             help="With commas between: presets, peers, fewer-steps, a preset, deepcache-3, "
-            "deepcache-pypi-3, 6-steps, a plan.json"
+            "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
@@ -127,12 +127,12 @@ def evaluate(
         bool, typer.Option("--quick", help="At most 8 scenes a condition: a first look")
     ] = False,
     scheduler: Annotated[
-        str | None, typer.Option(help="unipc, dpm++2m, ddim, deis or euler; default: unipc")
+        str | None, typer.Option(help="unipc, dpm++2m, ddim, deis, euler, or one with -trailing")
     ] = None,
     rival_schedulers: Annotated[
         str,
         typer.Option(help="Of the runs with fewer steps; tables show the nearest of them"),
-    ] = "unipc,dpm++2m",
+    ] = "unipc,dpm++2m,dpm++2m-trailing",
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; default: 3.5, or 7.5 with --model")
     ] = None,

@@ -188,7 +188,8 @@ def _sheet(rows: Sequence[Row], subject: Subject, out: Path) -> Image.Image:
                 pixels = np.asarray(strip)
             cells.append((f"{one.name}: {distance:.4f}", one.condition, pixels))
         if cells:
-            label = f"{row.label}, {row.steps} steps, mean {row.distance:.4f}"
+            steps = f", {row.steps} steps" if row.cached else ""
+            label = f"{row.label}{steps}, mean {row.distance:.4f}"
             shown.append(SheetRow(label, tuple(cells)))
     first = rows[0]
     title = (

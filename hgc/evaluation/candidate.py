@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hgc.config import FULL, Config, ConfigError, model_name
+from hgc.config import Config, ConfigError, model_name
 from hgc.evaluation.models import sd15_macs
 from hgc.evaluation.peers import PACKAGES, PEERS, method_of, package_row, peer
-from hgc.evaluation.subject import SCHEDULERS, Subject, Testbed
+from hgc.evaluation.subject import Subject, Testbed, check_scheduler
 from hgc.planning import plan
 from hgc.presets import PRESETS
 
@@ -39,7 +39,9 @@ class Candidate:
         steps: Denoising steps of the run.
         equal_to: Names of the candidates this run, with fewer steps, is the equal of in MACs.
         scheduler: Of this run; None: that of the evaluation.
-        package: Of "deepcache-N": another package is switched on instead of hgc.
+        package: Of "deepcache-pypi-N": another package is switched on instead of hgc.
+        group: Of runs that differ in the scheduler only and compete: tables show the nearest to the
+            uncached pictures. Empty: competes with none.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Candidate:
     equal_to: tuple[str, ...] = ()
     scheduler: str | None = None
     package: str | None = None
+    group: str = ""
 
     @property
     def label(self) -> str:
@@ -61,7 +64,9 @@ class Candidate:
             return "DeepCache (package)"
         if self.config is None:
             return f"fewer steps, {self.scheduler}" if self.scheduler else "fewer steps"
-        return method_of(self.name) or "hgc"
+        name, _, scheduler = self.name.partition("@")
+        method = method_of(name) or "hgc"
+        return f"{method}, {scheduler}" if self.scheduler else method
 
     @property
     def is_plain(self) -> bool:
@@ -100,8 +105,7 @@ def equal_steps(config: Config, steps: int, subject: Subject | None = None) -> i
 def own_schedulers(names: Sequence[str], own: str) -> tuple[str | None, ...]:
     """``names`` with None for ``own``, which comes first."""
     for name in names:
-        if name not in SCHEDULERS:
-            raise ConfigError(f"no scheduler named {name!r}; schedulers: {', '.join(SCHEDULERS)}")
+        check_scheduler(name)
     return (None, *(name for name in dict.fromkeys(names) if name != own))
 
 
@@ -118,7 +122,8 @@ def candidates(
     ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
     of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval),
     "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps" (the
-    uncached pipeline at 6 steps).
+    uncached pipeline at 6 steps); each but the last but one also with a scheduler of its own, as
+    "fast@dpm++2m".
     steps: steps of the uncached run.
     subject: what they are for; None: the testbed.
     schedulers: of the runs with fewer steps, each a row; None: that of the evaluation.
@@ -127,63 +132,101 @@ def candidates(
     """
     subject = testbed() if subject is None else subject
     layers = subject.decoder_layers()
-    plans: dict[str, Config] = {}
-    peers: dict[str, Config] = {}
-    packages: list[str] = []
-    fewer: dict[int, list[str]] = {}
+    plans: dict[str, _Planned] = {}
+    peers: dict[str, _Planned] = {}
+    packages: list[tuple[str, str | None]] = []
+    # steps, scheduler, and whether it competes with other schedulers
+    fewer: dict[tuple[int, str | None, bool], None] = {}
     equal = False
-    for name in names:
+    for asked in names:
+        name, scheduler = _split(asked)
         short = _STEPS.fullmatch(name)
         if name == "presets":
-            plans.update(PRESETS)
+            for label, config in PRESETS.items():
+                plans[_at(label, scheduler)] = _Planned(config, scheduler)
         elif name == "peers":
-            peers.update({p: c for p in PEERS if (c := peer(p, steps, layers)) is not None})
+            for label in PEERS:
+                schedule = peer(label, steps, layers)
+                assert schedule is not None
+                peers[_at(label, scheduler)] = _Planned(schedule, scheduler)
         elif name == "fewer-steps":
             equal = True
         elif short:
             if int(short.group(1)) < 1:
                 raise ConfigError(f"row {name!r}: the number of steps must be at least 1")
-            fewer.setdefault(int(short.group(1)), [])
+            count = int(short.group(1))
+            if scheduler is None:
+                fewer.update(dict.fromkeys((count, one, True) for one in schedulers))
+            else:
+                fewer[count, scheduler, False] = None
         elif name == "uncached":
             continue
         elif (package := package_row(name)) is not None:
-            packages.append(package)
+            packages.append((package, scheduler))
         elif (schedule := peer(name, steps, layers)) is not None:
-            peers[name] = schedule
+            peers[_at(name, scheduler)] = _Planned(schedule, scheduler)
         else:
             config = _config(name, subject)
-            label = Path(name).stem if name.endswith(".json") else config.name
-            if label in plans and plans[label] != config:
+            label = _at(Path(name).stem if name.endswith(".json") else config.name, scheduler)
+            if label in plans and plans[label].config != config:
                 raise ConfigError(f"two different rows are named {label!r}; rename one file")
-            plans[label] = config
+            plans[label] = _Planned(config, scheduler)
     found = [Candidate("uncached", None, steps)]
     matched: dict[int, list[str]] = {}
     # A peer's schedule is made for the uncached run's number of steps, a preset has its own.
-    planned = [(label, config, steps_of(config, steps)) for label, config in plans.items()]
-    planned += [(label, config, steps) for label, config in peers.items()]
-    for label, config, count in planned:
-        found.append(Candidate(label, config, count))
-        _fits(label, config, count, layers)
-        if equal and not config.is_exact:
-            matched.setdefault(equal_steps(config, count, subject), []).append(label)
+    planned = [(label, one, steps_of(one.config, steps)) for label, one in plans.items()]
+    planned += [(label, one, steps) for label, one in peers.items()]
+    for label, one, count in planned:
+        found.append(Candidate(label, one.config, count, scheduler=one.scheduler))
+        _fits(label, one.config, count, layers)
+        if equal and not one.config.is_exact:
+            matched.setdefault(equal_steps(one.config, count, subject), []).append(label)
     for count, labels in matched.items():
         if count < steps:
             at = max(i for i, c in enumerate(found) if c.name in labels)
             found[at + 1 : at + 1] = [_fewer(count, s, tuple(labels)) for s in schedulers]
-    found += [Candidate(name, None, steps, package=name) for name in dict.fromkeys(packages)]
-    found += [_fewer(count, s) for count in fewer if count not in matched for s in schedulers]
-    return found
+            for s in schedulers:
+                fewer.pop((count, s, True), None)
+                fewer.pop((count, s, False), None)
+    found += [
+        Candidate(_at(name, scheduler), None, steps, scheduler=scheduler, package=name)
+        for name, scheduler in dict.fromkeys(packages)
+    ]
+    return found + [_fewer(count, s, competes=competes) for count, s, competes in fewer]
 
 
-def _fewer(count: int, scheduler: str | None, labels: tuple[str, ...] = ()) -> Candidate:
-    name = f"{count} step{'s' * (count > 1)}" + (f" {scheduler}" if scheduler else "")
-    return Candidate(name, None, count, labels, scheduler)
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A plan, and the scheduler it is asked to run with."""
+
+    config: Config
+    scheduler: str | None
+
+
+def _split(asked: str) -> tuple[str, str | None]:
+    """The row and the scheduler of "row@scheduler"."""
+    name, at, scheduler = asked.rpartition("@")
+    if not at or asked.endswith(".json"):
+        return asked, None
+    return name, check_scheduler(scheduler)
+
+
+def _at(name: str, scheduler: str | None) -> str:
+    return f"{name}@{scheduler}" if scheduler else name
+
+
+def _fewer(
+    count: int, scheduler: str | None, labels: tuple[str, ...] = (), *, competes: bool = True
+) -> Candidate:
+    name = f"{count} step{'s' * (count > 1)}"
+    group = name if competes else ""
+    return Candidate(_at(name, scheduler), None, count, labels, scheduler, group=group)
 
 
 def _fits(label: str, config: Config, steps: int, layers: int) -> None:
-    depths = [step.depth for step in plan(config, steps) if step.depth != FULL]
-    depths.append(config.depth)
-    if max(depths) > layers:
+    used = [config.depth, *(step.depth for step in plan(config, steps))]
+    depths = [depth for depth in used if isinstance(depth, int)]
+    if max(depths, default=0) > layers:
         raise ConfigError(
             f"row {label!r} is a plan for another model: its depth is {max(depths)}, and this one "
             f"has {layers} decoder layers"

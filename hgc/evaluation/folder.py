@@ -27,7 +27,7 @@ from hgc.evaluation import judging
 from hgc.evaluation.metrics import iou_of_counts
 from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
 from hgc.evaluation.record import fingerprint
-from hgc.evaluation.subject import SCHEDULERS, Input, Judged, Subject
+from hgc.evaluation.subject import SCHEDULERS, Input, Judged, Subject, make_scheduler
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -322,9 +322,8 @@ class Folder(Subject):
                 f"{self._model} is a {type(pipe).__name__}; expected a pipeline from text with a "
                 "ControlNet, such as StableDiffusionControlNetPipeline"
             )
-        wanted = getattr(diffusers, SCHEDULERS[_SCHEDULER])
-        if not isinstance(pipe.scheduler, wanted):
-            pipe.scheduler = wanted.from_config(pipe.scheduler.config)
+        if type(pipe.scheduler).__name__ != SCHEDULERS[_SCHEDULER]:
+            pipe.scheduler = make_scheduler(_SCHEDULER, pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 

@@ -17,7 +17,7 @@ from hgc.evaluation.candidate import Candidate, candidates, testbed
 from hgc.evaluation.models import load_shapes, sd15_macs
 from hgc.evaluation.peers import installed_package, package_macs
 from hgc.evaluation.record import Measured, Record, fingerprint, pack, settings_key, unpack
-from hgc.evaluation.subject import SCHEDULERS, Input, Judged, Subject
+from hgc.evaluation.subject import Input, Judged, Subject, check_scheduler, make_scheduler
 from hgc.evaluation.worst import Strips
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Settings:
         device: "cpu" or "cuda".
         guidance: Guidance scale; None: the testbed's 3.5, or 7.5 with another checkpoint.
         scheduler: One of `hgc.evaluation.subject.SCHEDULERS`, made from the configuration of the
-            pipeline's own; None: that one itself.
+            pipeline's own, or one of them with "-trailing"; None: the pipeline's own.
     """
 
     scenes: int = 64
@@ -60,10 +60,8 @@ class Settings:
             raise ValueError(
                 f"guidance must be above 1, where guidance begins; got {self.guidance!r}"
             )
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise ValueError(
-                f"no scheduler named {self.scheduler!r}; schedulers: {', '.join(SCHEDULERS)}"
-            )
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +287,7 @@ class _Studio:
         """A scheduler of the pipeline's own configuration; another class than its own by name."""
         if name is None:
             return self._own
-        import diffusers
-
-        return getattr(diffusers, SCHEDULERS[name]).from_config(self._own.config)
+        return make_scheduler(name, self._own.config)
 
     def _call(self, steps: int, inputs: Sequence[Input]) -> tuple[np.ndarray, float]:
         from PIL import Image
@@ -559,26 +555,14 @@ def _sample(batches: Sequence[Measured], classes: int) -> _Sample:
 
 
 def _nearest(order: Sequence[Candidate], samples: Sequence[_Sample]) -> set[int]:
-    """Of runs with fewer steps that differ in the scheduler only, the nearest one of each."""
-    best: dict[int, int] = {}
-    for i, one in enumerate(order[1:], start=1):
-        if one.is_plain:
-            other = best.get(one.steps)
-            if other is None or samples[i].distances.mean() < samples[other].distances.mean():
-                best[one.steps] = i
+    """Of each group of runs that differ in the scheduler only, the nearest one."""
+    best: dict[str, int] = {}
+    for i, one in enumerate(order):
+        if one.group:
+            other = best.setdefault(one.group, i)
+            if samples[i].distances.mean() < samples[other].distances.mean():
+                best[one.group] = i
     return set(best.values())
-
-
-def _flat(name: str, summary: metrics.Summary | None) -> dict[str, float | None]:
-    """The four fields of a row that a summary fills."""
-    if summary is None:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_worst"))
-    return {
-        name: summary.mean,
-        f"{name}_low": summary.low,
-        f"{name}_high": summary.high,
-        f"{name}_worst": summary.worst,
-    }
 
 
 def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Row]:
@@ -631,7 +615,7 @@ def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Ro
                 steps=one.steps,
                 scheduler=one.scheduler or own_scheduler(subject, job.settings),
                 cached=not one.is_plain,
-                shown=i == 0 or not one.is_plain or i in nearest,
+                shown=not one.group or i in nearest,
                 scenes=len(sample.scores) // images,
                 images=images,
                 macs=None if own is None else own.total,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ AMPLIFIED = 8
 _SCALE = 4
 _GAP = 6
 _FONT = 22
+# Pixels of a picture on the contact sheet, at least; small ones grow by a whole number.
+_SHEET = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ def contact_sheet(rows: Sequence[SheetRow], title: str) -> Image.Image:
 
     font, small = _font(_FONT - 4), _font(_FONT - 8)
     height = max((strip.shape[0] for row in rows for _, _, strip in row.cells), default=64)
-    height = max(height, 96)
+    height *= math.ceil(_SHEET / height)
 
     def fitted(pixels: np.ndarray) -> Image.Image:
         picture = Image.fromarray(pixels)
@@ -214,6 +217,8 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
                     alpha=0.8,
                 )  # fmt: skip
                 for row, x, y in zip(own, works, values, strict=True):
+                    if not row.shown:
+                        continue
                     axis.annotate(
                         row.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
                     )
@@ -221,13 +226,14 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         for axis in axes[:, column]:
             axis.set_xlabel(f"{unit} (attention matmuls left out)")
             axis.grid(alpha=0.3)
+            axis.margins(x=0.15)
         axes[0][column].set_title(f"{name}, {part[0].scenes} scenes")
         axes[0][column].set_ylabel("relative L2 to the uncached picture")
         axes[0][column].set_ylim(bottom=0)
         axes[1][column].set_ylabel(f"loss of fidelity ({part[0].measure}), %")
         axes[1][column].axhline(0, color="0.7", linewidth=1)
         if methods:
-            axes[0][column].legend()
+            axes[0][column].legend(fontsize=8, framealpha=0.5)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 

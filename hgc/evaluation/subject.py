@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hgc.config import ConfigError
 from hgc.evaluation.models import ModelShapes, load_shapes
 from hgc.evaluation.record import fingerprint
 
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from hgc.config import Config
     from hgc.macs import Macs
 
-__all__ = ["SCHEDULERS", "Input", "Judged", "Subject", "Testbed", "saved_scheduler"]
+__all__ = [
+    "SCHEDULERS",
+    "Input",
+    "Judged",
+    "Subject",
+    "Testbed",
+    "check_scheduler",
+    "make_scheduler",
+    "saved_scheduler",
+]
 
 # One evaluation a step each, so that a plan's length is the number of steps.
 SCHEDULERS = {
@@ -32,6 +42,33 @@ SCHEDULERS = {
     "deis": "DEISMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+# With its timesteps spaced from the end of training on, as "dpm++2m-trailing".
+_TRAILING = "-trailing"
+# What a configuration of another class does not say, as SD1.5's own DDIM has it.
+_EXTRA = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}}
+
+
+def check_scheduler(name: str) -> str:
+    """``name`` where it is a scheduler's; ConfigError where it is not."""
+    if name.removesuffix(_TRAILING) not in SCHEDULERS:
+        raise ConfigError(
+            f"no scheduler named {name!r}; schedulers: {', '.join(SCHEDULERS)}, each also with "
+            f"{_TRAILING!r}"
+        )
+    return name
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """The scheduler ``name`` with the noise schedule of ``config``, another scheduler's."""
+    import diffusers
+
+    base = check_scheduler(name).removesuffix(_TRAILING)
+    changes: dict[str, Any] = dict(_EXTRA.get(base, {}))
+    if config.get("_class_name") == SCHEDULERS[base]:
+        changes = {}
+    if name.endswith(_TRAILING):
+        changes["timestep_spacing"] = "trailing"
+    return getattr(diffusers, SCHEDULERS[base]).from_config(config, **changes)
 
 
 def saved_scheduler(folder: Path) -> str:

@@ -43,7 +43,7 @@ def _loss(row: Row) -> str:
 def _interval(row: Row) -> str:
     if row.name == "uncached":
         return "-"
-    return f"{_percent(row.loss_low)} to {_percent(row.loss_high)}"
+    return f"{_percent(row.loss_low)[:-1]} to {_percent(row.loss_high)[:-1]}"
 
 
 def _distance(value: float) -> str:
@@ -73,7 +73,7 @@ def _macs(row: Row) -> str:
 def _ratio(row: Row) -> str:
     if row.rival_ratio is None:
         return "-"
-    return f"{row.rival_ratio:.2f} ({row.rival_ratio_low:.2f} to {row.rival_ratio_high:.2f})"
+    return f"{row.rival_ratio:.2f} ({row.rival_ratio_low:.2f}-{row.rival_ratio_high:.2f})"
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -97,7 +97,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("over their\nworst 5%", lambda r: _optional(r.rival_ratio_worst, ".2f"),
            statistics=True),
     Column("PSNR\n(worst 5%)", lambda r: f"{r.psnr:.1f} ({r.psnr_worst:.1f})", statistics=True),
-    Column("SSIM\n(worst 5%)", lambda r: f"{r.ssim:.3f} ({r.ssim_worst:.3f})", statistics=True),
+    Column("SSIM", lambda r: f"{r.ssim:.4f}", statistics=True),
     Column("Fréchet", lambda r: _optional(r.frechet, ".4f"), statistics=True),
     Column("prompt", lambda r: _optional(r.agreement, ".3f"), statistics=True),
     Column("KiB\nheld", lambda r: f"{r.held_bytes / 1024:.0f}"),
