@@ -565,6 +565,18 @@ def _nearest(order: Sequence[Candidate], samples: Sequence[_Sample]) -> set[int]
     return set(best.values())
 
 
+def _flat(name: str, summary: metrics.Summary | None) -> dict[str, float | None]:
+    """The four fields of a row that a summary fills."""
+    if summary is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_worst"))
+    return {
+        name: summary.mean,
+        f"{name}_low": summary.low,
+        f"{name}_high": summary.high,
+        f"{name}_worst": summary.worst,
+    }
+
+
 def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Row]:
     subject, images = job.subject, job.subject.images
     samples = [_sample(batches, subject.classes) for batches in lines]
