@@ -397,6 +397,27 @@ def test_segmentation_is_the_corpus_iou():
     assert rows[0].fidelity == pytest.approx(expected)
 
 
+def test_the_testbeds_judge_sees_what_the_prompt_names():
+    """On the renders themselves: their own prompts, and those of other scenes."""
+    shipped = subject.Testbed()
+    inputs = shipped.inputs("canny", 40, 8)
+    renders = np.stack([one.truth.image for one in inputs]).astype(np.float32) / 255
+    own = shipped.judge("canny", renders, inputs)
+    assert own.agreement.mean() > 0.95
+    others = shipped.judge("canny", renders, [*inputs[1:], inputs[0]])
+    assert others.agreement.mean() < 0.75
+    # light, ground and one material, each asked for anew
+    one = inputs[0]
+    wrong = dataclasses.replace(
+        one.truth, light="fog" if one.truth.light != "fog" else "day", solids=()
+    )
+    changed = dataclasses.replace(one, truth=wrong)
+    assert shipped.judge("canny", renders[:1], [changed]).agreement[0] == 0.5
+    truths = shipped.truths("canny", inputs)
+    np.testing.assert_array_equal(own.features, truths)
+    assert metrics.frechet(own.features, truths) == pytest.approx(0.0, abs=1e-6)
+
+
 class _Interrupted(Exception):
     pass
 

@@ -500,6 +500,16 @@ def test_settings_of_the_command_reach_the_pipeline(checkpoint, data, tmp_path):
     assert all(line["first"] == 1 for _, line in seen.values())
 
 
+def test_quick_is_eight_scenes_at_most(checkpoint, data, tmp_path):
+    _write(data, _lines(data) * 4)
+    run(
+        "eval", "--model", checkpoint, "--data", data, "--conditions", "canny", "--images", 1,
+        "--rows", "uncached", "--steps", 2, "--quick", "--out", tmp_path / "out",
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert row["scenes"] == 8
+
+
 def test_a_plain_pipeline_takes_the_controlnet_that_is_given(data):
     """The testbed's folder as a stranger's: a pipeline that was saved without its ControlNet."""
     from hgc import testbed
