@@ -219,8 +219,10 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
                 for row, x, y in zip(own, works, values, strict=True):
                     if not row.shown:
                         continue
+                    # the line's colour names the scheduler
+                    name = row.name.partition("@")[0]
                     axis.annotate(
-                        row.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
+                        name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
                     )
         unit = "SD1.5 TMACs" if part[0].sd15_macs is not None else "TMACs a picture"
         for axis in axes[:, column]:
