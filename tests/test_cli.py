@@ -222,12 +222,13 @@ def test_eval_writes_its_tables_and_goes_on_from_its_record(extra, tmp_path):
     Config(name="mine", num_evaluations=3, steps=(StepPlan(), shallow, StepPlan())).to_json(path)
     arguments = [
         "eval", "--conditions", "canny", "--scenes", 3, "--batch", 2, "--steps", 3,
-        "--rows", f"{path},2-steps", "--out", tmp_path / "out",
+        "--rows", f"{path},2-steps", "--rival-schedulers", "unipc", "--out", tmp_path / "out",
     ]  # fmt: skip
     output = run(*arguments)
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {
-        "measured.jsonl", "pareto.png", "table.csv", "table.json", "table.md",
+        "measured.jsonl", "pareto.png", "table.csv", "table.json", "table.md", "worst",
+        "worst-canny.png",
     }  # fmt: skip
     first = json.loads((out / "table.json").read_text())
     assert [row["name"] for row in first["rows"]] == ["uncached", "mine", "2 steps"]

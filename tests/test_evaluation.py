@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import sys
 
 import models
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 
 import hgc
 from hgc import benchmarking
-from hgc.config import Config, ConfigError, StepPlan
+from hgc.config import Calibration, Config, ConfigError, StepPlan
 from hgc.evaluation import candidates as all_candidates
-from hgc.evaluation import measure, metrics, peers, record, tables
-from hgc.evaluation.candidate import Candidate, equal_steps, macs_here, steps_of
+from hgc.evaluation import measure, metrics, peers, record, subject, tables
+from hgc.evaluation.candidate import Candidate, equal_steps, own_schedulers, steps_of
 from hgc.evaluation.models import sd15_macs
 
 for name in ("transformers", "PIL", "skimage", "torchmetrics"):
@@ -102,16 +103,77 @@ def test_loss_interval_of_paired_scenes():
     assert metrics.loss_interval(noisy, reference) == (loss, low, high)
 
 
-def test_loss_of_segmentation_is_of_the_summed_confusion():
-    right = np.array([[[4, 0], [0, 4]], [[8, 0], [0, 0]]])
-    wrong = np.array([[[4, 0], [4, 0]], [[8, 0], [0, 0]]])
+def test_loss_of_segmentation_is_of_the_summed_counts():
+    right = metrics.class_counts(np.array([[[4, 0], [0, 4]], [[8, 0], [0, 0]]]))
+    wrong = metrics.class_counts(np.array([[[4, 0], [4, 0]], [[8, 0], [0, 0]]]))
     scores = np.array([0.0, 0.0])  # not read
-    loss, low, high = metrics.loss_interval(
-        scores, scores, confusion=wrong, reference_confusion=right
-    )
+    loss, low, high = metrics.loss_interval(scores, scores, counts=wrong, reference_counts=right)
     # classes: 12 / 16 and 0 / 4, against 1 and 1
     assert loss == pytest.approx(1 - (0.75 + 0.0) / 2)
     assert low <= loss <= high
+    assert metrics.fidelity_interval(scores, wrong)[0] == pytest.approx(0.375)
+
+
+def test_psnr_and_ssim_by_hand():
+    random = np.random.default_rng(4)
+    reference = random.random((2, 16, 16, 3), dtype=np.float32)
+    images = reference.copy()
+    images[0] = np.clip(images[0] + np.float32(0.1), 0, 2)
+    found = metrics.psnr(images, reference)
+    # 10 log10(1 / 0.01), and equal pictures at the limit
+    assert found[0] == pytest.approx(20.0, abs=1e-4) and found[1] == metrics.PSNR_LIMIT
+    from skimage.metrics import structural_similarity
+
+    for one, value in zip(images, metrics.ssim(images, reference), strict=True):
+        true = reference[0] if one is not images[1] else reference[1]
+        expected = structural_similarity(
+            one.astype(np.float64), true.astype(np.float64), channel_axis=-1, data_range=1.0,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )  # fmt: skip
+        assert value == pytest.approx(expected, abs=5e-3)
+        break
+    assert metrics.ssim(reference, reference) == pytest.approx(1.0)
+
+
+def test_pictures_of_one_condition_are_resampled_together():
+    values = np.repeat(np.random.default_rng(5).random(30), 4)
+    alone = metrics.interval(values[::4])
+    assert metrics.interval(values, images=4) == pytest.approx(alone)
+    # taken for independent they would claim twice the precision
+    low, high = metrics.interval(values)
+    assert (high - low) < 0.6 * (alone[1] - alone[0])
+
+
+def test_ratio_of_distances_is_of_means_and_paired():
+    ours, theirs = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])
+    assert metrics.ratio_interval(ours, theirs) == pytest.approx((0.5, 0.5, 0.5))
+    assert metrics.ratio_interval(ours, theirs[::-1])[0] == pytest.approx(0.5)
+
+
+def test_worst_indices_are_farthest_first_and_never_an_equal_picture():
+    distances = np.array([0.1, 0.0, 0.3, 0.1, 0.0])
+    assert metrics.worst_indices(distances, 2) == [2, 0]
+    assert metrics.worst_indices(distances, 9) == [2, 0, 3]
+
+
+def test_frechet_of_two_normal_sets():
+    """Sets with the same covariance and shifted means: the squared shift, and 0 to itself."""
+    random = np.random.default_rng(6)
+    features = random.normal(size=(200, 5))
+    assert metrics.frechet(features, features) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.frechet(features + 2.0, features) == pytest.approx(5 * 4.0)
+    # N(0, 1) against N(0, 4) in each of 5 dimensions: 1 + 4 - 2 * 2
+    assert metrics.frechet(2 * features, features) == pytest.approx(
+        (features.std(0, ddof=1) ** 2).sum() + (features.mean(0) ** 2).sum(), rel=1e-6
+    )
+    low, high = metrics.frechet_interval(features + 2.0, features)
+    assert low <= 20.0 + 1e-9 and high >= 20.0 - 1e-9
+    # draws of few pictures are biased upwards; the interval is not
+    few, other = features[:20], features[:20] + random.normal(scale=0.5, size=(20, 5))
+    low, high = metrics.frechet_interval(other, few)
+    assert low < metrics.frechet(other, few) < high
+    assert metrics.frechet(features[:1], features) is None
+    assert metrics.frechet_interval(features[:4], features[:4], images=4) is None
 
 
 # Rows
@@ -121,7 +183,7 @@ def test_candidates_put_the_uncached_run_first_and_fewer_steps_after_their_equal
     # what it counts is tested below
     counted = {8: 5, 20: 8}
     monkeypatch.setattr(
-        "hgc.evaluation.candidate.equal_steps", lambda config, steps: counted[steps]
+        "hgc.evaluation.candidate.equal_steps", lambda config, steps, subject: counted[steps]
     )
     rows = all_candidates(["exact", "turbo", "paper", "fewer-steps", "3-steps", "turbo"])
     assert [row.name for row in rows] == [
@@ -130,11 +192,26 @@ def test_candidates_put_the_uncached_run_first_and_fewer_steps_after_their_equal
     assert [row.steps for row in rows] == [20, 20, 8, 5, 20, 8, 3]
     assert rows[3].equal_to == ("turbo",) and rows[3].label == "5 steps (vs turbo)"
     assert rows[1].config is Config.preset("exact") and rows[0].config is None
+    rows = all_candidates(["turbo", "fewer-steps"], schedulers=(None, "dpm++2m"))
+    assert [(r.name, r.scheduler) for r in rows[2:]] == [
+        ("5 steps", None), ("5 steps@dpm++2m", "dpm++2m"),
+    ]  # fmt: skip
+    assert rows[2].equal_to == rows[3].equal_to == ("turbo",)
+
+
+def test_schedulers_of_fewer_steps_leave_out_the_evaluations_own():
+    assert own_schedulers(["unipc", "dpm++2m"], "unipc") == (None, "dpm++2m")
+    assert own_schedulers(["unipc", "dpm++2m"], "ddim") == (None, "unipc", "dpm++2m")
+    assert own_schedulers([], "unipc") == (None,)
+    assert own_schedulers(["unipc-trailing"], "unipc") == (None, "unipc-trailing")
+    with pytest.raises(ConfigError, match="no scheduler named 'lcm'"):
+        own_schedulers(["lcm"], "unipc")
 
 
 def test_fewer_steps_is_never_given_fewer_macs():
     turbo = Config.preset("turbo")
     count = equal_steps(turbo, turbo.num_evaluations)
+    macs_here = subject.Testbed().macs
     for macs in (macs_here, sd15_macs):
         ours, theirs = macs(turbo, turbo.num_evaluations), macs(None, count)
         assert theirs.total >= ours.total and theirs.paper >= ours.paper
@@ -191,11 +268,91 @@ def test_schedules_of_peers_run(name):
         assert row.control == ({"compute": "computed", "reuse": "reused"}[step.control],)
 
 
+def test_of_runs_that_differ_in_the_scheduler_the_nearest_is_shown_and_is_the_rival():
+    rows = [
+        ROWS[0], dataclasses.replace(ROWS[2], name="plan"),
+        Candidate("3 steps", None, 3, ("plan",), group="3 steps"),
+        Candidate("3 steps@dpm++2m", None, 3, ("plan",), "dpm++2m", group="3 steps"),
+        Candidate("3 steps@ddim", None, 3, scheduler="ddim"),
+    ]  # fmt: skip
+    found = measure.evaluate(["segmentation"], rows, dataclasses.replace(SETTINGS, scenes=2))
+    near, far = sorted(found[2:4], key=lambda row: row.distance)
+    assert near.distance < far.distance and near.shown and not far.shown
+    # one that was asked for by name competes with none
+    assert found[4].shown and found[4].scheduler == "ddim"
+    plan = found[1]
+    assert plan.rival == near.name
+    assert plan.rival_ratio == pytest.approx(plan.distance / near.distance)
+    assert plan.rival_ratio_worst == pytest.approx(plan.distance_worst / near.distance_worst)
+    assert plan.rival_ratio_low <= plan.rival_ratio <= plan.rival_ratio_high
+    assert found[0].rival is None and found[2].rival is None
+
+
+def test_a_row_may_have_a_scheduler_of_its_own():
+    rows = all_candidates(["turbo@deis", "turbo", "4-steps@dpm++2m-trailing", "t-gate@ddim"])
+    assert [(r.name, r.scheduler) for r in rows] == [
+        ("uncached", None), ("turbo@deis", "deis"), ("turbo", None), ("t-gate@ddim", "ddim"),
+        ("4 steps@dpm++2m-trailing", "dpm++2m-trailing"),
+    ]  # fmt: skip
+    assert [r.method for r in rows] == [
+        "fewer steps", "hgc, deis", "hgc", "T-GATE's schedule, ddim",
+        "fewer steps, dpm++2m-trailing",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="no scheduler named 'lcm'"):
+        all_candidates(["turbo@lcm"])
+
+
+def test_a_scheduler_of_another_class_keeps_the_noise_schedule():
+    own = testbed.load_pipeline("canny").scheduler.config
+    made = {n: subject.make_scheduler(n, own) for n in ("dpm++2m", "dpm++2m-trailing", "ddim")}
+    for one in made.values():
+        assert one.config.beta_end == own["beta_end"]
+        assert one.config.prediction_type == own["prediction_type"]
+    assert [made[n].config.timestep_spacing for n in made] == ["leading", "trailing", "leading"]
+    # clipping belongs to pictures, not to latents
+    assert made["ddim"].config.clip_sample is False
+
+
+def test_rows_of_packages_that_do_not_run_say_why(monkeypatch):
+    with pytest.raises(ConfigError, match="loaders for pipelines without a ControlNet only"):
+        all_candidates(["tgate-pypi"])
+    monkeypatch.setitem(sys.modules, "DeepCache", None)
+    with pytest.raises(ConfigError, match=r"hybrid-grained-cache\[peers\]"):
+        all_candidates(["deepcache-pypi-3"])
+    with pytest.raises(ConfigError, match="no preset named 'deepcache-pypi-1'"):
+        all_candidates(["deepcache-pypi-1"])
+
+
+@pytest.mark.peers
+def test_the_package_deepcache_makes_the_pictures_of_its_schedule():
+    pytest.importorskip("DeepCache")
+    rows = all_candidates(["deepcache-2", "deepcache-pypi-2", "fewer-steps"], 6)
+    assert [row.name for row in rows] == [
+        "uncached", "deepcache-2", "4 steps", "deepcache-pypi-2",
+    ]  # fmt: skip
+    kept = {}
+    found = measure.evaluate(
+        ["canny"], rows, measure.Settings(scenes=2, steps=6, batch=2),
+        on_images=lambda batch: kept.setdefault(batch.candidate.name, batch.images),
+    )  # fmt: skip
+    uncached, ours, _, theirs = found
+    assert theirs.distance == pytest.approx(ours.distance, rel=1e-3) and theirs.distance > 0
+    np.testing.assert_allclose(kept["deepcache-pypi-2"], kept["deepcache-2"], atol=1e-3)
+    # its short evaluation keeps more than ours, and it embeds the condition each time
+    assert ours.macs < theirs.macs < uncached.macs
+    assert ours.sd15_macs_paper < theirs.sd15_macs_paper < uncached.sd15_macs_paper
+    assert theirs.held_bytes > ours.held_bytes
+    assert theirs.method == "DeepCache (package)" and theirs.cached
+
+
 def test_steps_of_a_plan_follow_the_uncached_run():
     rule = Config(num_evaluations=12, key_steps=(0, 3, 7, 11))
     assert steps_of(rule, 20) == 12
     assert steps_of(rule, 40) == 24
     assert steps_of(QUICK, 40) == 4
+    known = Calibration("m", "UniPC", 12, 40, 0.5, 0.1, 0.1, 2, 0.1, 1)
+    calibrated = rule.replace(calibration=known)
+    assert steps_of(calibrated, 40) == 12 and steps_of(calibrated, 20) == 6
 
 
 # Measuring
@@ -240,6 +397,27 @@ def test_segmentation_is_the_corpus_iou():
     assert rows[0].fidelity == pytest.approx(expected)
 
 
+def test_the_testbeds_judge_sees_what_the_prompt_names():
+    """On the renders themselves: their own prompts, and those of other scenes."""
+    shipped = subject.Testbed()
+    inputs = shipped.inputs("canny", 40, 8)
+    renders = np.stack([one.truth.image for one in inputs]).astype(np.float32) / 255
+    own = shipped.judge("canny", renders, inputs)
+    assert own.agreement.mean() > 0.95
+    others = shipped.judge("canny", renders, [*inputs[1:], inputs[0]])
+    assert others.agreement.mean() < 0.75
+    # light, ground and one material, each asked for anew
+    one = inputs[0]
+    wrong = dataclasses.replace(
+        one.truth, light="fog" if one.truth.light != "fog" else "day", solids=()
+    )
+    changed = dataclasses.replace(one, truth=wrong)
+    assert shipped.judge("canny", renders[:1], [changed]).agreement[0] == 0.5
+    truths = shipped.truths("canny", inputs)
+    np.testing.assert_array_equal(own.features, truths)
+    assert metrics.frechet(own.features, truths) == pytest.approx(0.0, abs=1e-6)
+
+
 class _Interrupted(Exception):
     pass
 
@@ -248,12 +426,13 @@ def test_an_interrupted_evaluation_goes_on_without_repeating_or_losing(tmp_path,
     made: list[tuple[str, int]] = []
     plain = measure._Studio.make
 
-    def make(self, one, scenes):
-        made.append((one.name, scenes[0].seed - testbed.held_out(1)[0].seed))
-        return plain(self, one, scenes)
+    def make(self, one, inputs):
+        made.append((one.name, inputs[0].index))
+        return plain(self, one, inputs)
 
     monkeypatch.setattr(measure._Studio, "make", make)
-    whole = measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "whole")
+    # strips are kept as pictures are made, so that none is made again for them
+    whole = measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "whole", worst=1)
     everything = list(made)
     assert everything == [(row.name, start) for start in (0, 2) for row in ROWS]
 
@@ -264,24 +443,27 @@ def test_an_interrupted_evaluation_goes_on_without_repeating_or_losing(tmp_path,
 
     made.clear()
     with pytest.raises(_Interrupted):
-        measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "parts", on_progress=stop)
+        measure.evaluate(
+            ["canny"], ROWS, SETTINGS, folder=tmp_path / "parts", worst=1, on_progress=stop
+        )
     assert made == everything[:4]
     lines = tmp_path / "parts" / record.NAME
     with lines.open("a") as file:
         file.write('{"key": "cut short by the interr')
 
     made.clear()
-    resumed = measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "parts")
+    resumed = measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "parts", worst=1)
     # the uncached pictures of the unfinished batch again: the other rows are measured against them
     assert made == [("uncached", 2), ("exact", 2), ("quick", 2)]
     assert _untimed(resumed) == _untimed(whole)
     written = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [(line["candidate"], line["batch"]) for line in written] == [
-        (row.name, batch) for batch in (0, 1) for row in ROWS
+    assert [(line["candidate"], line["first"]) for line in written] == [
+        (row.name, first) for first in (0, 2) for row in ROWS
     ]
 
     made.clear()
-    assert measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "parts") == resumed
+    again = measure.evaluate(["canny"], ROWS, SETTINGS, folder=tmp_path / "parts", worst=1)
+    assert again == resumed
     assert made == []
     more = dataclasses.replace(SETTINGS, seed=1)
     measure.evaluate(["canny"], ROWS[:1], more, folder=tmp_path / "parts")
@@ -341,29 +523,54 @@ def test_settings_are_checked():
 # Tables and pictures
 
 
+_FIGURES = ("fidelity", "distance", "psnr", "ssim", "perceived", "agreement")
+
+
 def _row(**changes) -> measure.Row:
-    values = {
-        "condition": "canny", "name": "quick", "label": "quick", "steps": 4, "cached": True,
-        "scenes": 3, "macs": 3 * 10**9, "macs_paper": 2 * 10**9, "share": 0.5, "share_paper": 0.4,
+    values = {field.name: None for field in dataclasses.fields(measure.Row)}
+    values |= {
+        "condition": "canny", "name": "quick", "label": "quick", "method": "hgc", "steps": 4,
+        "scheduler": "unipc", "cached": True, "shown": True, "scenes": 3, "images": 1,
+        "macs": 3 * 10**9, "macs_paper": 2 * 10**9, "share": 0.5, "share_paper": 0.4,
         "sd15_macs": 6 * 10**12, "sd15_macs_paper": 5 * 10**12, "seconds": 0.25, "speedup": 2.5,
-        "measure": "edge F1", "fidelity": 0.75, "fidelity_worst": 0.5, "loss": -0.012,
-        "loss_low": -0.02, "loss_high": 0.003, "distance": 0.03, "distance_worst": 0.06,
-        "held_bytes": 2048, **changes,
+        "measure": "edge F1", "loss": -0.012, "loss_low": -0.02, "loss_high": 0.003,
+        "rival": "3 steps", "rival_ratio": 0.456, "rival_ratio_low": 0.4, "rival_ratio_high": 0.5,
+        "rival_ratio_worst": 0.6, "frechet": 0.0123, "frechet_low": 0.01, "frechet_high": 0.02,
+        "frechet_truth": 0.3, "held_bytes": 2048, "worst_pictures": [2, 0],
+        "worst_distances": [0.06, 0.02], "key": "k",
     }  # fmt: skip
-    return measure.Row(**values)
+    figures = zip(_FIGURES, (0.75, 0.03, 40.0, 0.95, 0.1, 0.9), (0.5, 0.06, 30.0, 0.9, 0.2, 0.8),
+                  strict=True)  # fmt: skip
+    for name, mean, worst in figures:
+        values |= {name: mean, f"{name}_low": mean, f"{name}_high": mean, f"{name}_worst": worst}
+    return measure.Row(**(values | changes))
 
 
 def test_tables_say_what_the_rows_say():
-    rows = [_row(name="uncached", label="uncached", cached=False, held_bytes=0), _row()]
-    text = tables.to_markdown(rows, "A heading.")
+    same = {"distance": 0.0, "distance_worst": 0.0, "rival_ratio": None, "rival_ratio_worst": None}
+    rows = [
+        _row(name="uncached", label="uncached", cached=False, held_bytes=0, **same),
+        _row(),
+        _row(name="3 steps", label="3 steps (vs quick)", shown=False),
+    ]
+    text = tables.to_markdown(rows, "A heading.", "what the prompt names")
+    assert "3 steps (vs" not in text and "Prompt: what the prompt names." in text
     line = next(line for line in text.splitlines() if line.startswith("| quick"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "quick", "4", "5.00 (6.00)", "2.00 (3.00)", "40.0% (50.0%)", "2.50x", "0.7500", "0.5000",
-        "-1.20%", "-2.00% to 0.30%", "0.0300", "0.0600", "2",
+        "quick", "4", "5.00 (6.00)", "40.0%", "2.50x", "0.7500 (0.5000)", "-1.20%",
+        "-2.00 to 0.30", "0.0300 (0.0600)", "0.46 (0.40-0.50)", "0.60", "40.0 (30.0)",
+        "0.9500", "0.0123", "0.900", "2",
     ]  # fmt: skip
+    uncached = next(line for line in text.splitlines() if line.startswith("| uncached"))
+    cells = [cell.strip() for cell in uncached.strip("|").split("|")]
+    assert cells[6:11] == ["-", "-", "0", "-", "-"]
+    # of a model that is no stand-in for SD1.5, without a judge
+    none = {"sd15_macs": None, "sd15_macs_paper": None, "frechet": None, "agreement": None}
+    other = tables.to_markdown([_row(**none)])
+    assert "Fréchet |" not in other and "| 2.00 (3.00) G |" in other and "SD1.5" not in other
     assert "canny (edge F1), 3 held-out scenes" in text and text.startswith("A heading.")
     read = list(csv.DictReader(io.StringIO(tables.to_csv(rows))))
-    assert float(read[1]["distance_worst"]) == 0.06 and len(read) == 2
+    assert float(read[1]["distance_worst"]) == 0.06 and len(read) == 3
     data = json.loads(tables.to_json(rows, {"threads": 2}))
     assert data["about"] == {"threads": 2}
     assert measure.Row(**data["rows"][1]) == rows[1]
@@ -395,19 +602,57 @@ def test_the_grid_shows_each_picture_four_times_as_large_and_the_amplified_diffe
         assert has(image)
 
 
-def test_the_plot_is_written(tmp_path):
+def test_the_plot_has_a_line_a_method_and_two_panels_a_condition(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
     from PIL import Image
 
     from hgc.evaluation.pictures import pareto
 
+    drawn = []
+    plain = Axes.errorbar
+
+    def errorbar(self, x, y, *arguments, **named):
+        drawn.append((named["label"], list(x), list(y)))
+        return plain(self, x, y, *arguments, **named)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
     rows = [
-        _row(name="uncached", cached=False, distance=0.0, distance_worst=0.0),
+        _row(name="uncached", method="fewer steps", cached=False, distance=0.0, distance_worst=0.0),
+        _row(name="slow", sd15_macs_paper=8 * 10**12, distance=0.01),
         _row(),
-        _row(name="5 steps", cached=False, distance=0.04, distance_worst=0.05),
+        _row(name="5 steps", method="fewer steps", cached=False, distance=0.04, loss=0.02),
     ]
     pareto(rows, tmp_path / "pareto.png")
+    assert drawn == [
+        ("hgc", [5.0, 8.0], [0.03, 0.01]), ("hgc", [5.0, 8.0], [-1.2, -1.2]),
+        ("fewer steps", [5.0], [0.04]), ("fewer steps", [5.0], [2.0]),
+    ]  # fmt: skip
     assert Image.open(tmp_path / "pareto.png").width > 300
+
+
+def test_the_contact_sheet_shows_condition_and_strip_of_each_worst_picture():
+    from hgc.evaluation.pictures import SheetRow, contact_sheet
+
+    random = np.random.default_rng(7)
+    pictures = [
+        (f"scene {i}", random.integers(0, 255, (128, 128, 3), dtype=np.uint8),
+         random.integers(0, 255, (128, 384, 3), dtype=np.uint8))
+        for i in range(3)
+    ]  # fmt: skip
+    rows = [SheetRow("one", tuple(pictures[:2])), SheetRow("two", tuple(pictures[2:]))]
+    pixels = np.asarray(contact_sheet(rows, "a title"))
+    for _, condition, strip in pictures:
+        both = np.concatenate([condition, strip], axis=1)
+        # the first line of it, where it is on the sheet
+        places = np.argwhere((pixels == both[0, 0]).all(-1))
+        assert any(
+            np.array_equal(pixels[y : y + 128, x : x + 512], both)
+            for y, x in places
+            if y + 128 <= pixels.shape[0] and x + 512 <= pixels.shape[1]
+        )
+    # worst first, on one line
+    assert pixels.shape[1] > 2 * 512
 
 
 # Benchmark

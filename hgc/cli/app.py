@@ -102,30 +102,72 @@ def demo(
 @reports_errors
 def evaluate(
     conditions: _Conditions = "all",
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes a condition")] = 64,
+    scenes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Scenes a condition; default: 64 of the testbed, all of --data"),
+    ] = None,
     rows: Annotated[
         str,
         typer.Option(
             help="With commas between: presets, peers, fewer-steps, a preset, deepcache-3, "
-            "6-steps, a plan.json"
+            "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
     out: Annotated[Path, typer.Option(help="Folder of the record and the tables")] = Path(
         "hgc-eval"
     ),
-    start: Annotated[int, typer.Option(min=0, help="First of the held-out scenes")] = 0,
+    first_scene: Annotated[
+        int, typer.Option("--first-scene", "--start", min=0, help="First of the scenes")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Scenes a pipeline call")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a pipeline call")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     quick: Annotated[
         bool, typer.Option("--quick", help="At most 8 scenes a condition: a first look")
     ] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="unipc, dpm++2m, ddim, deis, euler, or one with -trailing")
+    ] = None,
+    rival_schedulers: Annotated[
+        str,
+        typer.Option(help="Of the runs with fewer steps; tables show the nearest of them"),
+    ] = "unipc,dpm++2m,dpm++2m-trailing",
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; default: 3.5, or 7.5 with --model")
+    ] = None,
+    worst: Annotated[
+        int, typer.Option(min=0, help="Worst pictures of each row on the contact sheet")
+    ] = 3,
+    model: Annotated[str, typer.Option(help="testbed, or a pipeline's folder")] = "testbed",
+    controlnet: Annotated[Path | None, typer.Option(help="Folder of a ControlNet")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of pictures with a metadata.jsonl")
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a segmentation or depth model of transformers"),
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIPModel, for the agreement with the prompt")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels: H or HxW; default: the model's")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each line of --data")] = 4,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: fp16 on cuda")
+    ] = None,
 ) -> None:
-    """Fidelity and distance over many held-out scenes. Goes on where it was interrupted."""
-    from hgc.cli.evaluate import run
+    """Fidelity and distance over many scenes. Goes on where it was interrupted.
 
-    run(conditions, scenes, rows, steps, out, start, seed, batch, device, quick)
+    By default the shipped testbed; with --model and --data a checkpoint and a folder of pictures.
+    """
+    from hgc.cli.evaluate import Local, run
+
+    local = Local(controlnet, data, judge, clip, size, images, dtype)
+    run(
+        conditions, scenes, rows, steps, out, first_scene, seed, batch, device, quick, scheduler,
+        rival_schedulers, guidance, worst, model, local,
+    )  # fmt: skip
 
 
 @app.command()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hgc.cli.console import (
     CliError,
     as_usage,
     console,
     needs,
+    parse_size,
     progress,
     quiet_libraries,
     split,
@@ -17,14 +23,34 @@ from hgc.cli.console import (
 )
 from hgc.cli.results import about, chosen_conditions, heading, print_rows
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from PIL import Image
 
+    from hgc.evaluation import Row
+    from hgc.evaluation.subject import Subject
+
+__all__ = ["Local", "run"]
+
+SCENES = 64
 QUICK_SCENES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """The options that only another model than the testbed has."""
+
+    controlnet: Path | None
+    data: Path | None
+    judge: Path | None
+    clip: Path | None
+    size: str | None
+    images: int
+    dtype: str | None
 
 
 def run(
     conditions: str,
-    scenes: int,
+    scenes: int | None,
     rows: str,
     steps: int,
     out: Path,
@@ -33,47 +59,145 @@ def run(
     batch: int,
     device: str,
     quick: bool,
+    scheduler: str | None,
+    rival_schedulers: str,
+    guidance: float | None,
+    worst: int,
+    model: str,
+    local: Local,
 ) -> None:
-    """Measure the rows on held-out scenes and write the tables and the plot to ``out``."""
+    """Measure the rows and write the tables, the plot and the contact sheets to ``out``."""
     needs("eval", "transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
-    names = chosen_conditions(conditions)
     quiet_libraries()
     check_device(device)
 
-    from hgc import testbed
     from hgc.evaluation import Settings, candidates, evaluate, to_csv, to_json, to_markdown
+    from hgc.evaluation.candidate import own_schedulers
+    from hgc.evaluation.measure import own_scheduler
     from hgc.evaluation.pictures import pareto
 
-    settings = Settings(
-        scenes=min(scenes, QUICK_SCENES) if quick else scenes,
-        start=start,
-        steps=steps,
-        seed=seed,
-        batch=batch,
-        device=device,
-    )
-    with as_usage(FileNotFoundError):
-        testbed.path()
+    names, subject = _subject(conditions, model, local, device)
     writable(out, folder=True)
-    with progress() as bar:
-        order = candidates(split(rows), steps)
-        with as_usage(ValueError, OSError):
-            found = evaluate(names, order, settings, folder=out, on_progress=bar)
+    if subject.count is None:
+        count = SCENES if scenes is None else scenes
+    else:
+        count = max(1, subject.count - start) if scenes is None else scenes
+    with as_usage(ValueError):
+        settings = Settings(
+            scenes=min(count, QUICK_SCENES) if quick else count,
+            start=start,
+            steps=steps,
+            seed=seed,
+            batch=batch,
+            device=device,
+            guidance=guidance,
+            scheduler=scheduler,
+        )
+    order = candidates(
+        split(rows),
+        steps,
+        subject=subject,
+        schedulers=own_schedulers(split(rival_schedulers), own_scheduler(subject, settings)),
+    )
+    with progress() as bar, as_usage(ValueError, OSError):
+        found = evaluate(
+            names, order, settings, subject=subject, folder=out, worst=worst, on_progress=bar
+        )
     printer = console()
-    print_rows(printer, found, settings)
-    written = {
-        "table.md": to_markdown(found, heading(settings)),
+    print_rows(printer, found, settings, subject)
+    tables = {
+        "table.md": to_markdown(found, heading(settings, subject), subject.agreement),
         "table.csv": to_csv(found),
-        "table.json": to_json(found, about(settings)),
+        "table.json": to_json(found, about(settings, subject)),
     }
     with as_usage(OSError):
-        for name, text in written.items():
+        for name, text in tables.items():
             # Written aside and moved, so that an interruption leaves the old table or the new.
             aside = out / f".{name}"
             aside.write_text(text, encoding="utf-8")
             os.replace(aside, out / name)
-        pareto(found, out / "pareto.png")
-    printer.print(f"wrote {', '.join(written)} and pareto.png to {out.resolve()}", soft_wrap=True)
+        pareto(found, out / ".pareto.png")
+        os.replace(out / ".pareto.png", out / "pareto.png")
+        sheets = _sheets(found, subject, out) if worst else []
+    names_written = ", ".join([*tables, *sheets])
+    printer.print(f"wrote {names_written} and pareto.png to {out.resolve()}", soft_wrap=True)
+
+
+def _subject(
+    conditions: str, model: str, local: Local, device: str
+) -> tuple[Sequence[str], Subject]:
+    """The conditions and the subject that the options name."""
+    if model == "testbed":
+        for field in dataclasses.fields(Local):
+            if field.name != "images" and getattr(local, field.name) is not None:
+                raise CliError(f"--{field.name} goes with --model, the folder of a pipeline")
+        from hgc import testbed
+        from hgc.evaluation.candidate import testbed as subject
+
+        with as_usage(FileNotFoundError):
+            testbed.path()
+        return chosen_conditions(conditions), subject()
+    if local.data is None:
+        raise CliError("--model needs --data, a folder of pictures with a metadata.jsonl")
+    names = split(conditions)
+    if len(names) != 1 or names == ["all"]:
+        raise CliError("--model needs --conditions with the one condition of its ControlNet")
+    (name,) = chosen_conditions(conditions)
+    from hgc.evaluation.folder import Folder
+
+    height, width = parse_size(local.size)
+    with as_usage(ValueError):
+        return [name], Folder(
+            Path(model),
+            local.data,
+            name,
+            controlnet=local.controlnet,
+            judge=local.judge,
+            clip=local.clip,
+            size=None if height is None or width is None else (height, width),
+            images=local.images,
+            dtype=local.dtype or ("fp32" if device == "cpu" else "fp16"),
+            device=device,
+        )
+
+
+def _sheets(rows: Sequence[Row], subject: Subject, out: Path) -> list[str]:
+    """Write the contact sheet of each condition; their names."""
+    written = []
+    for condition in dict.fromkeys(row.condition for row in rows):
+        part = [row for row in rows if row.condition == condition and row.shown]
+        name = f"worst-{condition}.png"
+        _sheet(part, subject, out).save(out / f".{name}", format="PNG")
+        os.replace(out / f".{name}", out / name)
+        written.append(name)
+    return written
+
+
+def _sheet(rows: Sequence[Row], subject: Subject, out: Path) -> Image.Image:
+    from PIL import Image
+
+    from hgc.evaluation.pictures import AMPLIFIED, SheetRow, contact_sheet
+    from hgc.evaluation.worst import strip_path
+
+    shown = []
+    for row in rows:
+        cells = []
+        for picture, distance in zip(row.worst_pictures, row.worst_distances, strict=True):
+            (one,) = subject.inputs(row.condition, picture, 1)
+            with Image.open(strip_path(out, row.key, picture)) as strip:
+                pixels = np.asarray(strip)
+            cells.append((f"{one.name}: {distance:.4f}", one.condition, pixels))
+        if cells:
+            steps = f", {row.steps} steps" if row.cached else ""
+            label = f"{row.label}{steps}, mean {row.distance:.4f}"
+            shown.append(SheetRow(label, tuple(cells)))
+    first = rows[0]
+    title = (
+        f"{subject.title}, {first.condition}, {first.scenes} scenes: the pictures of each row that "
+        "are farthest from the uncached ones, with their distance. Condition, uncached, the row's, "
+        f"difference x {AMPLIFIED}."
+    )
+    return contact_sheet(shown, title)
 
 
 def check_device(device: str) -> None:

@@ -13,6 +13,7 @@ from hgc.cli.console import CliError, split
 
 if TYPE_CHECKING:
     from hgc.evaluation import Row, Settings
+    from hgc.evaluation.subject import Subject
 
 __all__ = ["about", "chosen_conditions", "heading", "print_rows"]
 
@@ -32,41 +33,51 @@ def chosen_conditions(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def about(settings: Settings) -> dict[str, Any]:
-    """What rows were measured with, for files."""
+def about(settings: Settings, subject: Subject | None = None) -> dict[str, Any]:
+    """What rows were measured with, for files. subject: None: the testbed."""
     import dataclasses
 
     from hgc.benchmarking import about_device
-    from hgc.testbed import GUIDANCE_SCALE
+    from hgc.evaluation.candidate import testbed
+    from hgc.evaluation.measure import own_scheduler
 
+    subject = testbed() if subject is None else subject
     return {
         **about_device(settings.device),
         **dataclasses.asdict(settings),
-        "guidance_scale": GUIDANCE_SCALE,
+        **subject.about(),
+        "scheduler": own_scheduler(subject, settings),
+        "guidance_scale": subject.guidance if settings.guidance is None else settings.guidance,
     }
 
 
-def heading(settings: Settings) -> str:
+def heading(settings: Settings, subject: Subject | None = None) -> str:
     """The same in a sentence."""
-    said = about(settings)
+    said = about(settings, subject)
     return (
-        f"Testbed, UniPC, guidance {said['guidance_scale']}, uncached run of {settings.steps} "
-        f"steps, batches of {min(settings.batch, settings.scenes)}; {said['device_name']}, "
+        f"{said['subject']}, {said['scheduler']}, guidance {said['guidance_scale']}, uncached run "
+        f"of {settings.steps} steps, batches of {settings.batch}; {said['device_name']}, "
         f"{said['threads']} threads, torch {said['torch']}, diffusers {said['diffusers']}, "
         f"hgc {said['hgc']}."
     )
 
 
 def print_rows(
-    out: Console, rows: Sequence[Row], settings: Settings, *, statistics: bool = True
+    out: Console,
+    rows: Sequence[Row],
+    settings: Settings,
+    subject: Subject | None = None,
+    *,
+    statistics: bool = True,
 ) -> None:
     """One table a condition; ``statistics``: with the columns that take many scenes."""
-    from hgc.evaluation.tables import COLUMNS, caption, units
+    from hgc.evaluation.tables import caption, units
+    from hgc.evaluation.tables import columns as columns_of
 
-    columns = [column for column in COLUMNS if statistics or not column.statistics]
-    out.print(heading(settings))
+    out.print(heading(settings, subject))
     for condition in dict.fromkeys(row.condition for row in rows):
-        part = [row for row in rows if row.condition == condition]
+        part = [row for row in rows if row.condition == condition and row.shown]
+        columns = [column for column in columns_of(part) if statistics or not column.statistics]
         out.print()
         out.print(caption(part[0]), style="bold")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -76,4 +87,5 @@ def print_rows(
             style = "bold" if row.name == "uncached" else None if row.cached else "bright_black"
             table.add_row(*(column.cell(row) for column in columns), style=style)
         out.print(table)
-    out.print(units(), style="bright_black")
+    agreement = subject.agreement if subject is not None and statistics else ""
+    out.print(units(agreement), style="bright_black")

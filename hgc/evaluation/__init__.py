@@ -1,24 +1,31 @@
 """How good a plan is: fidelity to the condition, distance to the uncached picture, work, time.
 
-:func:`evaluate` makes pictures of held-out scenes with the pipeline as it is and with each plan,
-from the same noise, and measures them. ``hgc demo`` and ``hgc eval`` are both made of it.
+:func:`evaluate` makes pictures of held-out scenes, or of a folder of pictures with another
+checkpoint (:class:`Folder`), with the pipeline as it is and with each plan, from the same noise,
+and measures them. ``hgc demo`` and ``hgc eval`` are both made of it.
 """
 
 from __future__ import annotations
 
 from hgc.evaluation.candidate import Candidate, candidates
+from hgc.evaluation.folder import DataError, Folder
 from hgc.evaluation.measure import Batch, Row, Settings, evaluate
 from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
+from hgc.evaluation.subject import Subject, Testbed
 from hgc.evaluation.tables import COLUMNS, to_csv, to_json, to_markdown
 
 __all__ = [
     "COLUMNS",
     "Batch",
     "Candidate",
+    "DataError",
+    "Folder",
     "ModelError",
     "ModelShapes",
     "Row",
     "Settings",
+    "Subject",
+    "Testbed",
     "candidates",
     "evaluate",
     "load_shapes",

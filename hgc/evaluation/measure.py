@@ -1,4 +1,4 @@
-"""The evaluation: pictures of held-out scenes with each candidate, measured."""
+"""The evaluation: pictures of the same inputs with each candidate, measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hgc.evaluation.candidate import Candidate, candidates, macs_here
-from hgc.evaluation.metrics import corpus_iou, loss_interval, relative_l2, worst_share
-from hgc.evaluation.models import sd15_macs
-from hgc.evaluation.record import Measured, Record, fingerprint, settings_key
+from hgc.evaluation import metrics
+from hgc.evaluation.candidate import Candidate, candidates, testbed
+from hgc.evaluation.models import load_shapes, sd15_macs
+from hgc.evaluation.peers import installed_package, package_macs
+from hgc.evaluation.record import Measured, Record, fingerprint, pack, settings_key, unpack
+from hgc.evaluation.subject import Input, Judged, Subject, check_scheduler, make_scheduler
+from hgc.evaluation.worst import Strips
 
 if TYPE_CHECKING:
-    from hgc.testbed import Scene
+    from hgc.macs import Macs
 
 __all__ = ["Batch", "Row", "Settings", "evaluate"]
 
@@ -28,12 +31,15 @@ class Settings:
     """What the pictures are made with.
 
     Attributes:
-        scenes: Held-out scenes a condition.
+        scenes: Scenes, or pictures of a folder, a condition.
         start: The first of them.
         steps: Steps of the uncached run.
         seed: Added to a scene's own seed: other noise.
-        batch: Scenes a pipeline call.
+        batch: Pictures a pipeline call.
         device: "cpu" or "cuda".
+        guidance: Guidance scale; None: the testbed's 3.5, or 7.5 with another checkpoint.
+        scheduler: One of `hgc.evaluation.subject.SCHEDULERS`, made from the configuration of the
+            pipeline's own, or one of them with "-trailing"; None: the pipeline's own.
     """
 
     scenes: int = 64
@@ -42,68 +48,131 @@ class Settings:
     seed: int = 0
     batch: int = 8
     device: str = "cpu"
+    guidance: float | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("scenes", 1), ("start", 0), ("steps", 1), ("seed", 0), ("batch", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
+        if self.guidance is not None and not 1.0 < self.guidance < 1000.0:
+            raise ValueError(
+                f"guidance must be above 1, where guidance begins; got {self.guidance!r}"
+            )
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One candidate over all scenes of one condition. MACs are of one picture under guidance.
+    """One candidate over all pictures of one condition. MACs are of one picture under guidance.
+
+    A figure with ``_low``, ``_high`` and ``_worst`` is a mean over the pictures, with its 95%
+    bootstrap interval and the mean of the worst 5% of pictures.
 
     Attributes:
         condition: Name of the condition.
         name: Of the candidate.
         label: The name, with the plans whose MACs this run with fewer steps equals.
+        method: A line of the plot.
         steps: Steps of the run.
-        cached: Whether hgc was installed.
-        scenes: Number of scenes.
-        macs: Of this model, all multiply-accumulates.
+        scheduler: Its scheduler.
+        cached: Whether hgc was installed, or another package.
+        shown: Whether tables show it: of runs with fewer steps that differ in the scheduler only,
+            the nearest one to the uncached pictures.
+        scenes: Number of scenes, or of pictures of a folder.
+        images: Pictures made of each.
+        macs: Of this model, all multiply-accumulates; None where they cannot be counted.
         macs_paper: The same without the two attention matmuls, the paper's convention.
         share: ``macs`` over those of the uncached run.
         share_paper: ``macs_paper`` over those of the uncached run.
-        sd15_macs: What the plan costs on SD1.5 at 512 x 512, all multiply-accumulates.
+        sd15_macs: What the plan costs on SD1.5 at 512 x 512, all multiply-accumulates; None where
+            the model is no stand-in for SD1.5.
         sd15_macs_paper: The same in the paper's convention.
         seconds: Median time of a pipeline call, a picture.
         speedup: Median over batches of the uncached call's time over this one's, both made one
             after the other in one process.
         measure: Name of the measure of fidelity.
         fidelity: Fidelity to the condition over the whole set, higher is better.
-        fidelity_worst: Mean of the worst 5% of scenes.
-        loss: Share of the uncached run's fidelity that was lost.
-        loss_low: Lower end of its 95% bootstrap interval.
-        loss_high: Upper end.
-        distance: Relative L2 to the uncached picture, mean.
-        distance_worst: Mean of the worst 5% of scenes.
+        loss: Share of the uncached run's fidelity that was lost, with its interval.
+        distance: Relative L2 to the uncached picture.
+        psnr: To the uncached picture in dB, 100 at most.
+        ssim: Structural similarity to the uncached picture.
+        perceived: Relative L2 of the judge's features to those of the uncached picture; None
+            without a judge.
+        frechet: Frechet distance of the judge's features to those of the uncached pictures, with
+            its interval: of the whole set, so without a worst 5%.
+        frechet_truth: The same to the true pictures; None where there are none.
+        agreement: With the prompt, higher is better; None where nothing reads it.
+        rival: Name of the nearest run with fewer steps that costs at least as many MACs.
+        rival_ratio: ``distance`` over the rival's, with its interval: 0.5 is half as far.
+        rival_ratio_worst: The same of the two means of the worst 5%.
         held_bytes: Most bytes the cache held, a picture.
+        worst_pictures: Indices of the pictures farthest from the uncached ones, farthest first.
+        worst_distances: Theirs.
+        key: Of the row's lines in the record.
     """
 
     condition: str
     name: str
     label: str
+    method: str
     steps: int
+    scheduler: str
     cached: bool
+    shown: bool
     scenes: int
-    macs: int
-    macs_paper: int
-    share: float
-    share_paper: float
-    sd15_macs: int
-    sd15_macs_paper: int
+    images: int
+    macs: int | None
+    macs_paper: int | None
+    share: float | None
+    share_paper: float | None
+    sd15_macs: int | None
+    sd15_macs_paper: int | None
     seconds: float
     speedup: float
     measure: str
     fidelity: float
+    fidelity_low: float
+    fidelity_high: float
     fidelity_worst: float
     loss: float
     loss_low: float
     loss_high: float
     distance: float
+    distance_low: float
+    distance_high: float
     distance_worst: float
+    psnr: float
+    psnr_low: float
+    psnr_high: float
+    psnr_worst: float
+    ssim: float
+    ssim_low: float
+    ssim_high: float
+    ssim_worst: float
+    perceived: float | None
+    perceived_low: float | None
+    perceived_high: float | None
+    perceived_worst: float | None
+    frechet: float | None
+    frechet_low: float | None
+    frechet_high: float | None
+    frechet_truth: float | None
+    agreement: float | None
+    agreement_low: float | None
+    agreement_high: float | None
+    agreement_worst: float | None
+    rival: str | None
+    rival_ratio: float | None
+    rival_ratio_low: float | None
+    rival_ratio_high: float | None
+    rival_ratio_worst: float | None
     held_bytes: int
+    worst_pictures: list[int]
+    worst_distances: list[float]
+    key: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +182,8 @@ class Batch:
     Attributes:
         condition: Name of the condition.
         candidate: What made them.
-        start: Index of the first scene among those evaluated.
-        images: float32 [B, 64, 64, 3] in [0, 1].
+        start: Index of the first picture among those evaluated.
+        images: float32 [B, H, W, 3] in [0, 1].
     """
 
     condition: str
@@ -138,80 +207,99 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _environment() -> dict[str, Any]:
+def _environment(subject: Subject) -> dict[str, Any]:
     """What the numbers depend on apart from the settings: versions, code, weights, threads."""
     import torch
 
     import hgc
     import hgc_kernels
-    from hgc import testbed
 
-    # The engine, the judges and the measures; not the command line or the tables, which change no
-    # number that is recorded.
+    # The engine, the judges and the measures of a picture; not the command line, the tables or
+    # what is made of the measures, which change no number that is recorded.
     package = Path(hgc.__file__).parent
     return {
         "versions": _versions(),
         "threads": torch.get_num_threads(),
         "code": fingerprint(
-            package, "*.py", "testbed/*.py", "evaluation/measure.py", "evaluation/metrics.py"
+            package,
+            "*.py",
+            "testbed/*.py",
+            *(f"evaluation/{name}.py" for name in _MEASURING),
         ),
         "kernels": fingerprint(Path(hgc_kernels.__file__).parent, "**/*.py"),
-        "model": fingerprint(testbed.path(), "**/*"),
+        **subject.identity(),
     }
 
 
+_MEASURING = ("measure", "metrics", "subject", "folder", "judging", "peers")
+
+# Settings that say how many pictures there are, and not how one is made.
+_EXTENT = ("scenes", "start")
+
+
 def _key(environment: dict[str, Any], settings: Settings, condition: str, one: Candidate) -> str:
+    made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _EXTENT}
     return settings_key(
         {
             **environment,
-            **dataclasses.asdict(settings),
+            **made_with,
             "condition": condition,
             "steps": one.steps,
             "reference_steps": settings.steps,
             "config": None if one.config is None else json.loads(one.config.to_json()),
+            "own_scheduler": one.scheduler,
+            "package": one.package,
         }
     )
 
 
 class _Studio:
-    """The testbed's pipeline of one condition."""
+    """The pipeline of one condition."""
 
-    def __init__(self, condition: str, settings: Settings) -> None:
-        from hgc import testbed
+    def __init__(self, subject: Subject, condition: str, settings: Settings) -> None:
+        import torch
 
         self._settings = settings
-        pipe: Any = testbed.load_pipeline(condition)
-        self._pipe = pipe.to(settings.device)
-        self._guidance = testbed.GUIDANCE_SCALE
-        self._condition = condition
+        self._pipe = subject.load(condition, settings.device)
+        self._guidance = subject.guidance if settings.guidance is None else settings.guidance
+        self._own = self._pipe.scheduler
+        self._torch = torch
         self._warm = False
 
-    def make(self, one: Candidate, scenes: Sequence[Scene]) -> tuple[np.ndarray, float, int]:
-        """Pictures float32 [B, 64, 64, 3], seconds of the call, bytes the cache held."""
+    def make(self, one: Candidate, inputs: Sequence[Input]) -> tuple[np.ndarray, float, int]:
+        """Pictures float32 [B, H, W, 3], seconds of the call, bytes the cache held."""
+        self._pipe.scheduler = self._scheduler(one.scheduler or self._settings.scheduler)
         if not self._warm:
-            self._call(2, scenes)
+            self._call(2, inputs)
             self._warm = True
+        if one.package is not None:
+            with installed_package(one.package, self._pipe) as held:
+                return *self._call(one.steps, inputs), held()
         if one.config is None:
-            return *self._call(one.steps, scenes), 0
+            return *self._call(one.steps, inputs), 0
         import hgc
 
         with hgc.install(self._pipe.unet, self._pipe.controlnet, config=one.config) as cached:
-            images, seconds = self._call(one.steps, scenes)
+            images, seconds = self._call(one.steps, inputs)
             return images, seconds, cached.peak_bytes
 
-    def _call(self, steps: int, scenes: Sequence[Scene]) -> tuple[np.ndarray, float]:
-        import torch
+    def _scheduler(self, name: str | None) -> Any:
+        """A scheduler of the pipeline's own configuration; another class than its own by name."""
+        if name is None:
+            return self._own
+        return make_scheduler(name, self._own.config)
 
-        from hgc import testbed
+    def _call(self, steps: int, inputs: Sequence[Input]) -> tuple[np.ndarray, float]:
+        from PIL import Image
 
-        conditions = [testbed.condition_image(scene, self._condition) for scene in scenes]
+        conditions = [Image.fromarray(one.condition) for one in inputs]
         generators = [
-            torch.Generator().manual_seed(scene.seed + self._settings.seed) for scene in scenes
+            self._torch.Generator().manual_seed(one.seed + self._settings.seed) for one in inputs
         ]
         start = time.perf_counter()
         # "np" copies the pictures to the host, so the time of a GPU is all in it
         images = self._pipe(
-            [scene.caption for scene in scenes],
+            [one.prompt for one in inputs],
             image=conditions,
             num_inference_steps=steps,
             guidance_scale=self._guidance,
@@ -221,19 +309,40 @@ class _Studio:
         return np.asarray(images, dtype=np.float32), time.perf_counter() - start
 
 
-def _measure(
-    condition: str, images: np.ndarray, scenes: Sequence[Scene]
-) -> tuple[np.ndarray, list[list[list[int]]] | None]:
-    """Fidelity of each picture, and for segmentation each picture's confusion matrix."""
-    from hgc import testbed
-    from hgc.testbed import judges
+def own_scheduler(subject: Subject, settings: Settings) -> str:
+    """The short name of the scheduler that rows without one of their own have."""
+    return settings.scheduler or subject.scheduler()
 
-    if condition != "segmentation":
-        return testbed.fidelity(condition, images, scenes), None
-    matrices = np.stack(
-        [judges.confusion(images[i : i + 1], [scene]) for i, scene in enumerate(scenes)]
-    )
-    return corpus_iou(matrices), matrices.tolist()
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One condition of one evaluation.
+
+    Attributes:
+        subject: What it is made on.
+        condition: Name of the condition.
+        order: The candidates, the uncached one first.
+        keys: Of their lines in the record.
+        settings: As given.
+        spans: First index and number of the pictures of each batch.
+    """
+
+    subject: Subject
+    condition: str
+    order: Sequence[Candidate]
+    keys: Sequence[str]
+    settings: Settings
+    spans: Sequence[tuple[int, int]]
+
+    def inputs(self, span: tuple[int, int]) -> list[Input]:
+        return self.subject.inputs(self.condition, *span)
+
+
+def _spans(settings: Settings, images: int) -> list[tuple[int, int]]:
+    """Batches of pictures. They begin at multiples of the batch from the first picture on, so that
+    more scenes later on leave those of before as they were."""
+    first, end = settings.start * images, (settings.start + settings.scenes) * images
+    return [(i, min(settings.batch, end - i)) for i in range(first, end, settings.batch)]
 
 
 def evaluate(
@@ -241,24 +350,29 @@ def evaluate(
     rows: Iterable[Candidate] | None = None,
     settings: Settings | None = None,
     *,
+    subject: Subject | None = None,
     folder: Path | None = None,
+    worst: int = 0,
     on_images: Callable[[Batch], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
-    """Make pictures of held-out scenes with each of ``rows`` and measure them.
+    """Make pictures of the same inputs with each of ``rows`` and measure them.
 
-    Every row starts a scene from the same noise. Rows are interleaved: each batch of scenes is
-    made by the uncached pipeline, then by every row, before the next batch begins.
+    Every row starts a picture from the same noise. Rows are interleaved: each batch is made by the
+    uncached pipeline, then by every row, before the next batch begins.
 
     Args:
-        conditions: Of the testbed; None: all four.
+        conditions: Of the subject; None: all it has.
         rows: What to compare; the first must be the uncached run. None: the presets and fewer
             steps.
         settings: See :class:`Settings`.
+        subject: The model, its inputs and its judge; None: the testbed.
         folder: Where to keep what was measured. A run that was interrupted goes on from there:
-            what the same settings, code and weights measured before is read, not made again. Only
-            the uncached pictures of a batch with missing rows are, since distances and speeds of
-            those rows are measured against them.
+            what the same settings, code and weights measured before is read, not made again; more
+            scenes than before add to it. Only the uncached pictures of a batch with missing rows
+            are made again, since distances and speeds of those rows are measured against them.
+        worst: Keep so many of each row's pictures that are farthest from the uncached ones, in
+            ``folder`` (see `hgc.evaluation.worst`).
         on_images: Called with the pictures of each batch. ``folder`` does not keep them, so only
             one of the two can be given.
         on_progress: Called with a label, calls done and calls in all.
@@ -267,42 +381,53 @@ def evaluate(
         A row a condition and candidate, in that order.
 
     Raises:
-        ValueError: a condition is unknown, the first of ``rows`` is not the uncached run, or both
-            ``folder`` and ``on_images`` are given.
+        ValueError: a condition is unknown, the first of ``rows`` is not the uncached run, both
+            ``folder`` and ``on_images`` are given, or ``worst`` without a folder.
     """
-    from hgc import testbed
-    from hgc.testbed.conditions import check_condition
-
     settings = Settings() if settings is None else settings
-    conditions = testbed.CONDITIONS if conditions is None else conditions
+    subject = testbed() if subject is None else subject
+    conditions = subject.conditions if conditions is None else conditions
     for name in conditions:
-        check_condition(name)
-    order = candidates(steps=settings.steps) if rows is None else list(rows)
-    if not order or order[0].config is not None or order[0].steps != settings.steps:
+        if name not in subject.conditions:
+            raise ValueError(
+                f"condition: expected one of {', '.join(subject.conditions)}; got {name!r}"
+            )
+    if subject.count is not None and settings.start + settings.scenes > subject.count:
+        raise ValueError(
+            f"{settings.scenes} scenes from {settings.start} on were asked for, and "
+            f"{subject.title} has {subject.count}"
+        )
+    order = candidates(steps=settings.steps, subject=subject) if rows is None else list(rows)
+    if not order or not order[0].is_plain or order[0].steps != settings.steps:
         raise ValueError(
             f"rows: the first must be the uncached run of {settings.steps} steps, which the others "
             "are compared with"
         )
     if folder is not None and on_images is not None:
         raise ValueError("folder and on_images: a record keeps no pictures; give one of the two")
-    environment = _environment()
+    if worst and folder is None:
+        raise ValueError("worst: the pictures are kept in a folder; give one")
+    subject.check(settings.start, settings.scenes)
+    environment = _environment(subject)
     record = Record(folder)
-    scenes = testbed.held_out(settings.scenes, settings.start)
-    parts = [scenes[i : i + settings.batch] for i in range(0, len(scenes), settings.batch)]
-    total = len(conditions) * len(parts) * len(order)
+    spans = _spans(settings, subject.images)
+    total = len(conditions) * len(spans) * len(order)
     done = 0
     found: list[Row] = []
     for condition in conditions:
         keys = [_key(environment, settings, condition, one) for one in order]
+        job = _Job(subject, condition, order, keys, settings, spans)
+        strips = None if folder is None or not worst else Strips(folder, worst, spans)
         studio: _Studio | None = None
-        for b, part in enumerate(parts):
+        for span in spans:
             missing = [
                 i
                 for i, (key, one) in enumerate(zip(keys, order, strict=True))
-                if record.find(key, condition, one.name, b) is None
+                if record.find(key, condition, one.name, *span) is None
             ]
             if missing and studio is None:
-                studio = _Studio(condition, settings)
+                studio = _Studio(subject, condition, settings)
+            inputs = job.inputs(span) if missing else []
             for i, one in enumerate(order):
                 if on_progress is not None:
                     on_progress(f"{condition}: {one.name}", done, total)
@@ -311,98 +436,268 @@ def evaluate(
                 if not missing or (i != 0 and i not in missing):
                     continue
                 assert studio is not None
-                images, seconds, held = studio.make(one, part)
+                images, seconds, held = studio.make(one, inputs)
                 if i == 0:
                     reference, reference_seconds = images, seconds
+                    base = subject.judge(condition, images, inputs)
                 if on_images is not None:
-                    on_images(Batch(condition, one, b * settings.batch, images))
+                    on_images(Batch(condition, one, span[0] - spans[0][0], images))
                 if i not in missing:
                     continue
-                scores, confusion = _measure(condition, images, part)
-                record.add(
-                    Measured(
-                        key=keys[i],
-                        condition=condition,
-                        candidate=one.name,
-                        batch=b,
-                        scores=scores.tolist(),
-                        confusion=confusion,
-                        distances=relative_l2(images, reference).tolist(),
-                        seconds=seconds,
-                        reference_seconds=reference_seconds,
-                        held_bytes=held,
-                    )
-                )
-        measured = [
-            [record.get(key, condition, one.name, b) for b in range(len(parts))]
+                measured = _measured(
+                    job, i, span, images, reference,
+                    base if i == 0 else subject.judge(condition, images, inputs),
+                    (seconds, reference_seconds, held),
+                )  # fmt: skip
+                if strips is not None:
+                    strips.keep(record, measured, images, reference)
+                record.add(measured)
+                if strips is not None:
+                    strips.prune(record, measured)
+        lines = [
+            [record.get(key, condition, one.name, *span) for span in spans]
             for key, one in zip(keys, order, strict=True)
         ]
-        found += _rows(condition, order, measured, parts)
+        if strips is not None:
+            studio = _remake(job, lines, strips, studio)
+        found += _rows(job, lines, worst)
     if on_progress is not None:
         on_progress("done", total, total)
     return found
 
 
-def _rows(
-    condition: str,
-    order: Sequence[Candidate],
-    measured: Sequence[Sequence[Measured]],
-    parts: Sequence[Sequence[Scene]],
-) -> list[Row]:
-    from hgc import testbed
+def _measured(
+    job: _Job,
+    i: int,
+    span: tuple[int, int],
+    images: np.ndarray,
+    reference: np.ndarray,
+    judged: Judged,
+    times: tuple[float, float, int],
+) -> Measured:
+    counts = judged.counts
+    seconds, reference_seconds, held = times
+    return Measured(
+        key=job.keys[i],
+        condition=job.condition,
+        candidate=job.order[i].name,
+        first=span[0],
+        scores=judged.scores.tolist(),
+        classes=None if counts is None else [_sparse(one) for one in counts],
+        distances=metrics.relative_l2(images, reference).tolist(),
+        psnr=metrics.psnr(images, reference).tolist(),
+        ssim=metrics.ssim(images, reference).tolist(),
+        agreement=None if judged.agreement is None else judged.agreement.tolist(),
+        features=pack(judged.features),
+        seconds=seconds,
+        reference_seconds=reference_seconds,
+        held_bytes=held,
+    )
 
-    full = macs_here(None, order[0].steps)
-    base = measured[0]
-    base_scores = np.concatenate([m.scores for m in base])
-    base_confusion = _joined(base)
+
+def _sparse(counts: np.ndarray) -> list[list[int]]:
+    """Counts [K, 3] as [class, hit, true, judged] of the classes that occur."""
+    return [[int(k), *map(int, counts[k])] for k in np.flatnonzero(counts.any(axis=1))]
+
+
+def _remake(
+    job: _Job, lines: Sequence[Sequence[Measured]], strips: Strips, studio: _Studio | None
+) -> _Studio | None:
+    """Make the strips again that are not in the folder: their calls were measured before more of
+    them were asked for, or somebody deleted them."""
+    for i, batches in enumerate(lines):
+        for measured in strips.missing(batches):
+            if studio is None:
+                studio = _Studio(job.subject, job.condition, job.settings)
+            inputs = job.inputs((measured.first, measured.count))
+            reference, _, _ = studio.make(job.order[0], inputs)
+            images, _, _ = studio.make(job.order[i], inputs)
+            strips.write(measured, range(measured.count), images, reference)
+        strips.prune_all(batches)
+    return studio
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """What was measured of one candidate, all batches together; one entry a picture."""
+
+    scores: np.ndarray
+    counts: np.ndarray | None
+    distances: np.ndarray
+    psnr: np.ndarray
+    ssim: np.ndarray
+    agreement: np.ndarray | None
+    features: np.ndarray | None
+
+
+def _sample(batches: Sequence[Measured], classes: int) -> _Sample:
+    def joined(parts: Sequence[Any]) -> np.ndarray | None:
+        if any(part is None for part in parts):
+            return None
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    counts = None
+    if all(m.classes is not None for m in batches):
+        listed = [one for m in batches for one in m.classes or ()]
+        counts = np.zeros((len(listed), classes, 3), np.int64)
+        for i, one in enumerate(listed):
+            for k, *values in one:
+                counts[i, k] = values
+    return _Sample(
+        scores=np.concatenate([m.scores for m in batches]),
+        counts=counts,
+        distances=np.concatenate([m.distances for m in batches]),
+        psnr=np.concatenate([m.psnr for m in batches]),
+        ssim=np.concatenate([m.ssim for m in batches]),
+        agreement=joined([m.agreement for m in batches]),
+        features=joined([unpack(m.features, m.count) for m in batches]),
+    )
+
+
+def _nearest(order: Sequence[Candidate], samples: Sequence[_Sample]) -> set[int]:
+    """Of each group of runs that differ in the scheduler only, the nearest one."""
+    best: dict[str, int] = {}
+    for i, one in enumerate(order):
+        if one.group:
+            other = best.setdefault(one.group, i)
+            if samples[i].distances.mean() < samples[other].distances.mean():
+                best[one.group] = i
+    return set(best.values())
+
+
+def _flat(name: str, summary: metrics.Summary | None) -> dict[str, float | None]:
+    """The four fields of a row that a summary fills."""
+    if summary is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_worst"))
+    return {
+        name: summary.mean,
+        f"{name}_low": summary.low,
+        f"{name}_high": summary.high,
+        f"{name}_worst": summary.worst,
+    }
+
+
+def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Row]:
+    subject, images = job.subject, job.subject.images
+    samples = [_sample(batches, subject.classes) for batches in lines]
+    base = samples[0]
+    truths = _truths(job) if base.features is not None else None
+    nearest = _nearest(job.order, samples)
+    full = subject.macs(None, job.order[0].steps)
     found = []
-    for one, batches in zip(order, measured, strict=True):
-        scores = np.concatenate([m.scores for m in batches])
-        distances = np.concatenate([m.distances for m in batches])
-        confusion = _joined(batches)
-        fidelity = float(scores.mean())
-        if confusion is not None:
-            fidelity = float(corpus_iou(confusion.sum(0)))
-        loss, low, high = loss_interval(
-            scores, base_scores, confusion=confusion, reference_confusion=base_confusion
+    for i, (one, batches, sample) in enumerate(zip(job.order, lines, samples, strict=True)):
+        score, score_low, score_high = metrics.fidelity_interval(
+            sample.scores, sample.counts, images
         )
-        own, sd15 = macs_here(one.config, one.steps), sd15_macs(one.config, one.steps)
+        loss, loss_low, loss_high = metrics.loss_interval(
+            sample.scores, base.scores,
+            counts=sample.counts, reference_counts=base.counts, images=images,
+        )  # fmt: skip
+        own, of_sd15 = _macs(subject, one)
+        perceived = interval = distance_truth = distance_features = None
+        if sample.features is not None and base.features is not None:
+            perceived = metrics.summary(
+                metrics.relative_l2(sample.features, base.features),
+                higher_is_worse=True, images=images,
+            )  # fmt: skip
+            distance_features = metrics.frechet(sample.features, base.features)
+            interval = metrics.frechet_interval(sample.features, base.features, images)
+            if truths is not None:
+                distance_truth = metrics.frechet(sample.features, truths)
+        agreement = None
+        if sample.agreement is not None:
+            agreement = metrics.summary(sample.agreement, higher_is_worse=False, images=images)
+        first = batches[0].first
+        farthest = metrics.worst_indices(sample.distances, worst)
+        figures: dict[str, Any] = {
+            **_flat("distance", metrics.summary(sample.distances, higher_is_worse=True,
+                                                images=images)),
+            **_flat("psnr", metrics.summary(sample.psnr, higher_is_worse=False, images=images)),
+            **_flat("ssim", metrics.summary(sample.ssim, higher_is_worse=False, images=images)),
+            **_flat("perceived", perceived),
+            **_flat("agreement", agreement),
+            **_against(job, i, samples, nearest),
+        }  # fmt: skip
         found.append(
             Row(
-                condition=condition,
+                condition=job.condition,
                 name=one.name,
                 label=one.label,
+                method=one.method,
                 steps=one.steps,
-                cached=one.config is not None,
-                scenes=len(scores),
-                macs=own.total,
-                macs_paper=own.paper,
-                share=own.total / full.total,
-                share_paper=own.paper / full.paper,
-                sd15_macs=sd15.total,
-                sd15_macs_paper=sd15.paper,
-                seconds=statistics.median(
-                    m.seconds / len(part) for m, part in zip(batches, parts, strict=True)
-                ),
+                scheduler=one.scheduler or own_scheduler(subject, job.settings),
+                cached=not one.is_plain,
+                shown=not one.group or i in nearest,
+                scenes=len(sample.scores) // images,
+                images=images,
+                macs=None if own is None else own.total,
+                macs_paper=None if own is None else own.paper,
+                share=None if own is None else own.total / full.total,
+                share_paper=None if own is None else own.paper / full.paper,
+                sd15_macs=None if of_sd15 is None else of_sd15.total,
+                sd15_macs_paper=None if of_sd15 is None else of_sd15.paper,
+                seconds=statistics.median(m.seconds / m.count for m in batches),
                 speedup=statistics.median(m.reference_seconds / m.seconds for m in batches),
-                measure=testbed.MEASURES[condition],
-                fidelity=fidelity,
-                fidelity_worst=worst_share(scores, higher_is_worse=False),
+                measure=subject.measures[job.condition],
+                fidelity=score,
+                fidelity_low=score_low,
+                fidelity_high=score_high,
+                fidelity_worst=metrics.worst_share(sample.scores, higher_is_worse=False),
                 loss=loss,
-                loss_low=low,
-                loss_high=high,
-                distance=float(distances.mean()),
-                distance_worst=worst_share(distances, higher_is_worse=True),
-                held_bytes=max(
-                    m.held_bytes // len(part) for m, part in zip(batches, parts, strict=True)
-                ),
+                loss_low=loss_low,
+                loss_high=loss_high,
+                frechet=distance_features,
+                frechet_low=None if interval is None else interval[0],
+                frechet_high=None if interval is None else interval[1],
+                frechet_truth=distance_truth,
+                held_bytes=max(m.held_bytes // m.count for m in batches),
+                worst_pictures=[first + k for k in farthest],
+                worst_distances=[float(sample.distances[k]) for k in farthest],
+                key=batches[0].key,
+                **figures,
             )
         )
     return found
 
 
-def _joined(batches: Sequence[Measured]) -> np.ndarray | None:
-    """Confusion matrices [N, 10, 10] of all scenes, where there are any."""
-    if any(m.confusion is None for m in batches):
-        return None
-    return np.concatenate([np.asarray(m.confusion) for m in batches])
+def _macs(subject: Subject, one: Candidate) -> tuple[Macs | None, Macs | None]:
+    """MACs on this model, and on SD1.5 where it stands for that."""
+    if one.package is None:
+        of_sd15 = sd15_macs(one.config, one.steps) if subject.stands_for_sd15 else None
+        return subject.macs(one.config, one.steps), of_sd15
+    own = package_macs(one.package, one.steps, subject.shapes(), subject.macs(None, 1))
+    if not subject.stands_for_sd15:
+        return own, None
+    return own, package_macs(one.package, one.steps, load_shapes("sd15"), sd15_macs(None, 1))
+
+
+def _against(job: _Job, i: int, samples: Sequence[_Sample], nearest: set[int]) -> dict[str, Any]:
+    """How much nearer a plan comes than the nearest run with fewer steps at its MACs."""
+    name = job.order[i].name
+    rival = next((k for k in sorted(nearest) if name in job.order[k].equal_to), None)
+    if rival is None:
+        fields = ("rival", "rival_ratio", "rival_ratio_low", "rival_ratio_high")
+        return dict.fromkeys((*fields, "rival_ratio_worst"))
+    ours, theirs = samples[i].distances, samples[rival].distances
+    ratio, low, high = metrics.ratio_interval(ours, theirs, job.subject.images)
+    return {
+        "rival": job.order[rival].name,
+        "rival_ratio": ratio,
+        "rival_ratio_low": low,
+        "rival_ratio_high": high,
+        "rival_ratio_worst": metrics.worst_share(ours, higher_is_worse=True)
+        / metrics.worst_share(theirs, higher_is_worse=True),
+    }
+
+
+def _truths(job: _Job) -> np.ndarray | None:
+    """The judge's features of the true pictures, one a scene."""
+    first, each = job.settings.start, job.subject.images
+    scenes = range(first, first + job.settings.scenes)
+    inputs = [one for i in scenes for one in job.subject.inputs(job.condition, i * each, 1)]
+    size = job.settings.batch
+    parts = [
+        job.subject.truths(job.condition, inputs[i : i + size]) for i in range(0, len(inputs), size)
+    ]
+    kept = [part for part in parts if part is not None]
+    return np.concatenate(kept) if len(kept) == len(parts) else None

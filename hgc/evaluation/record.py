@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -9,23 +10,31 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measured", "Record", "fingerprint", "settings_key"]
+import numpy as np
+
+__all__ = ["Measured", "Record", "fingerprint", "pack", "settings_key", "unpack"]
 
 NAME = "measured.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One candidate on one batch of scenes of one condition.
+    """One candidate on one batch of pictures of one condition.
 
     Attributes:
         key: Of everything the numbers depend on (:func:`settings_key`).
         condition: Name of the condition.
         candidate: Name of the candidate.
-        batch: Index of the batch.
-        scores: Fidelity, one a scene.
-        confusion: A 10 x 10 confusion matrix a scene; None but for segmentation.
-        distances: Relative L2 to the uncached picture, one a scene.
+        first: Index of the batch's first picture among all there are.
+        scores: Fidelity, one a picture.
+        classes: For segmentation, of each picture [class, pixels hit, true, judged] of every class
+            that occurs; None for other conditions.
+        distances: Relative L2 to the uncached picture, one a picture.
+        psnr: The same in dB.
+        ssim: Structural similarity to the uncached picture.
+        agreement: With the prompt; None where nothing reads it.
+        features: The judge's, one row a picture, as base64 of little-endian float32; None without
+            a judge.
         seconds: Of the pipeline call.
         reference_seconds: Of the uncached call on the same batch, made just before it in the same
             process.
@@ -35,13 +44,36 @@ class Measured:
     key: str
     condition: str
     candidate: str
-    batch: int
+    first: int
     scores: list[float]
-    confusion: list[list[list[int]]] | None
+    classes: list[list[list[int]]] | None
     distances: list[float]
+    psnr: list[float]
+    ssim: list[float]
+    agreement: list[float] | None
+    features: str | None
     seconds: float
     reference_seconds: float
     held_bytes: int
+
+    @property
+    def count(self) -> int:
+        """Pictures of the batch."""
+        return len(self.scores)
+
+
+def pack(features: np.ndarray | None) -> str | None:
+    """Features [B, F] as text."""
+    if features is None:
+        return None
+    return base64.b64encode(features.astype("<f4").tobytes()).decode("ascii")
+
+
+def unpack(text: str | None, count: int) -> np.ndarray | None:
+    """The inverse of :func:`pack`: float32 [count, F]."""
+    if text is None:
+        return None
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").reshape(count, -1)
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -55,8 +87,16 @@ def fingerprint(folder: Path, *patterns: str) -> str:
     digest = hashlib.sha256()
     for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
         digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+_Place = tuple[str, str, str, int, int]
+
+
+def _place(one: Measured) -> _Place:
+    return one.key, one.condition, one.candidate, one.first, one.count
 
 
 class Record:
@@ -68,7 +108,7 @@ class Record:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._path = None if folder is None else folder / NAME
-        self._lines: dict[tuple[str, str, str, int], Measured] = {}
+        self._lines: dict[_Place, Measured] = {}
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,16 +135,17 @@ class Record:
             os.truncate(self._path, good)
 
     def _remember(self, measured: Measured) -> None:
-        place = (measured.key, measured.condition, measured.candidate, measured.batch)
-        self._lines[place] = measured
+        self._lines[_place(measured)] = measured
 
-    def find(self, key: str, condition: str, candidate: str, batch: int) -> Measured | None:
+    def find(
+        self, key: str, condition: str, candidate: str, first: int, count: int
+    ) -> Measured | None:
         """The measurement, where it was made."""
-        return self._lines.get((key, condition, candidate, batch))
+        return self._lines.get((key, condition, candidate, first, count))
 
-    def get(self, key: str, condition: str, candidate: str, batch: int) -> Measured:
+    def get(self, key: str, condition: str, candidate: str, first: int, count: int) -> Measured:
         """The measurement; KeyError where it was not made."""
-        return self._lines[key, condition, candidate, batch]
+        return self._lines[key, condition, candidate, first, count]
 
     def add(self, measured: Measured) -> None:
         """Keep a measurement."""

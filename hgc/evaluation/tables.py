@@ -11,7 +11,7 @@ from typing import Any
 
 from hgc.evaluation.measure import Row
 
-__all__ = ["COLUMNS", "Column", "caption", "to_csv", "to_json", "to_markdown", "units"]
+__all__ = ["COLUMNS", "Column", "caption", "columns", "to_csv", "to_json", "to_markdown", "units"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,47 +43,98 @@ def _loss(row: Row) -> str:
 def _interval(row: Row) -> str:
     if row.name == "uncached":
         return "-"
-    return f"{_percent(row.loss_low)} to {_percent(row.loss_high)}"
+    return f"{_percent(row.loss_low)[:-1]} to {_percent(row.loss_high)[:-1]}"
 
 
 def _distance(value: float) -> str:
     return "0" if value == 0.0 else f"{value:.4f}"
 
 
+def _distances(row: Row) -> str:
+    if row.distance_worst == 0.0:
+        return "0"
+    return f"{_distance(row.distance)} ({_distance(row.distance_worst)})"
+
+
+def _sd15(row: Row) -> str:
+    if row.sd15_macs is None or row.sd15_macs_paper is None:
+        return "-"
+    return f"{row.sd15_macs_paper / 1e12:.2f} ({row.sd15_macs / 1e12:.2f})"
+
+
+def _macs(row: Row) -> str:
+    if row.macs is None or row.macs_paper is None:
+        return "-"
+    unit = 1e12 if row.macs >= 1e11 else 1e9
+    name = "T" if unit == 1e12 else "G"
+    return f"{row.macs_paper / unit:.2f} ({row.macs / unit:.2f}) {name}"
+
+
+def _ratio(row: Row) -> str:
+    if row.rival_ratio is None:
+        return "-"
+    return f"{row.rival_ratio:.2f} ({row.rival_ratio_low:.2f}-{row.rival_ratio_high:.2f})"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("plan", lambda r: r.label, left=True),
     Column("steps", lambda r: str(r.steps)),
-    Column(
-        "SD1.5 TMACs\n(all)", lambda r: f"{r.sd15_macs_paper / 1e12:.2f} ({r.sd15_macs / 1e12:.2f})"
-    ),
-    Column("GMACs here\n(all)", lambda r: f"{r.macs_paper / 1e9:.2f} ({r.macs / 1e9:.2f})"),
-    Column("share\n(all)", lambda r: f"{r.share_paper:.1%} ({r.share:.1%})"),
+    Column("SD1.5 TMACs\n(all)", _sd15),
+    Column("MACs\n(all)", _macs),
+    Column("share", lambda r: "-" if r.share_paper is None else f"{r.share_paper:.1%}"),
     Column("speedup", lambda r: f"{r.speedup:.2f}x"),
-    Column("fidelity", lambda r: f"{r.fidelity:.4f}"),
-    Column("its\nworst 5%", lambda r: f"{r.fidelity_worst:.4f}", statistics=True),
+    Column(
+        "fidelity\n(worst 5%)", lambda r: f"{r.fidelity:.4f} ({r.fidelity_worst:.4f})"
+    ),
     Column("loss", _loss),
     Column("95% interval\nof the loss", _interval, statistics=True),
-    Column("distance", lambda r: _distance(r.distance)),
-    Column("its\nworst 5%", lambda r: _distance(r.distance_worst)),
+    Column("distance\n(worst 5%)", _distances),
+    Column("over fewer steps'\n(95% interval)", _ratio, statistics=True),
+    Column("over their\nworst 5%", lambda r: _optional(r.rival_ratio_worst, ".2f"),
+           statistics=True),
+    Column("PSNR\n(worst 5%)", lambda r: f"{r.psnr:.1f} ({r.psnr_worst:.1f})", statistics=True),
+    Column("SSIM", lambda r: f"{r.ssim:.4f}", statistics=True),
+    Column("Fréchet", lambda r: _optional(r.frechet, ".4f"), statistics=True),
+    Column("prompt", lambda r: _optional(r.agreement, ".3f"), statistics=True),
     Column("KiB\nheld", lambda r: f"{r.held_bytes / 1024:.0f}"),
-)
+)  # fmt: skip
 
 
-def units() -> str:
-    """What the columns mean, for under a table."""
-    return (
-        "TMACs and GMACs: multiply-accumulates of one picture under guidance, the two attention "
+def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """Those of `COLUMNS` that say something of ``rows``.
+
+    MACs stand there once: on SD1.5 where the model stands for it.
+    """
+    for_sd15 = any(row.sd15_macs is not None for row in rows)
+    hidden = {"MACs\n(all)" if for_sd15 else "SD1.5 TMACs\n(all)"}
+    kept = [column for column in COLUMNS if column.head not in hidden]
+    return tuple(c for c in kept if any(c.cell(row) != "-" for row in rows))
+
+
+def units(agreement: str = "") -> str:
+    """What the columns mean, for under a table. agreement: what the column "prompt" is."""
+    said = (
+        "MACs: multiply-accumulates of one picture under guidance, the two attention "
         "matmuls left out (counted); share: of the uncached run. Speedup: of the whole pipeline "
         "call, against the pipeline without hgc in the same run. Fidelity: to the condition, "
-        "higher is better; loss: relative to the uncached row, the interval by bootstrap over "
-        "scenes. Distance: relative L2 to the uncached picture. Worst 5%: mean of the worst "
-        "scenes. KiB: a picture. 'vs': nothing cached, and at least the MACs of those plans."
+        "higher is better; loss: relative to the uncached row. Distance: relative L2 to the "
+        "uncached picture; over fewer steps': that over the distance of the 'vs' row, 0.5 is half "
+        "as far. PSNR (dB, 100 at most) and SSIM: to the uncached picture. Fréchet: distance of "
+        "the judge's features to those of the uncached pictures. Intervals by bootstrap over "
+        "scenes. Worst 5%: mean of the worst pictures. KiB: a picture. 'vs': nothing cached, at "
+        "least the MACs of those plans, and the nearest of the schedulers tried."
     )
+    return f"{said} Prompt: {agreement}." if agreement else said
 
 
 def caption(row: Row) -> str:
     """What a condition's table is of."""
-    return f"{row.condition} ({row.measure}), {row.scenes} held-out scenes"
+    many = f" of {row.images} pictures" if row.images > 1 else ""
+    return f"{row.condition} ({row.measure}), {row.scenes} held-out scenes{many}"
 
 
 def _by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -93,21 +144,22 @@ def _by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def to_markdown(rows: Sequence[Row], heading: str = "") -> str:
-    """One table a condition, with ``heading`` above them."""
+def to_markdown(rows: Sequence[Row], heading: str = "", agreement: str = "") -> str:
+    """One table a condition, with ``heading`` above them; agreement: as for :func:`units`."""
     lines = [heading, ""] if heading else []
     for part in _by_condition(rows).values():
+        shown = columns(part)
         lines += [f"### {caption(part[0])}", ""]
-        lines.append("| " + " | ".join(c.head.replace("\n", " ") for c in COLUMNS) + " |")
-        lines.append("|" + "|".join(":--" if c.left else "--:" for c in COLUMNS) + "|")
-        lines += ["| " + " | ".join(c.cell(row) for c in COLUMNS) + " |" for row in part]
+        lines.append("| " + " | ".join(c.head.replace("\n", " ") for c in shown) + " |")
+        lines.append("|" + "|".join(":--" if c.left else "--:" for c in shown) + "|")
+        lines += ["| " + " | ".join(c.cell(r) for c in shown) + " |" for r in part if r.shown]
         lines.append("")
-    lines += [units(), ""]
+    lines += [units(agreement), ""]
     return "\n".join(lines)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Every field of every row, unrounded."""
+    """Every field of every row, unrounded; those that tables do not show too."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = [field.name for field in dataclasses.fields(Row)]
