@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
@@ -146,9 +148,10 @@ class _EndOfCall:
 
 class _Noticed:
     """Stands for a method of a model that writes to its weights where no tensor's version shows
-    it: peft fuses a LoRA through ``.data``, and it may be unloaded before the next evaluation."""
+    it: peft fuses a LoRA, and swaps one for another (``hotswap=True``), through ``.data``; and it
+    may be unloaded before the next evaluation."""
 
-    METHODS = ("fuse_lora", "unfuse_lora")
+    METHODS = ("fuse_lora", "unfuse_lora", "load_lora_adapter")
 
     def __init__(self, installation: Installation, module: torch.nn.Module, name: str) -> None:
         self.module = module
@@ -195,7 +198,8 @@ class _Mark:
 def _lora_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if getattr(model, "peft_config", None) is None:
         return []
-    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+    # every kind of peft's adapters, not LoRA alone; the model has a method of that name
+    return [m for m in model.modules() if m is not model and hasattr(m, "active_adapters")]
 
 
 def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
@@ -210,7 +214,7 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
         tuple(
             (
                 tuple(layer.active_adapters),
-                tuple(layer.scaling.items()),
+                tuple(getattr(layer, "scaling", {}).items()),
                 bool(layer.merged),
                 bool(layer.disable_adapters),
             )
@@ -224,6 +228,13 @@ def _weight_of(attn: Any, name: str) -> Tensor:
     layer = attn._modules[name]
     weight = layer._parameters.get("weight")
     return layer.weight if weight is None else weight  # PEFT's layers have a property
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """What ``torch.autocast`` computes in now."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _may_be_kept(source: Tensor) -> bool:
@@ -338,6 +349,12 @@ class Installation:
             ]
             for model in (unet, *nets)
         }  # fmt: skip
+        self._attentions = [
+            m for model in (unet, *nets) for m in model.modules() if isinstance(m, Attention)
+        ]
+        self._placed: list[Any] = []  # their processors
+        self._stateful = ""  # the class of one that may keep what it sees
+        self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
         self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
         self._active = known_sources()
         self._prompt_grain = True
@@ -517,7 +534,13 @@ class Installation:
         return [self.unet, *self.controlnets]
 
     def _adopt_processors(self) -> None:
-        """Wrap the processors of all cross-attentions, as they are now."""
+        """Wrap the processors of all cross-attentions, as they are now, and look at all."""
+        self._wrap_processors()
+        self._placed = [attn.processor for attn in self._attentions]
+        keeping = filter(prompt_grain.may_keep_what_it_sees, self._placed)
+        self._stateful = next((type(p).__name__ for p in keeping), "")
+
+    def _wrap_processors(self) -> None:
         # Perturbed-attention guidance puts more than samples into the rows of a batch.
         self._rows_are_samples = all(
             prompt_grain.treats_rows_alike(processor)
@@ -616,16 +639,37 @@ class Installation:
                 )
             )
             self._check_calibration(position.total)
+            if self._runs.short >= Runs.LIMIT and not self._config.is_exact:
+                self._say(
+                    "short",
+                    "runs end at once, so nothing is reused: the text or the timesteps "
+                    "are built anew for each. Build them once, before the loop",
+                )
+            hooked = self._hooks_inside()
+            run.may_keep = not hooked
             if not self._may_step_through():
                 run.give_up("a block that would be run in part has hooks of its own")
+            elif hooked and not self._config.is_exact:
+                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
         else:
             self._runs.use(run)
             if run.now is None and run.completed == position.index and run.broken is None:
                 run.give_up("one timestep was evaluated more than once")
+            if run.changes_in_a_row > 2 and not self._config.is_exact:
+                self._say(
+                    "changing",
+                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
+                    "text and what else is constant once, before the loop",
+                )
         now = run.begin(position)
         if not self._processors_in_place():
             self._adopt_processors()
             run.change("the attention processors changed")
+        if self._stateful and run.broken is None and not self._config.is_exact:
+            run.give_up(
+                f"the attention processor {self._stateful} may keep what it sees, so it is to be "
+                "called at every evaluation"
+            )
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
@@ -677,7 +721,29 @@ class Installation:
         return True
 
     def _processors_in_place(self) -> bool:
-        return all(attn.processor is wrapped for attn, _, _, wrapped in self._processors)
+        return all(
+            attn.processor is placed
+            for attn, placed in zip(self._attentions, self._placed, strict=True)
+        )
+
+    def _hooks_inside(self) -> str:
+        """The class of a model with hooks inside, which are called when a module in it runs; or
+        "". Those of the model itself stand before hgc and are always called."""
+        for model in self._networks():
+            for module in model.modules():
+                hooks = module._forward_hooks or module._forward_pre_hooks
+                if hooks and module is not model:
+                    return type(model).__name__
+        return ""
+
+    def _look_for_gradients(self, run: Run, *inputs: Any) -> None:
+        """Compute in full where gradients are recorded: those of a cached value are lost."""
+        if not torch.is_grad_enabled() or self._config.is_exact or run.broken is not None:
+            return
+        if run.trains is None:
+            run.trains = any(p.requires_grad for m in self._networks() for p in m.parameters())
+        if run.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            run.give_up("gradients are recorded (use torch.no_grad() where none are wanted)")
 
     def _weights_now(self, model: torch.nn.Module) -> tuple[int, int]:
         """A value that changes when the weights that make keys and values do: when a LoRA is fused
@@ -826,6 +892,7 @@ class Installation:
         start = self._runs.clock()
         run, now = self._run_of(text, position, sample.shape[0], cond)
         try:
+            self._look_for_gradients(run, sample, text, *call.conditions)
             slot = run.slot(net, cond)
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
@@ -833,8 +900,9 @@ class Installation:
             slot.text = Held(text)
             run.factor = call.conditions[0].shape[-1] // sample.shape[-1]
             found = signature(
-                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net)
-            )
+                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net),
+                _autocast(sample.device),
+            )  # fmt: skip
             if slot.signature and not same_signature(slot.signature, found):
                 run.change("a ControlNet's scale or arguments changed")
             elif not slot.signature and now.plan != StepPlan():
@@ -952,7 +1020,7 @@ class Installation:
             hint = run.cache.kept(f"{slot.prefix}hint{i}")
             if hint is None:
                 hint = embed_condition(net, cond)
-                if _may_be_kept(cond):
+                if run.may_keep and _may_be_kept(cond):
                     hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
             hints.append(hint)
         if half:
@@ -1023,7 +1091,7 @@ class Installation:
                 prefix=prefix,
                 evaluation=now.index,
                 half=half,
-                keep_projections=_may_be_kept(text),
+                keep_projections=run.may_keep and _may_be_kept(text),
                 mode=mode,
                 store=store,
                 map_format=map_format,
@@ -1079,6 +1147,13 @@ class Installation:
         return_dict: bool = True,
     ) -> Any:
         position = self._position(timestep, encoder_hidden_states)
+        if not isinstance(encoder_hidden_states, Tensor) and position is not None:
+            position = None
+            self._say(
+                "text",
+                "the UNet is called without encoder_hidden_states, by which runs are told apart: "
+                "evaluations are computed in full",
+            )
         legacy = down_block_additional_residuals is not None and (
             mid_block_additional_residual is None
         )
@@ -1120,6 +1195,7 @@ class Installation:
                 "hgc.install(pipe.unet, pipe.controlnet)",
             )
         try:
+            self._look_for_gradients(run, sample, encoder_hidden_states)
             self._check_unet_signature(
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,
@@ -1169,6 +1245,7 @@ class Installation:
             sample.shape, sample.dtype, sample.device, arguments, freeu,
             residuals is not None, intrablock is not None, self._lora_now(self.unet),
             [slot.index for slot in run.slots if slot.called_at == now.index],
+            _autocast(sample.device), [fuser.enabled for fuser in self._fusers],
         )  # fmt: skip
         if run.unet_signature is not None and not same_signature(run.unet_signature, found):
             run.change("the UNet's arguments changed")
