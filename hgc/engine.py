@@ -538,7 +538,8 @@ class Installation:
         self._wrap_processors()
         self._placed = [attn.processor for attn in self._attentions]
         keeping = filter(prompt_grain.may_keep_what_it_sees, self._placed)
-        self._stateful = next((type(p).__name__ for p in keeping), "")
+        found = next(map(prompt_grain.unwrapped, keeping), None)
+        self._stateful = "" if found is None else type(found).__name__
 
     def _wrap_processors(self) -> None:
         # Perturbed-attention guidance puts more than samples into the rows of a batch.

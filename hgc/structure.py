@@ -81,7 +81,8 @@ def _refuse_replaced(name: str, module: Any, base: Any) -> None:
             f"{name} is a {type(module).__name__} with a forward of its own, which hgc would not "
             f"run; supported: {base.__name__}"
         )
-    if hasattr(module, "_diffusers_hook"):
+    # diffusers leaves its registry on the model when the hooks are gone
+    if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
         raise TypeError(
             f"{name} ({type(module).__name__}) has diffusers hooks on it (group offload, a cache), "
             "which hgc would not run: remove them, install hgc first, then enable them"

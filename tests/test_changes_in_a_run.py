@@ -34,7 +34,7 @@ def plans(installation):
     return [row.depth for row in installation.report().rows]
 
 
-# -- attention processors that keep what they see ------------------------------------------------------------
+# -- attention processors that keep what they see ---------------
 
 
 class Controller:
@@ -153,7 +153,7 @@ def test_processors_without_state_do_not_stop_reuse():
         assert plans(installed).count(1) == 6
 
 
-# -- hooks ------------------------------------------------------------
+# -- hooks ---------------
 
 
 @pytest.mark.parametrize("of", ["unet", "controlnet"])
@@ -180,7 +180,7 @@ def test_a_hook_on_the_model_itself_does_not_stop_reuse():
     assert len(calls) == compatibility.STEPS
 
 
-# -- gradients ------------------------------------------------------------
+# -- gradients ---------------
 
 
 def gradients(unet, text, *, wanted="sample"):
@@ -218,7 +218,7 @@ def test_gradients_are_those_of_the_whole_model(wanted):
         assert torch.equal(a, b), k
 
 
-# -- what is switched between evaluations ------------------------------------------------------------
+# -- what is switched between evaluations ---------------
 
 
 def loop(pipe, seed, around):
@@ -347,7 +347,7 @@ def test_a_hook_on_what_is_kept_for_the_run_is_called_at_every_evaluation():
     assert len(calls) == 2 * before == 4 * compatibility.STEPS
 
 
-# -- what hgc cannot tell apart is said ------------------------------------------------------------
+# -- what hgc cannot tell apart is said ---------------
 
 
 def test_a_unet_that_is_called_without_text_is_computed_in_full():
