@@ -647,7 +647,7 @@ class Installation:
                     "are built anew for each. Build them once, before the loop",
                 )
             hooked = self._hooks_inside()
-            run.may_keep = not hooked
+            run.may_keep = not hooked and not self._projections_replaced()
             if not self._may_step_through():
                 run.give_up("a block that would be run in part has hooks of its own")
             elif hooked and not self._config.is_exact:
@@ -736,6 +736,23 @@ class Installation:
                 if hooks and module is not model:
                     return type(model).__name__
         return ""
+
+    def _projections_replaced(self) -> bool:
+        """Whether the forward of a layer that makes keys or values is somebody else's (a LoRA
+        outside of peft), whose settings are not seen."""
+        layers = [
+            attn._modules.get(name)
+            for attentions in self._cross_attentions.values()
+            for attn, _ in attentions
+            for name in ("to_k", "to_v")
+        ]
+        return any(
+            layer is not None
+            and "forward" in layer.__dict__
+            and not hasattr(layer, "_hf_hook")
+            and not hasattr(layer, "_diffusers_hook")
+            for layer in layers
+        )
 
     def _look_for_gradients(self, run: Run, *inputs: Any) -> None:
         """Compute in full where gradients are recorded: those of a cached value are lost."""

@@ -347,6 +347,32 @@ def test_a_hook_on_what_is_kept_for_the_run_is_called_at_every_evaluation():
     assert len(calls) == 2 * before == 4 * compatibility.STEPS
 
 
+def test_a_forward_replaced_on_a_layer_is_obeyed():
+    """What adapters outside of peft do: a multiplier of theirs changes within a run."""
+
+    class Adapter:
+        multiplier = 1.0
+
+    def patch(pipe):
+        adapter = Adapter()
+        layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+        original = type(layer).forward
+        layer.forward = lambda x: adapter.multiplier * original(layer, x)
+        return adapter
+
+    def request(pipe, adapter):
+        return compatibility.call(
+            pipe, 0, **at_step(1, lambda p: setattr(adapter, "multiplier", 3))
+        )
+
+    pipe = compatibility.sd()
+    reference = request(pipe, patch(pipe))
+    pipe = compatibility.sd()
+    adapter = patch(pipe)
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact"):
+        assert torch.equal(request(pipe, adapter), reference)
+
+
 # -- what hgc cannot tell apart is said ---------------
 
 
