@@ -275,6 +275,15 @@ def _cut(value: Any, batch: int) -> Any:
     return value
 
 
+def _is_data(value: Any) -> bool:
+    """Whether ``value`` is tensors and settings: not an object, which may keep what it is given."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None)))
+
+
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
 
 
@@ -1214,6 +1223,10 @@ class Installation:
             )
         try:
             self._look_for_gradients(run, sample, encoder_hidden_states)
+            if cross_attention_kwargs and run.broken is None and not self._config.is_exact:
+                for name, value in cross_attention_kwargs.items():
+                    if not _is_data(value):
+                        run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             self._check_unet_signature(
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import warnings
 
 import compatibility
@@ -124,6 +125,34 @@ def test_a_controller_that_counts_its_calls_is_called_at_every_evaluation(when):
     assert called == count
     if when == "before":
         assert torch.equal(image, expected)
+
+
+class Handing:
+    """Without state of its own: it hands what it sees to an argument."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, store=None
+    ):
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        store.append(1)
+        return out
+
+
+class Store(collections.UserList):
+    pass
+
+
+def test_an_object_in_cross_attention_kwargs_may_keep_what_it_sees():
+    pipe, store = compatibility.sd(), Store()
+    with_processor(Handing(), only="attn2")(pipe)
+    reference = compatibility.call(pipe, 0, cross_attention_kwargs={"store": store})
+    before = len(store)
+    with (
+        hgc.install(pipe.unet, config=SOME),
+        pytest.warns(HgcWarning, match=r"cross_attention_kwargs\['store'\] may keep"),
+    ):
+        image = compatibility.call(pipe, 0, cross_attention_kwargs={"store": store})
+    assert torch.equal(image, reference) and len(store) == 2 * before
 
 
 @pytest.mark.parametrize("kind", ["stores", "closes over", "a function"])
