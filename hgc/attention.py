@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import dis
+import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +25,7 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 import hgc_kernels
 from hgc.cache import Cache, conditional_half
 
-__all__ = ["Processor", "Text", "cross_attentions", "wrap"]
+__all__ = ["Processor", "Text", "cross_attentions", "may_keep_what_it_sees", "wrap"]
 
 Tensor = torch.Tensor
 
@@ -220,6 +223,56 @@ _ROW_BY_ROW = (
 def treats_rows_alike(processor: Any) -> bool:
     """Whether a processor is known to treat each row of a batch by itself."""
     return type(unwrapped(processor)) in _ROW_BY_ROW
+
+
+_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
+_SETTINGS = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
+
+
+def may_keep_what_it_sees(processor: Any) -> bool:
+    """Whether a processor may hold state: one that stores attention or counts its calls must be
+    called in every layer at every evaluation. Read off its attributes and its code; what it keeps
+    in a global is not seen."""
+    processor = unwrapped(processor)
+    cls: Any = type(processor)
+    if cls.__module__ == processors.__name__:
+        return False
+    if isinstance(processor, types.FunctionType):
+        return _stores(processor, None)
+    values = [v for k, v in vars(processor).items() if k not in _MODULE_ATTRIBUTES]
+    return not all(map(_is_setting, values)) or _stores(cls.__call__, cls)
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    return isinstance(value, (*_SETTINGS, types.BuiltinFunctionType))
+
+
+@functools.cache
+def _stores(function: Any, cls: Any) -> bool:
+    """Whether ``function``, or a method of ``cls`` that it names, sets attributes or closes over
+    something."""
+    seen: list[Any] = []
+    waiting = [function]
+    while waiting:
+        code = getattr(waiting.pop(), "__code__", None)
+        if code is None or set(code.co_freevars) - {"__class__"}:
+            return True
+        if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code)):
+            return True
+        seen.append(code)
+        methods = [getattr(cls, name, None) for name in code.co_names]
+        waiting += [
+            method
+            for method in methods
+            if isinstance(method, types.FunctionType)
+            and method.__module__ != torch.nn.Module.__module__
+            and method.__code__ not in seen
+        ]
+    return False
 
 
 def unwrapped(processor: Any) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
@@ -52,6 +54,7 @@ from hgc.structure import (
     has_compiled_parts,
     has_hooks,
     known_sources,
+    parts,
 )
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
@@ -147,9 +150,10 @@ class _EndOfCall:
 
 class _Noticed:
     """Stands for a method of a model that writes to its weights where no tensor's version shows
-    it: peft fuses a LoRA through ``.data``, and it may be unloaded before the next evaluation."""
+    it: peft fuses a LoRA, and swaps one for another (``hotswap=True``), through ``.data``; and it
+    may be unloaded before the next evaluation."""
 
-    METHODS = ("fuse_lora", "unfuse_lora")
+    METHODS = ("fuse_lora", "unfuse_lora", "load_lora_adapter")
 
     def __init__(self, installation: Installation, module: torch.nn.Module, name: str) -> None:
         self.module = module
@@ -196,7 +200,8 @@ class _Mark:
 def _lora_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if model.__dict__.get("peft_config") is None:
         return []
-    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+    # every kind of peft's adapters, not LoRA alone; the model has a method of that name
+    return [m for m in model.modules() if m is not model and hasattr(m, "active_adapters")]
 
 
 def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
@@ -211,7 +216,7 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
         tuple(
             (
                 tuple(layer.active_adapters),
-                tuple(layer.scaling.items()),
+                tuple(getattr(layer, "scaling", {}).items()),
                 bool(layer.merged),
                 bool(layer.disable_adapters),
             )
@@ -285,6 +290,13 @@ def _count(weight: Tensor | None) -> int:
     return weight._version
 
 
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """What ``torch.autocast`` computes in now."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def _may_be_kept(source: Tensor) -> bool:
     """Whether what is computed from ``source`` may stand for the run: a write to it would be seen,
     and no graph of autograd hangs on it."""
@@ -329,6 +341,15 @@ def _cut(value: Any, batch: int) -> Any:
     if isinstance(value, dict):
         return {k: None if v is None else _cut(v, batch) for k, v in value.items()}
     return value
+
+
+def _is_data(value: Any) -> bool:
+    """Whether ``value`` is tensors and settings: not an object, which may keep what it is given."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None)))
 
 
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
@@ -393,8 +414,6 @@ class Installation:
         self._runs = Runs()
         self._forwards: list[_Forward] = []
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
-        # of each model, what must be in the cross-attentions
-        self._in_place: dict[int, list[Any]] = {}
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
         self._rewritten = 0  # how often a LoRA was fused or unfused
@@ -404,6 +423,14 @@ class Installation:
             id(model): [(attn, name) for name, attn in prompt_grain.cross_attentions(model).items()]
             for model in (unet, *nets)
         }
+        # of all attentions, where their processors are and what they must be
+        self._attentions = [
+            m for model in (unet, *nets) for m in model.modules() if isinstance(m, Attention)
+        ]
+        self._placed: tuple[list[dict[str, Any]], list[Any]] = ([], [])
+        self._stateful = ""  # the class of a processor that may keep what it sees
+        self._blocks_compiled = False
+        self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
         self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
         self._active = known_sources()
         self._prompt_grain = True
@@ -579,21 +606,34 @@ class Installation:
         return [self.unet, *self.controlnets]
 
     def _adopt_processors(self) -> None:
-        """Wrap the processors of all cross-attentions, as they are now."""
-        # Perturbed-attention guidance puts more than samples into the rows of a batch.
-        self._rows_are_samples = all(
-            prompt_grain.treats_rows_alike(processor)
-            for model in self._networks()
-            for processor in model.attn_processors.values()
-        )
-        self._scaled_processors = [
-            processor
-            for processor in self.unet.attn_processors.values()
-            if isinstance(getattr(processor, "scale", None), (list, tuple))
-        ]
-        found = [pair for model in self._networks() for pair in self._cross_attentions[id(model)]]
+        """Wrap the processors of all cross-attentions, as they are now, and look at all."""
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
         compiled = any(has_compiled_parts(model) for model in self._networks())
+        if self._placed[1] and compiled == self._blocks_compiled and self._processors_in_place():
+            return
+        self._blocks_compiled = compiled
+        self._wrap_processors()
+        processors = [attn.processor for attn in self._attentions]
+        # a processor with weights is a submodule
+        holders = [
+            attn._modules if "processor" in attn._modules else attn.__dict__
+            for attn in self._attentions
+        ]
+        self._placed = (holders, processors)
+        # Perturbed-attention guidance puts more than samples into the rows of a batch.
+        self._rows_are_samples = all(map(prompt_grain.treats_rows_alike, processors))
+        self._scaled_processors = [
+            processor
+            for processor in processors
+            if isinstance(getattr(processor, "scale", None), (list, tuple))
+        ]
+        keeping = filter(prompt_grain.may_keep_what_it_sees, processors)
+        found = next(map(prompt_grain.unwrapped, keeping), None)
+        self._stateful = "" if found is None else type(found).__name__
+
+    def _wrap_processors(self) -> None:
+        found = [pair for model in self._networks() for pair in self._cross_attentions[id(model)]]
+        compiled = self._blocks_compiled
         current = {id(attn): wrapped for attn, _, _, wrapped in self._processors}
         if (
             not compiled
@@ -619,10 +659,6 @@ class Installation:
             wrapped = prompt_grain.wrap(name, original)
             self._processors.append((attn, name, original, wrapped))
             attn.processor = wrapped
-        self._in_place = {
-            id(model): [attn.processor for attn, _ in self._cross_attentions[id(model)]]
-            for model in self._networks()
-        }
 
     def _restore_processors(self) -> None:
         # a user may have saved a wrapped processor and put it back: unwrap whatever is there
@@ -633,7 +669,7 @@ class Installation:
                 if original is not processor:
                     module.processor = original
         self._processors.clear()
-        self._in_place.clear()
+        self._placed = ([], [])
 
     def _say(self, key: str, message: str) -> None:
         """Warn once an installation."""
@@ -714,15 +750,40 @@ class Installation:
                 )
             )
             self._check_length(run)
+            if self._runs.short >= Runs.LIMIT and not self._config.is_exact:
+                self._say(
+                    "short",
+                    "runs end at once, so nothing is reused: the text or the timesteps "
+                    "are built anew for each. Build them once, before the loop",
+                )
+            hooked = self._hooks_inside()
+            run.may_keep = not hooked and not self._projections_replaced()
             if not self._may_step_through():
                 run.give_up("a block that would be run in part has hooks of its own")
+            elif hooked and not self._config.is_exact:
+                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
         else:
             self._runs.use(run)
             if run.now is None and run.completed == position.index and run.broken is None:
                 run.give_up("one timestep was evaluated more than once")
+            if run.changes_in_a_row > 2 and not self._config.is_exact:
+                self._say(
+                    "changing",
+                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
+                    "text and what else is constant once, before the loop",
+                )
         if run.timesteps is not None:
             self._check_timesteps(run)
+        begins = run.now is None or run.now.index != position.index
         now = run.begin(position)
+        if begins and not self._processors_in_place():
+            self._adopt_processors()
+            run.change("the attention processors changed")
+        if self._stateful and run.broken is None and not self._config.is_exact:
+            run.give_up(
+                f"the attention processor {self._stateful} may keep what it sees, so it is to be "
+                "called at every evaluation"
+            )
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
@@ -770,17 +831,11 @@ class Installation:
         return True
 
     def _look(self, run: Run, model: torch.nn.Module, depth: Any = "full") -> None:
-        """See whether the cross-attentions that are to be computed are what they were: their
-        processors, and the weights that make keys and values, which change when a LoRA is fused or
-        swapped. An evaluation looks at the layers it computes."""
+        """See whether the weights that make keys and values in the layers to be computed are what
+        they were; they change when a LoRA is fused or swapped. What an evaluation does not compute
+        is looked at when one does."""
         attentions = self._cross_attentions[id(model)]
         which = range(len(attentions)) if depth == "full" else self._computed(depth)
-        wrapped = self._in_place.get(id(model))
-        if wrapped is not None and any(
-            attentions[i][0].__dict__.get("processor") is not wrapped[i] for i in which
-        ):
-            self._adopt_processors()
-            run.change("the attention processors changed")
         known = self._weights.get(id(model))
         if known is None or not known.same(which):
             known = self._weights[id(model)] = _Weights.of(attentions, known)
@@ -788,6 +843,45 @@ class Installation:
         if run.weights.setdefault(id(model), value) != value:
             run.weights[id(model)] = value
             run.change("the weights changed")
+
+    def _processors_in_place(self) -> bool:
+        holders, placed = self._placed
+        return all(map(operator.is_, [holder.get("processor") for holder in holders], placed))
+
+    def _hooks_inside(self) -> str:
+        """The class of a model with hooks inside, which are called when a module in it runs; or
+        "". Those of the model itself stand before hgc and are always called."""
+        for model in self._networks():
+            for module in parts(model):
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return type(model).__name__
+        return ""
+
+    def _projections_replaced(self) -> bool:
+        """Whether the forward of a layer that makes keys or values is somebody else's (a LoRA
+        outside of peft), whose settings are not seen."""
+        layers = [
+            attn._modules.get(name)
+            for attentions in self._cross_attentions.values()
+            for attn, _ in attentions
+            for name in ("to_k", "to_v")
+        ]
+        return any(
+            layer is not None
+            and "forward" in layer.__dict__
+            and not hasattr(layer, "_hf_hook")
+            and not hasattr(layer, "_diffusers_hook")
+            for layer in layers
+        )
+
+    def _look_for_gradients(self, run: Run, *inputs: Any) -> None:
+        """Compute in full where gradients are recorded: those of a cached value are lost."""
+        if not torch.is_grad_enabled() or self._config.is_exact or run.broken is not None:
+            return
+        if run.trains is None:
+            run.trains = any(p.requires_grad for m in self._networks() for p in m.parameters())
+        if run.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            run.give_up("gradients are recorded (use torch.no_grad() where none are wanted)")
 
     def _computed(self, depth: int) -> list[int]:
         """Which of the UNet's cross-attentions an evaluation of ``depth`` computes."""
@@ -931,6 +1025,7 @@ class Installation:
         start = self._runs.clock()
         run, now = self._run_of(text, position, sample.shape[0], cond)
         try:
+            self._look_for_gradients(run, sample, text, *call.conditions)
             slot = run.slot(net, cond)
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
@@ -938,8 +1033,9 @@ class Installation:
             slot.text = Held(text)
             run.factor = call.conditions[0].shape[-1] // sample.shape[-1]
             found = signature(
-                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net)
-            )
+                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net),
+                _autocast(sample.device),
+            )  # fmt: skip
             if slot.signature and not same_signature(slot.signature, found):
                 run.change("a ControlNet's scale or arguments changed")
             elif not slot.signature and now.plan != StepPlan():
@@ -1044,7 +1140,7 @@ class Installation:
             hint = run.cache.kept(f"{slot.prefix}hint{i}")
             if hint is None:
                 hint = embed_condition(net, cond)
-                if _may_be_kept(cond):
+                if run.may_keep and _may_be_kept(cond):
                     hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
             hints.append(hint)
         if half:
@@ -1112,7 +1208,7 @@ class Installation:
                 prefix=prefix,
                 evaluation=now.index,
                 half=half,
-                keep_projections=_may_be_kept(text),
+                keep_projections=run.may_keep and _may_be_kept(text),
                 mode=mode,
                 store=store,
                 map_format=map_format,
@@ -1158,6 +1254,13 @@ class Installation:
         return_dict: bool = True,
     ) -> Any:
         position = self._position(timestep, encoder_hidden_states)
+        if not isinstance(encoder_hidden_states, Tensor) and position is not None:
+            position = None
+            self._say(
+                "text",
+                "the UNet is called without encoder_hidden_states, by which runs are told apart: "
+                "evaluations are computed in full",
+            )
         legacy = down_block_additional_residuals is not None and (
             mid_block_additional_residual is None
         )
@@ -1199,6 +1302,11 @@ class Installation:
                 "hgc.install(pipe.unet, pipe.controlnet)",
             )
         try:
+            self._look_for_gradients(run, sample, encoder_hidden_states)
+            if cross_attention_kwargs and run.broken is None and not self._config.is_exact:
+                for name, value in cross_attention_kwargs.items():
+                    if not _is_data(value):
+                        run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             self._check_unet_signature(
                 run, now, sample, arguments, down_block_additional_residuals,
                 down_intrablock_additional_residuals,
@@ -1252,6 +1360,7 @@ class Installation:
             sample.shape, sample.dtype, sample.device, arguments, freeu,
             residuals is not None, intrablock is not None, self._lora_now(self.unet),
             [slot.index for slot in run.slots if slot.called_at == now.index],
+            _autocast(sample.device), [fuser.enabled for fuser in self._fusers],
         )  # fmt: skip
         if run.unet_signature is not None and not same_signature(run.unet_signature, found):
             run.change("the UNet's arguments changed")

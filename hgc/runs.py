@@ -200,10 +200,13 @@ class PairCheck:
             self._pending.append((self._assume, None))
         elif sample.device.type == "cpu":
             rows = sample.shape[0] // 2
-            agrees = self._differs(text) and torch.equal(sample[:rows], sample[rows:])
-            self._pending.append((bool(agrees), None))
+            pair = bool(self._differs(text)) and torch.equal(sample[:rows], sample[rows:])
+            if not pair or not self._all_alike(sample):
+                self._pending.append((pair, None))
         else:
             equal = torch.eq(*sample.chunk(2)).all() & self._differs(text)
+            if sample.shape[0] > 2:
+                equal = torch.stack([equal, torch.eq(sample[1:], sample[:1]).all()])
             self._pending.append(to_host(equal))
 
     def _differs(self, text: Tensor) -> Tensor | bool:
@@ -216,15 +219,23 @@ class PairCheck:
             )
         return self._texts_differ
 
+    @staticmethod
+    def _all_alike(sample: Tensor) -> bool:
+        """One sample more than twice: several edits of one image, or images made from one noise.
+        Such an evaluation says nothing."""
+        return sample.shape[0] > 2 and torch.equal(sample[1:], sample[:1].expand_as(sample[1:]))
+
     def confirmed(self) -> bool:
         """Whether enough evaluations agreed. Waits for a copy started an evaluation ago."""
         for flag, event in self._pending:
             if event is not None:
                 event.synchronize()
-            if bool(flag):
-                self._agreed += 1
-            else:
+            several = isinstance(flag, Tensor) and flag.dim() > 0
+            pair, alike = flag.tolist() if several else (bool(flag), False)  # type: ignore[union-attr]
+            if not pair:
                 self._refuted = True
+            elif not alike:
+                self._agreed += 1
         self._pending.clear()
         return not self._refuted and self._agreed >= self.EVALUATIONS
 
@@ -313,6 +324,10 @@ class Run:
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
+        self.changes_in_a_row = 0
+        self._changed_at = -1
+        self.may_keep = True  # what is computed from the text and the conditions
+        self.trains: bool | None = None  # whether weights want gradients; None: not asked
         self.finished = False
         self.warned = False
         # for the report, which is asked for when the tensors are gone
@@ -403,6 +418,10 @@ class Run:
     def change(self, why: str, *, keep_maps: bool = False) -> None:
         """Something that features depend on has changed: drop them and compute in full."""
         assert self.now is not None
+        if self._changed_at != self.now.index:
+            again = self._changed_at == self.now.index - 1
+            self.changes_in_a_row = self.changes_in_a_row + 1 if again else 1
+            self._changed_at = self.now.index
         self.was_pair = self.was_pair or (self.maps is not None and self.pair.confirmed())
         self.pair = PairCheck(self._assume)
         self.cache.drop(n for n in self.cache.names() if not (keep_maps and "map/" in n))
@@ -499,6 +518,7 @@ class Runs(threading.local):
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self.last: Run | None = None
         self.forced = 0
+        self.short = 0  # runs one after the other that ended after one or two evaluations
         self._single: tuple[Any, ...] = ()
         self.clock = time.perf_counter
 
@@ -506,6 +526,8 @@ class Runs(threading.local):
         """Whether a timestep that is alone in its tensor may be that of a run of one evaluation:
         its text was not seen at another such timestep."""
         if not isinstance(timestep, Tensor) or not isinstance(text, Tensor):
+            return False
+        if timestep.numel() > 1:
             return False
         seen = [reference() for reference in self._single]
         self._single = (weakref.ref(text), weakref.ref(timestep))
@@ -515,9 +537,12 @@ class Runs(threading.local):
         """Take in a new run."""
         for old in list(self.runs.values()):
             if not old.finished and old.is_abandoned():
+                self.short += len(old.report) < 3
                 self.forget(old)
         while len(self.runs) >= self.LIMIT:
-            self.runs.popitem(last=False)[1].free()
+            old = self.runs.popitem(last=False)[1]
+            self.short += not old.finished and len(old.report) < 3
+            old.free()
         self.runs[id(run)] = run
         self.last = run
         return run
@@ -527,6 +552,8 @@ class Runs(threading.local):
         if run is not self.last:
             self.runs.move_to_end(id(run))
         self.last = run
+        if len(run.report) > 2:
+            self.short = 0
         return run
 
     def forget(self, run: Run) -> None:
@@ -571,6 +598,9 @@ class Runs(threading.local):
             if run.text.is_(text) or _is_part(text, run.text):
                 return self._resume(run, position)
         # The text is not known. The same condition and schedule, one step on: the text changed.
+        # Of several such runs (halves of guidance that are called one by one) none is known to be
+        # the one: a new run.
+        fitting = []
         for run in candidates:
             at = run.now.index if run.now is not None else run.completed
             under_way = run.now is not None and position.index == at
@@ -581,8 +611,10 @@ class Runs(threading.local):
                 continue
             if under_way and cond is not None:
                 continue
-            return run
-        return None
+            if under_way:
+                return run
+            fitting.append(run)
+        return fitting[0] if len(fitting) == 1 else None
 
     def _resume(self, run: Run, position: Position) -> Run | None:
         at = run.completed

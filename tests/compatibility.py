@@ -28,6 +28,7 @@ from typing import Any
 
 import diffusers
 import models
+import special_pipelines as special
 import torch
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
@@ -63,6 +64,7 @@ class Row:
             image is the image without hgc.
         same_in_full: In full, but without a warning: there is nothing to say.
         refuses: A part of the TypeError that :func:`hgc.install` raises.
+        in_a_call: The first evaluation raises it, not the installation.
         changes_models: A request puts other objects into the models (adapters, processors).
         slow: Not in the quick run of the tests.
         note: For the table.
@@ -78,6 +80,7 @@ class Row:
     in_full: str = ""
     same_in_full: bool = False
     refuses: str = ""
+    in_a_call: bool = False
     changes_models: bool = False
     slow: bool = False
     note: str = ""
@@ -86,7 +89,8 @@ class Row:
 ROWS: list[Row] = []
 SLOW = re.compile(
     "nested|one after the other|from_pipe|save_pretrained|Inpaint|PAGImg2Img|, SDXL|strength="
-    "|20 steps|InstructPix2Pix|float16"
+    "|20 steps|InstructPix2Pix|float16|Kolors|UnCLIP|Marigold|LEdits|Panorama|BlipDiff|VideoZero"
+    "|Attend|compile"
 )
 
 
@@ -305,6 +309,133 @@ row(
         scheduler=models.scheduler(diffusers.LCMScheduler),
     ),
 )  # fmt: skip
+row(
+    PLAIN, "`LatentConsistencyModelImg2ImgPipeline`",
+    lambda: sd(
+        diffusers.LatentConsistencyModelImg2ImgPipeline,
+        unet=models.small_unet(time_cond_proj_dim=8),
+        scheduler=models.scheduler(diffusers.LCMScheduler),
+    ),
+)  # fmt: skip
+for kolors in special.KOLORS:
+    row(PLAIN, f"`{kolors.__name__}`", functools.partial(special.kolors, kolors))
+row(
+    PLAIN, "`StableDiffusionDepth2ImgPipeline`", special.depth_to_image,
+    call=special.depth_to_image_call,
+)  # fmt: skip
+row(PLAIN, "`StableDiffusionUpscalePipeline`", special.upscale, call=special.upscale_call)
+row(PLAIN, "`StableUnCLIPPipeline`", special.unclip_text, call=special.unclip_text_call)
+row(PLAIN, "`StableUnCLIPImg2ImgPipeline`", special.unclip_image, call=special.unclip_image_call)
+row(
+    PLAIN, "`StableDiffusionImageVariationPipeline`", special.variation,
+    call=special.variation_call,
+)  # fmt: skip
+row(
+    PLAIN, "`MarigoldDepthPipeline`",
+    functools.partial(special.marigold, diffusers.MarigoldDepthPipeline),
+    call=special.marigold_call,
+)  # fmt: skip
+row(
+    PLAIN, "`MarigoldDepthPipeline`, an ensemble, one after the other",
+    functools.partial(special.marigold, diffusers.MarigoldDepthPipeline),
+    call=functools.partial(special.marigold_call, ensemble_size=3, batch_size=1),
+)  # fmt: skip
+row(
+    PLAIN, "`MarigoldNormalsPipeline`",
+    functools.partial(special.marigold, diffusers.MarigoldNormalsPipeline),
+    call=special.marigold_call,
+)  # fmt: skip
+row(
+    PLAIN, "`MarigoldIntrinsicsPipeline`", special.marigold_intrinsics,
+    call=special.marigold_call,
+)  # fmt: skip
+INVERSION = "an inversion adds up errors: use `exact` for it, where the edit must be close"
+row(
+    PLAIN, "`LEditsPPPipelineStableDiffusion`", special.ledits, call=special.ledits_call,
+    changes_models=True, distance=0.5, note=INVERSION,
+)  # fmt: skip
+WATCHING = "may keep what it sees"
+row(
+    PLAIN, "`LEditsPPPipelineStableDiffusion`, `use_cross_attn_mask=True`",
+    functools.partial(special.ledits, models.sd15_unet),
+    call=functools.partial(special.ledits_call, use_cross_attn_mask=True),
+    in_full=WATCHING, changes_models=True,
+    note="its processors keep attention maps: computed in full, a warning says so",
+)  # fmt: skip
+row(
+    PLAIN, "`LDMTextToImagePipeline`", special.bert_text_to_image,
+    call=special.bert_text_to_image_call, in_full="the text changed at every evaluation",
+    note="it builds its text anew at every step: computed in full, a warning says so",
+)  # fmt: skip
+
+DEPRECATED = "Pipelines that diffusers has deprecated"
+
+
+def deprecated(name: str, make: Callable[[], Any] | None = None, **more: Any) -> None:
+    cls = getattr(diffusers, name)
+    made = make or functools.partial(special.with_prompts, cls)
+    more.setdefault("slow", name not in ("StableDiffusionSAGPipeline",))
+    row(DEPRECATED, f"`{name}`", made, **more)
+
+
+row(
+    DEPRECATED, "`BlipDiffusionControlNetPipeline`", special.blip_controlnet,
+    call=special.blip_controlnet_call, slow=True,
+)  # fmt: skip
+deprecated("StableDiffusionAttendAndExcitePipeline", call=special.attend_and_excite_call,
+           in_full=WATCHING, note="its processors keep attention maps")  # fmt: skip
+deprecated(
+    "StableDiffusionSAGPipeline",
+    lambda: models.pipeline(diffusers.StableDiffusionSAGPipeline, models.small_unet()),
+    call=special.sag_call, in_full="are to be called at every evaluation",
+    note="it puts a hook and a processor that keep what they see into the middle block",
+)  # fmt: skip
+deprecated("StableDiffusionGLIGENPipeline", special.gligen, call=special.gligen_call,
+           plain=functools.partial(special.gligen_call, gligen_scheduled_sampling_beta=0.0),
+           changes_models=True)  # fmt: skip
+deprecated("StableDiffusionDiffEditPipeline", special.diff_edit, call=special.diff_edit_call,
+           distance=0.6, note=INVERSION)  # fmt: skip
+deprecated("StableDiffusionPanoramaPipeline", special.panorama, call=special.panorama_call,
+           in_full="runs end at once",
+           note="it builds its text anew for every window: a warning says so")  # fmt: skip
+deprecated("TextToVideoZeroPipeline", call=special.video_zero_call, changes_models=True)
+deprecated("SemanticStableDiffusionPipeline", call=special.semantic_call,
+           note="four prompts of one image: both halves are always computed")  # fmt: skip
+deprecated("StableDiffusionLDM3DPipeline",
+           lambda: models.pipeline(diffusers.StableDiffusionLDM3DPipeline, models.small_unet()),
+           call=special.ldm3d_call)  # fmt: skip
+deprecated("CycleDiffusionPipeline", special.cycle, call=special.cycle_call,
+           in_full="the text changed at every evaluation",
+           note="it builds its text anew at every step")  # fmt: skip
+deprecated("PaintByExamplePipeline", special.paint_by_example, call=special.paint_by_example_call)
+deprecated(
+    "StableDiffusionParadigmsPipeline",
+    lambda: models.pipeline(
+        diffusers.StableDiffusionParadigmsPipeline, models.small_unet(),
+        scheduler_class=diffusers.DDIMParallelScheduler,
+    ),
+    call=special.parallel_steps_call, in_full="the timestep is not an element",
+    note="several timesteps in one batch",
+)  # fmt: skip
+
+MODULAR = "Modular pipelines: a call a guidance half"
+for name, make, arguments in (
+    ("SDXL blocks", special.modular, {}),
+    ("SDXL blocks with a ControlNet",
+     functools.partial(special.modular, None, models.small_xl_controlnet), {}),
+    ("`guess_mode`", functools.partial(special.modular, None, models.small_xl_controlnet),
+     {"guess_mode": True}),
+    ("Guidance in the first half of the steps",
+     functools.partial(special.modular, special.ending, models.small_xl_controlnet), {}),
+    ("Perturbed attention: three calls a step",
+     functools.partial(special.modular, special.perturbed), {}),
+):  # fmt: skip
+    row(
+        MODULAR, name, make, call=functools.partial(special.modular_call, **arguments),
+        slow=name != "SDXL blocks with a ControlNet",
+        # diffusers' registry of hooks stays on the model, with or without hgc
+        changes_models=name.startswith("Perturbed"),
+    )  # fmt: skip
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -393,6 +524,24 @@ use("20 steps", steps=20, plain=None, distance=0.3)
 use("4 steps", steps=4, plain=None, same_in_full=True,
     note="a short run has key steps only")  # fmt: skip
 use("1 step", steps=1, plain=None, same_in_full=True)
+use("LCM, 4 steps", functools.partial(sd, scheduler=models.scheduler(diffusers.LCMScheduler)),
+    steps=4, plain=None, guidance_scale=1.0, same_in_full=True)  # fmt: skip
+use("LCM, 8 steps, no guidance", functools.partial(
+    sd, scheduler=models.scheduler(diffusers.LCMScheduler)), plain=None,
+    guidance_scale=1.0)  # fmt: skip
+
+
+def four_steps(pipe: Any, config: Any) -> hgc.Installation:
+    """A plan of one's own for four steps, where ``balanced`` is asked for."""
+    own = hgc.Config(name="four", num_evaluations=4, key_steps=(0, 2), depth=2)
+    return install(pipe, own if config == "balanced" else config)
+
+
+row(
+    USES, "LCM, 4 steps, a plan with key steps 0 and 2",
+    functools.partial(sd, scheduler=models.scheduler(diffusers.LCMScheduler)),
+    call=functools.partial(call, steps=4, guidance_scale=1.0), install=four_steps,
+)  # fmt: skip
 use("`timesteps=[...]`", functools.partial(sd, scheduler=models.scheduler(
     diffusers.EulerDiscreteScheduler)), plain=None,
     timesteps=[900, 850, 700, 600, 400, 300, 100, 20])  # fmt: skip
@@ -423,12 +572,38 @@ def move_latents(pipe: Any, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
     return {"latents": tensors["latents"].roll(3, -1)} if i == 3 else {}
 
 
+def other_control(pipe: Any, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"image": 9 - 20 * models.picture(60).repeat(2, 1, 1, 1)} if i == 1 else {}
+
+
+def other_mask(pipe: Any, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Channels of the sample that are the same at every other step."""
+    if i != 2:
+        return {}
+    masked = models.text(5).reshape(-1)[:64].reshape(1, 4, 4, 4).repeat(2, 1, 4, 4)
+    return {"mask": 1 - tensors["mask"], "masked_image_latents": masked}
+
+
+def more_latents(pipe: Any, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    if i != 3:
+        return {}
+    return {"latents": torch.nn.functional.interpolate(tensors["latents"], scale_factor=2)}
+
+
 def interrupt(pipe: Any, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
     pipe._interrupt = i >= 4
     return {}
 
 
 use("A callback that edits the latents", **callback(move_latents))
+use("A callback that changes the control image", **callback(other_control, "image"))
+use("A callback that changes the mask, inpainting UNet (9 channels)", functools.partial(
+    sd, diffusers.StableDiffusionInpaintPipeline, unet=models.small_unet(in_channels=9)),
+    **callback(other_mask, "mask", "masked_image_latents"))  # fmt: skip
+use("A callback that changes the size of the latents", functools.partial(
+    sd, diffusers.StableDiffusionPipeline,
+    scheduler=models.scheduler(diffusers.EulerDiscreteScheduler)), plain=None,
+    **callback(more_latents))  # fmt: skip
 use("A callback that interrupts", **callback(interrupt))
 use("To pictures, not latents", output_type="pt", plain=None)
 
@@ -721,6 +896,69 @@ def _with_control_lora() -> Any:
     return pipe
 
 
+def hot_swapped(pipe: Any, seed: int) -> torch.Tensor:
+    """One LoRA in the place of another, from the third step on."""
+
+    def change(pipe: Any, i: int, tensors: Any) -> dict[str, Any]:
+        if i == 1:
+            pipe.load_lora_weights(lora_weights(2), adapter_name="mine", hotswap=True)
+        return {}
+
+    pipe.load_lora_weights(lora_weights(1), adapter_name="mine")
+    try:
+        return call(pipe, seed, **callback(change))
+    finally:
+        pipe.unload_lora_weights()
+
+
+def lora_of_one(pipe: Any, seed: int) -> torch.Tensor:
+    pipe.load_lora_weights(lora_weights(1), adapter_name="mine")
+    try:
+        return call(pipe, seed)
+    finally:
+        pipe.unload_lora_weights()
+
+
+row(
+    ADAPTERS, "Hot-swapped by a callback (`hotswap=True`)", sd, call=hot_swapped,
+    changes_models=True, plain=lora_of_one,
+)  # fmt: skip
+
+
+def with_adapter(kind: str) -> Any:
+    import peft
+
+    pipe = sd()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(peft, kind)(
+            r=4, target_modules=["to_k", "to_v", "to_q"], init_weights=False
+        )
+        pipe.unet.add_adapter(config, "mine")
+    pipe.unet.eval()
+    return pipe
+
+
+def switched_off_at_half(pipe: Any, seed: int) -> torch.Tensor:
+    def change(pipe: Any, i: int, tensors: Any) -> dict[str, Any]:
+        if i == 1:
+            pipe.unet.disable_adapters()
+        return {}
+
+    try:
+        return call(pipe, seed, **callback(change))
+    finally:
+        pipe.unet.enable_adapters()
+
+
+for kind in ("LoHa", "LoKr"):
+    row(
+        ADAPTERS, f"{kind}, switched off by a callback",
+        functools.partial(with_adapter, f"{kind}Config"), call=switched_off_at_half,
+        changes_models=True, plain=call,
+    )  # fmt: skip
+
+
 def ip_adapter_weights(unet: Any, seed: int = 5, tokens: int = 4) -> dict[str, Any]:
     """An IP-Adapter for ``unet``, as a file would hold it."""
     generator = torch.Generator().manual_seed(seed)
@@ -821,6 +1059,28 @@ row(
     changes_models=True,
     plain=call,
 )
+
+
+def ip_exchanged(pipe: Any, seed: int) -> torch.Tensor:
+    def change(pipe: Any, i: int, tensors: Any) -> dict[str, Any]:
+        if i == 1:
+            put_ip_adapter(pipe, 6)
+        return {}
+
+    put_ip_adapter(pipe, 5)
+    return ip_call(pipe, seed, **callback(change))
+
+
+def put_ip_adapter(pipe: Any, seed: int) -> None:
+    pipe.unload_ip_adapter()
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet, seed)])
+    pipe.set_ip_adapter_scale(1.0)
+
+
+row(
+    ADAPTERS, "IP-Adapter exchanged by a callback", with_ip_adapter, call=ip_exchanged,
+    changes_models=True, plain=ip_call,
+)  # fmt: skip
 row(
     ADAPTERS,
     "IP-Adapter with masks",
@@ -1058,6 +1318,63 @@ row(
     changes_models=True,
 )
 row(MODULES, "`AttnProcessor`", other_processor)
+
+
+class Edit:
+    """Edits attention from the fifth evaluation on; counts its calls to know where it stands, as
+    the controllers of prompt-to-prompt do."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers, self.calls = layers, 0
+
+    def __call__(
+        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+    ) -> Any:  # fmt: skip
+        self.calls += 1
+        inner = diffusers.models.attention_processor.AttnProcessor2_0()
+        out = inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return out * (1.0 if self.calls <= 4 * self.layers else 0.2)
+
+
+def edited(pipe: Any, seed: int) -> torch.Tensor:
+    saved = dict(pipe.unet.attn_processors)
+    pipe.unet.set_attn_processor(Edit(len(saved)))
+    try:
+        return call(pipe, seed)
+    finally:
+        pipe.unet.set_attn_processor(saved)
+
+
+def hooked() -> Any:
+    pipe = sd()
+    pipe.unet.mid_block.register_forward_hook(lambda module, args, out: out * 0.9)
+    return pipe
+
+
+row(
+    MODULES, "Processors that edit attention and count their calls (prompt-to-prompt)", sd,
+    call=edited, changes_models=True, in_full=WATCHING,
+    note="they are called at every evaluation: computed in full, a warning says so",
+)  # fmt: skip
+row(
+    MODULES, "A hook on a module inside the UNet", hooked, in_full="hooks inside",
+    note="it is called at every evaluation: computed in full, a warning says so",
+)  # fmt: skip
+
+
+def regional(backend: str) -> Any:
+    pipe = sd()
+    pipe.unet.compile_repeated_blocks(backend=backend)
+    return pipe
+
+
+for backend in ("eager", "aot_eager"):
+    row(
+        MODULES, f'`unet.compile_repeated_blocks(backend="{backend}")`',
+        functools.partial(regional, backend),
+        note="compiled blocks run as they are, cross-attention in them is computed",
+    )  # fmt: skip
 row(MODULES, "`fuse_qkv_projections`", fused_projections)
 
 
@@ -1198,6 +1515,36 @@ row(RUNS, "The same requests one after the other", sd, call=alone)
 row(RUNS, "Threads with a pipeline each on one UNet", sd, call=threads)
 row(RUNS, "After an exception in a callback", sd, call=after(Stop))
 row(RUNS, "After KeyboardInterrupt in a callback", sd, call=after(KeyboardInterrupt))
+
+
+def out_of_memory(inside: str) -> Callable[[Any, int], torch.Tensor]:
+    """A request that runs out of memory in its fifth call of a layer, then another."""
+
+    def then(pipe: Any, seed: int) -> torch.Tensor:
+        layer, calls = getattr(pipe, inside).conv_in, []
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == (5 if inside == "unet" else 2):
+                raise torch.OutOfMemoryError
+            return type(layer).forward(layer, x)
+
+        layer.forward = forward
+        try:
+            call(pipe, seed + 3)
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            raise AssertionError("the fault was not met")
+        finally:
+            del layer.forward
+        return call(pipe, seed)
+
+    return then
+
+
+row(RUNS, "After out of memory in the UNet", sd, call=out_of_memory("unet"))
+row(RUNS, "After out of memory in the ControlNet", sd, call=out_of_memory("controlnet"))
 row(RUNS, "A loop of one's own, left in the middle", sd, call=abandoned)
 row(RUNS, "Three loops of one's own in turns", sd, call=generators_in_turns)
 
@@ -1215,8 +1562,8 @@ class Bare:
     controlnet: Any = None
 
 
-def refuse(name: str, make: Callable[[], Any], text: str, note: str = "") -> None:
-    row(REFUSED, name, make, refuses=text, note=note)
+def refuse(name: str, make: Callable[[], Any], text: str, **more: Any) -> None:
+    row(REFUSED, name, make, refuses=text, **more)
 
 
 def motion_unet() -> Any:
@@ -1280,6 +1627,51 @@ refuse(
 refuse("A whole pipeline given to `hgc.install`", lambda: Bare(sd()), "not the pipeline")
 
 
+def other_class(name: str) -> Any:
+    """Without weights: only its class is asked for."""
+    with torch.device("meta"):
+        return Bare(getattr(diffusers, name)())
+
+
+refuse("Text-to-video (`UNet3DConditionModel`)",
+       functools.partial(other_class, "UNet3DConditionModel"), "got UNet3DConditionModel",
+       slow=True)  # fmt: skip
+refuse("Stable Video Diffusion (`UNetSpatioTemporalConditionModel`)",
+       functools.partial(other_class, "UNetSpatioTemporalConditionModel"),
+       "got UNetSpatioTemporalConditionModel", slow=True)  # fmt: skip
+refuse("Kandinsky 3 (`Kandinsky3UNet`)", functools.partial(other_class, "Kandinsky3UNet"),
+       "got Kandinsky3UNet", slow=True)  # fmt: skip
+refuse("Unconditional pipelines (`UNet2DModel`)", functools.partial(other_class, "UNet2DModel"),
+       "got UNet2DModel")  # fmt: skip
+
+
+def compiled_module() -> Any:
+    pipe = sd()
+    return Bare(torch.compile(pipe.unet, backend="eager"), pipe.controlnet)
+
+
+def compiled_in_place() -> Any:
+    pipe = sd()
+    pipe.unet.compile(backend="eager")
+    return pipe
+
+
+def compiled_afterwards(pipe: Any, seed: int) -> torch.Tensor:
+    pipe.unet.compile(backend="eager")
+    try:
+        return call(pipe, seed)
+    finally:
+        pipe.unet.__dict__.pop("_compiled_call_impl", None)
+
+
+refuse("`torch.compile(unet)` before install", compiled_module, "plain module", slow=True)
+refuse("`unet.compile()` before install", compiled_in_place, "plain module", slow=True)
+
+row("Refused at the first evaluation", "`unet.compile()` after install", sd,
+    call=compiled_afterwards, refuses="call .compile() of the Installation", in_a_call=True,
+    slow=True)  # fmt: skip
+
+
 # -- outcomes ------------------------------------------------------------------------------------
 
 
@@ -1334,6 +1726,9 @@ def reused_of(installation: hgc.Installation) -> tuple[int, int]:
     """Evaluations of the last run that reused something, and all of them."""
     last = installation._runs.last
     report = [] if last is None else last.report
+    if len(report) < 2:  # not of the run that the last call alone made
+        reports = [report, *(run.report for run in installation._runs.runs.values())]
+        report = max(reports, key=lambda r: sum(row.plan != hgc.StepPlan() for row in r))
     return sum(row.plan != hgc.StepPlan() for row in report), len(report)
 
 
@@ -1348,7 +1743,10 @@ def outcome(row: Row) -> Outcome:
         made = row.make()
         before = residue(made) if isinstance(made.unet, torch.nn.Module) else []
         try:
-            row.install(made, "balanced")
+            installation = row.install(made, "balanced")
+            if row.in_a_call:
+                with installation:
+                    row.call(made, 0)
         except TypeError as error:
             found = re.search(re.escape(row.refuses), str(error))
             clean = not before or residue(made) == before
@@ -1431,7 +1829,13 @@ and {steps} steps where it says nothing else. Quality is not measured here: see
 One pipeline cannot serve several threads at once, with or without hgc: its scheduler keeps the
 state of a run. Give each thread a pipeline of its own; they may share the UNet and the ControlNet.
 
-Modules compiled by `torch.compile` have no row here.
+Every pipeline of diffusers {diffusers} that has a UNet and can be imported is here, or its UNet's
+class is among those refused, but for: `LEditsPPPipelineStableDiffusionXL`,
+`StableDiffusionGLIGENTextImagePipeline`, `TextToVideoZeroSDXLPipeline`, `BlipDiffusionPipeline` (as
+their siblings), `AltDiffusion*`, `StableDiffusionPipelineSafe`,
+`StableDiffusionModelEditingPipeline`, `StableDiffusionPix2PixZeroPipeline`,
+`StableDiffusionInpaintPipelineLegacy`, `UnCLIP*`, `VersatileDiffusion*` (deprecated), `AudioLDM*`
+and `MusicLDMPipeline` (their UNets are called without text, and computed in full with a warning).
 """
 
 
@@ -1446,7 +1850,8 @@ def page(outcomes: dict[int, Outcome]) -> str:
             group = row.group
             lines += ["", f"## {group}", ""]
             if row.refuses:
-                lines += ["| pipeline or use | `hgc.install` raises |", "|---|---|"]
+                who = "the call" if row.in_a_call else "`hgc.install`"
+                lines += [f"| pipeline or use | {who} raises |", "|---|---|"]
             else:
                 lines += [
                     "| pipeline or use | exact | balanced | uninstall | next | |",

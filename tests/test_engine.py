@@ -491,20 +491,20 @@ def test_after_an_exception_the_next_request_equals_a_fresh_one(sd15, at, where,
         return {}
 
     with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
-        handle, changes = None, {}
+        module, changes = None, {}
         if where == "callback":
             changes = {"callback_on_step_end": fail}
         else:
             module = {"controlnet": sd15.controlnet, "unet": sd15.unet}[where].conv_in
-            handle = module.register_forward_hook(lambda *a: (fail(), None)[1])
+            module.forward = lambda x: (fail(), type(module).forward(module, x))[1]
         try:
             models.draw(sd15, **changes)
             raised = False
         except Stop:
             raised = True
         finally:
-            if handle is not None:
-                handle.remove()
+            if module is not None:
+                del module.forward
         assert raised or where == "controlnet"  # a plan may call it fewer than `at` times
         assert torch.equal(models.draw(sd15, seed=1), expected)
         assert all(run.cache.bytes == 0 for run in installed._runs.runs.values() if run.finished)
@@ -941,7 +941,9 @@ def test_report(sd15):
 def test_a_pair_that_ends_is_not_halved(sd15):
     """Guidance switched off by a callback: two images are left, and no pair."""
     rows = []
-    handle = sd15.unet.conv_in.register_forward_hook(lambda m, a, out: rows.append(len(out)))
+    first = sd15.unet.conv_in
+    # not a hook: those inside a model are called at every evaluation, so nothing is reused
+    first.forward = lambda x: rows.append(len(x)) or type(first).forward(first, x)
 
     def callback(pipe, i, t, kwargs):
         if i == 2:
@@ -964,7 +966,7 @@ def test_a_pair_that_ends_is_not_halved(sd15):
             )
             report = installed.report()
     finally:
-        handle.remove()
+        del first.forward
     assert rows == [4, 4, 2, 2, 2, 2, 2, 2]
     assert [row.batch for row in report.rows] == [4, 4, 4, 2, 2, 2, 2, 2]
     assert report.full_macs.total == pytest.approx(report.full_evaluation.total * 5.5)

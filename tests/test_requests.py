@@ -58,15 +58,16 @@ def fault(module, at, error):
     """Raise ``error`` inside ``module`` at its call number ``at``."""
     count = iter(range(10_000))
 
-    def fail(*args):
+    def fail(x):
         if next(count) == at:
             raise error
+        return type(module).forward(module, x)
 
-    handle = module.register_forward_pre_hook(fail)
+    module.forward = fail  # not a hook: with one inside a model, nothing is reused
     try:
         yield
     finally:
-        handle.remove()
+        del module.forward
 
 
 @pytest.mark.parametrize("where", ["unet", "controlnet", "callback", "KeyboardInterrupt", "memory"])
@@ -227,6 +228,20 @@ CONFIGS = {
 }
 
 
+class Counting:
+    """An attention processor with state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):
+        self.calls += 1
+        inner = diffusers.models.attention_processor.AttnProcessor2_0()
+        return inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
 class Sequences(stateful.RuleBasedStateMachine):
     """Install, draw, change, uninstall in any order, on models that are beside a twin without
     history."""
@@ -246,7 +261,7 @@ class Sequences(stateful.RuleBasedStateMachine):
     def install(self, name):
         if self.installed is not None:
             with pytest.raises(RuntimeError, match="already installed"):
-                hgc.install(self.pipe.unet, self.pipe.controlnet, config=name)
+                hgc.install(self.pipe.unet, self.pipe.controlnet, config=CONFIGS[name])
             return
         self.config = CONFIGS[name]
         self.installed = hgc.install(self.pipe.unet, self.pipe.controlnet, config=self.config)
@@ -327,6 +342,27 @@ class Sequences(stateful.RuleBasedStateMachine):
             self.both(lambda pipe: pipe.enable_attention_slicing(1))
         else:
             self.both(lambda pipe: pipe.disable_attention_slicing())
+
+    @stateful.rule(kind=st.sampled_from(["AttnProcessor", "AttnProcessor2_0", "counting"]))
+    def processors(self, kind):
+        def put(pipe):
+            if kind == "counting":
+                made = Counting()
+            else:
+                made = getattr(diffusers.models.attention_processor, kind)()
+            pipe.unet.set_attn_processor(made)
+
+        self.both(put)
+
+    @stateful.rule()
+    def hot_swap(self):
+        if self.loras:
+            weights = compatibility.lora_weights(7)
+            self.both(
+                lambda pipe: pipe.load_lora_weights(
+                    dict(weights), adapter_name="lora1", hotswap=True
+                )
+            )
 
     def compare(self, request):
         image = request(self.pipe)

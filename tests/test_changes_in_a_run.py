@@ -1,0 +1,441 @@
+"""What features depend on and no argument shows: each change of it within a run must be obeyed."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+
+import compatibility
+import models
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+import hgc
+from hgc import Config
+from hgc.engine import HgcWarning
+
+SOME = Config(
+    name="some", num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse", forecast=0.7
+)
+
+
+def at_step(step, change):
+    """Arguments of a call that do ``change(pipe)`` after ``step``."""
+
+    def callback(pipe, i, tensors):
+        if i == step:
+            change(pipe)
+        return {}
+
+    return compatibility.callback(callback)
+
+
+def plans(installation):
+    return [row.depth for row in installation.report().rows]
+
+
+# -- attention processors that keep what they see ---------------
+
+
+class Controller:
+    """Edits attention from the fifth evaluation on; counts its calls to know where it stands, as
+    the controllers of prompt-to-prompt do."""
+
+    def __init__(self, layers):
+        self.layers, self.calls = layers, 0
+
+    def edit(self, out):
+        self.calls += 1
+        return out * (1.0 if self.calls <= 4 * self.layers else 0.2)
+
+
+class Controlled:
+    def __init__(self, controller):
+        self.controller = controller
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return self.controller.edit(out)
+
+
+class Storing:
+    """Keeps its last output, as that of self-attention guidance does."""
+
+    def __init__(self):
+        self.seen = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        self.seen = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return self.seen
+
+
+def closing_over(calls):
+    class Closed:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            calls.append(1)
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    return Closed()
+
+
+class Stateless:
+    """A processor of one's own with nothing but settings."""
+
+    def __init__(self):
+        self.scale = 0.5
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return out * self.scale
+
+
+def with_processor(processor, only=""):
+    """Put ``processor`` (or one a layer) on the attentions of a pipeline."""
+
+    def put(pipe):
+        pipe.unet.set_attn_processor(
+            {
+                name: processor if only in name else old
+                for name, old in pipe.unet.attn_processors.items()
+            }
+        )
+
+    return put
+
+
+@pytest.mark.parametrize("when", ["before", "after the second step"])
+def test_a_controller_that_counts_its_calls_is_called_at_every_evaluation(when):
+    def request(pipe):
+        layers = len(pipe.unet.attn_processors)
+        controller = Controller(layers)
+        put = with_processor(Controlled(controller))
+        if when == "before":
+            put(pipe)
+            return compatibility.call(pipe, 0), controller.calls / layers
+        return compatibility.call(pipe, 0, **at_step(1, put)), controller.calls / layers
+
+    expected, count = request(compatibility.sd())
+    pipe = compatibility.sd()
+    with (
+        hgc.install(pipe.unet, pipe.controlnet, config=SOME),
+        pytest.warns(HgcWarning, match="Controlled.* may keep what it sees"),
+    ):
+        image, called = request(pipe)
+    assert called == count
+    if when == "before":
+        assert torch.equal(image, expected)
+
+
+class Handing:
+    """Without state of its own: it hands what it sees to an argument."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, store=None
+    ):
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        store.append(1)
+        return out
+
+
+class Store(collections.UserList):
+    pass
+
+
+def test_an_object_in_cross_attention_kwargs_may_keep_what_it_sees():
+    pipe, store = compatibility.sd(), Store()
+    with_processor(Handing(), only="attn2")(pipe)
+    reference = compatibility.call(pipe, 0, cross_attention_kwargs={"store": store})
+    before = len(store)
+    with (
+        hgc.install(pipe.unet, config=SOME),
+        pytest.warns(HgcWarning, match=r"cross_attention_kwargs\['store'\] may keep"),
+    ):
+        image = compatibility.call(pipe, 0, cross_attention_kwargs={"store": store})
+    assert torch.equal(image, reference) and len(store) == 2 * before
+
+
+@pytest.mark.parametrize("kind", ["stores", "closes over", "a function"])
+@pytest.mark.parametrize("layer", ["attn1", "attn2"])
+def test_processors_with_state_are_called_at_every_evaluation(kind, layer):
+    calls = []
+
+    def function(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        calls.append(1)
+        return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    made = {"stores": Storing, "closes over": lambda: closing_over(calls)}
+    pipe = compatibility.sd()
+    with_processor(made.get(kind, lambda: function)(), only=f"mid_block.attentions.0.trans"
+                   f"former_blocks.0.{layer}")(pipe)  # fmt: skip
+    reference = compatibility.call(pipe, 0)
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(compatibility.call(pipe, 0), reference)
+
+
+def test_processors_without_state_do_not_stop_reuse():
+    pipe = compatibility.sd()
+    with_processor(Stateless())(pipe)
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        compatibility.call(pipe, 0)
+        assert plans(installed).count(1) == 6
+
+
+# -- hooks ---------------
+
+
+@pytest.mark.parametrize("of", ["unet", "controlnet"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_inside_a_model_is_called_at_every_evaluation(of, kind):
+    pipe, calls = compatibility.sd(), []
+    reference = compatibility.call(pipe, 0)
+    handle = getattr(getattr(pipe, of).mid_block, kind)(lambda *args: calls.append(1))
+    with (
+        hgc.install(pipe.unet, pipe.controlnet, config=SOME),
+        pytest.warns(HgcWarning, match="hooks inside"),
+    ):
+        assert torch.equal(compatibility.call(pipe, 0), reference)
+    assert len(calls) == compatibility.STEPS
+    handle.remove()
+
+
+def test_a_hook_on_the_model_itself_does_not_stop_reuse():
+    pipe, calls = compatibility.sd(), []
+    pipe.unet.register_forward_hook(lambda *args: calls.append(1))
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        compatibility.call(pipe, 0)
+        assert plans(installed).count(1) == 6
+    assert len(calls) == compatibility.STEPS
+
+
+# -- gradients ---------------
+
+
+def gradients(unet, text, *, wanted="sample"):
+    """Gradients at each of four timesteps of one run."""
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, found = torch.arange(8).flip(0) * 100, []
+    for t in schedule:
+        x, c = sample.clone(), text
+        if wanted == "sample":
+            x.requires_grad_()
+        (unet(x, t, c).sample ** 2).sum().backward()
+        if wanted == "sample":
+            found.append(x.grad)
+        elif wanted == "text":
+            found.append(c.grad.clone())
+            c.grad = None
+        else:
+            found.append(unet.mid_block.resnets[0].conv1.weight.grad.clone())
+        unet.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("wanted", ["sample", "text", "weights"])
+def test_gradients_are_those_of_the_whole_model(wanted):
+    unet = models.small_unet()
+    unet.requires_grad_(wanted == "weights")
+    text = models.text(0, 2).requires_grad_(wanted == "text")
+    expected = gradients(unet, text, wanted=wanted)
+    with (
+        hgc.install(unet, config=SOME.replace(guidance="both")),
+        pytest.warns(HgcWarning, match="gradients are recorded"),
+    ):
+        found = gradients(unet, text, wanted=wanted)
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a, b), k
+
+
+# -- what is switched between evaluations ---------------
+
+
+def loop(pipe, seed, around):
+    """A loop of one's own; ``around(i)`` is the context of evaluation ``i``."""
+    steps = compatibility.evaluations(pipe, seed)
+    for i in range(compatibility.STEPS):
+        with around(i):
+            latents = next(steps)
+    return latents
+
+
+@pytest.mark.parametrize("config", ["exact", "some"])
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_switched_within_a_run(config, first):
+    def around(i):
+        return torch.autocast("cpu", torch.bfloat16, enabled=(i < 3) == first)
+
+    pipe = compatibility.sd()
+    reference = loop(pipe, 0, around)
+    with hgc.install(
+        pipe.unet, pipe.controlnet, config=SOME if config == "some" else config
+    ) as installed:
+        image = loop(pipe, 0, around)
+        if config == "exact":
+            assert torch.equal(image, reference)
+        else:
+            assert "changed" in installed.report().rows[3].why
+
+
+@pytest.mark.parametrize("config", ["exact", "some"])
+def test_a_lora_hot_swapped_within_a_run(config):
+    def swap(pipe):
+        pipe.load_lora_weights(compatibility.lora_weights(2), adapter_name="lora1", hotswap=True)
+
+    def request(pipe):
+        pipe.load_lora_weights(compatibility.lora_weights(1), adapter_name="lora1")
+        return compatibility.call(pipe, 0, **at_step(1, swap))
+
+    reference = request(compatibility.with_lora())
+    pipe = compatibility.with_lora()
+    with hgc.install(
+        pipe.unet, pipe.controlnet, config=SOME if config == "some" else config
+    ) as installed:
+        image = request(pipe)
+        if config == "exact":
+            assert torch.equal(image, reference)
+        else:
+            assert [row.why for row in installed.report().rows][2] != "plan"
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_adapters_of_other_kinds_switched_within_a_run(kind):
+    import peft
+
+    def request(pipe):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = getattr(peft, kind)(r=2, target_modules=["to_k", "to_v"], init_weights=False)
+            pipe.unet.add_adapter(config, "mine")
+        return compatibility.call(pipe, 0, **at_step(1, lambda p: p.unet.disable_adapters()))
+
+    reference = request(compatibility.sd())
+    pipe = compatibility.sd()
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact"):
+        assert torch.equal(request(pipe), reference)
+
+
+def test_an_ip_adapter_exchanged_within_a_run():
+    def other(pipe):
+        pipe.unload_ip_adapter()
+        pipe.unet._load_ip_adapter_weights([compatibility.ip_adapter_weights(pipe.unet, seed=6)])
+        pipe.set_ip_adapter_scale(1.0)
+
+    def request(pipe):
+        return compatibility.ip_call(pipe, 0, **at_step(1, other))
+
+    pipe = compatibility.with_ip_adapter()
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            request(pipe)
+        assert [row.why for row in installed.report().rows][2] != "plan"
+
+
+def halves(unet, seed, *, steps=8, change_at=5):
+    """A loop that calls once a guidance half, whose conditional prompt is another from
+    ``change_at`` on, and the text anew."""
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    schedule, texts = torch.arange(steps).flip(0) * 100, [models.text(1), models.text(2)]
+    for i, t in enumerate(schedule):
+        if i == change_at:
+            texts[0] = models.text(3)
+        with torch.no_grad():
+            conditional, unconditional = (unet(sample, t, text).sample for text in texts)
+            sample = sample - 0.05 * (unconditional + 5 * (conditional - unconditional))
+    return sample
+
+
+def test_a_prompt_changed_in_a_loop_of_halves_gets_no_map_of_the_other_half(monkeypatch):
+    """Which of two runs on one schedule a new text continues is not known: it starts a new one."""
+    import hgc_kernels
+
+    unet, applied = models.small_unet(), []
+    original = hgc_kernels.apply_map
+    monkeypatch.setattr(hgc_kernels, "apply_map", lambda m, v: applied.append(1) or original(m, v))
+    config = Config(
+        num_evaluations=8, key_steps=(0, 4), depth=2, attention="reuse", fresh_values=True
+    )
+    with hgc.install(unet, config=config), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        halves(unet, 0)
+        assert not applied
+
+
+def test_a_hook_on_what_is_kept_for_the_run_is_called_at_every_evaluation():
+    """Under ``exact`` too, which projects a constant text once."""
+    pipe, calls = compatibility.sd(), []
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    layer.register_forward_hook(lambda module, args, out: calls.append(1) or out * 0.5)
+    embedding = pipe.controlnet.controlnet_cond_embedding.conv_in
+    embedding.register_forward_hook(lambda *args: calls.append(1))
+    reference, before = compatibility.call(pipe, 0), len(calls)
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact"), warnings.catch_warnings():
+        warnings.simplefilter("error", HgcWarning)
+        assert torch.equal(compatibility.call(pipe, 0), reference)
+    assert len(calls) == 2 * before == 4 * compatibility.STEPS
+
+
+def test_a_forward_replaced_on_a_layer_is_obeyed():
+    """What adapters outside of peft do: a multiplier of theirs changes within a run."""
+
+    class Adapter:
+        multiplier = 1.0
+
+    def patch(pipe):
+        adapter = Adapter()
+        layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+        original = type(layer).forward
+        layer.forward = lambda x: adapter.multiplier * original(layer, x)
+        return adapter
+
+    def request(pipe, adapter):
+        return compatibility.call(
+            pipe, 0, **at_step(1, lambda p: setattr(adapter, "multiplier", 3))
+        )
+
+    pipe = compatibility.sd()
+    reference = request(pipe, patch(pipe))
+    pipe = compatibility.sd()
+    adapter = patch(pipe)
+    with hgc.install(pipe.unet, pipe.controlnet, config="exact"):
+        assert torch.equal(request(pipe, adapter), reference)
+
+
+# -- what hgc cannot tell apart is said ---------------
+
+
+def test_a_unet_that_is_called_without_text_is_computed_in_full():
+    unet = models.small_unet(
+        cross_attention_dim=(8, 16), class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=16, class_embeddings_concat=True,
+    )  # fmt: skip
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def request():
+        with torch.no_grad():
+            return [
+                unet(sample, t, None, class_labels=models.text(0, 2)[:, 0]).sample
+                for t in torch.arange(8).flip(0) * 100
+            ]
+
+    reference = request()
+    with (
+        hgc.install(unet, config=SOME),
+        pytest.warns(HgcWarning, match="without encoder_hidden_states"),
+    ):
+        for a, b in zip(request(), reference, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_four_edits_of_one_sample_are_no_pair():
+    """Halves of a batch that holds one sample four times: guidance of two images made from one
+    noise, or one image with three prompts. Nothing is halved while they are alike."""
+    unet = models.small_unet()
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, text = torch.arange(8).flip(0) * 100, models.text(0, 4)
+    for rows, halved in ((4, False), (2, True)):
+        with hgc.install(unet, config=SOME) as installed, torch.no_grad():
+            for t in schedule:
+                unet(sample.expand(rows, -1, -1, -1), t, text[:rows])
+            assert ("reuse" in {row.guidance for row in installed.report().rows}) == halved
