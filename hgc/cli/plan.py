@@ -167,8 +167,12 @@ def _cell(step: StepPlan, name: str) -> str:
 
 def _forecast(step: StepPlan) -> str:
     parts = []
-    for label, values in (("", step.forecast), ("guidance ", step.guidance_forecast)):
-        if values != (1.0,):
+    for label, values in (
+        ("", step.forecast),
+        ("control ", step.control_forecast),
+        ("guidance ", step.guidance_forecast),
+    ):
+        if values is not None and values != (1.0,):
             parts.append(label + ", ".join(f"{v:+.3g}" for v in values))
     return "; ".join(parts) or "-"
 
