@@ -20,6 +20,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch.utils import _pytree as pytree
 
 import hgc
+import hgc_kernels
 from hgc import Config, StepPlan
 from hgc.attention import cross_attentions, wrap
 from hgc.compiling import CompiledNetworks
@@ -360,6 +361,16 @@ def join(hidden, skip, terms):
     return torch.cat([hidden, skip], dim=1)
 
 
+def attend_and_store(q, k, v, buffer, op=hgc_kernels.attend_and_store):
+    op(q.float(), k.float(), v.float(), buffer)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def apply_map(stored, values, op=hgc_kernels.apply_map):
+    return op(stored, values.float()).double()
+
+
 class Checking(CompiledNetworks):
     """Compares each compiled call with the same function in eager mode, in float32 and float64.
 
@@ -386,7 +397,10 @@ class Checking(CompiledNetworks):
                 lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, args
             )
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("hgc.networks._join", join)  # the op takes no float64
+                # the ops take no float64
+                patch.setattr("hgc.networks._join", join)
+                patch.setattr("hgc_kernels.attend_and_store", attend_and_store)
+                patch.setattr("hgc_kernels.apply_map", apply_map)
                 references = pytree.tree_leaves(double(*args64))
             for got, eager, reference in zip(
                 pytree.tree_leaves(out), pytree.tree_leaves(plain(*args)), references, strict=True
