@@ -94,12 +94,12 @@ def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
         keys: tuple[int, ...] = tuple(range(num_evaluations))
     else:
         keys = scaled_key_steps(config.key_steps, reference, num_evaluations)
-    conditional = _carried_over(config, config.conditional_key_steps, keys, num_evaluations)
+    conditional = carried_over(config, config.conditional_key_steps, keys, num_evaluations)
     control = set(keys)
     if config.control_key_steps is not None:
         reference_keys = range(reference) if config.key_steps is None else config.key_steps
         without = set(reference_keys) - set(config.control_key_steps)
-        control -= _carried_over(config, tuple(sorted(without)), keys, num_evaluations)
+        control -= carried_over(config, tuple(sorted(without)), keys, num_evaluations)
     gate = config.attention_gate * num_evaluations
     both = [k for k in keys if k not in conditional]
     computed = sorted(control)
@@ -137,7 +137,7 @@ def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
     return steps
 
 
-def _carried_over(
+def carried_over(
     config: Config, chosen: Sequence[int], keys: Sequence[int], num_evaluations: int
 ) -> set[int]:
     """The key steps of this run nearest, in order of rank, to those ``chosen`` of the rule's; never

@@ -102,6 +102,25 @@ def test_use_on_something_else_warns():
             models.draw(pipe, steps=9)
 
 
+def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
+    """Plans that the search finds are made worse than they are: the presets must win."""
+    from hgc import calibration
+
+    distances = calibration.Trial.distances
+
+    def worse(self, config, steps, which):
+        found = distances(self, config, steps, which)
+        fitted = config is not None and (config.steps is not None or config.name == "calibrated")
+        return [10 * d for d in found] if fitted else found
+
+    monkeypatch.setattr(calibration.Trial, "distances", worse)
+    monkeypatch.setattr(calibration.Search, "measure", lambda self, config: 1.0)
+    with pytest.warns(HgcWarning, match="the preset '.*' is nearer than any plan that was found"):
+        config = hgc.calibrate(models.sd15_pipeline(), inputs(), max_macs=0.7, steps=8, trials=6)
+    assert config.steps is None and config.calibration is not None
+    assert config.calibration.macs_share <= 0.7
+
+
 def test_other_timesteps_warn_and_the_same_do_not(recwarn):
     _, config, _ = found()
     steps = config.calibration.steps
