@@ -95,7 +95,7 @@ class Trial:
         if isinstance(prompts, list):
             several = [
                 torch.Generator().manual_seed(1000 * (self.seed + index) + i)
-                for i in range(len(prompts))
+                for i in range(len(prompts) * arguments.get("num_images_per_prompt", 1))
             ]
         latents = pipe(
             **{
@@ -224,7 +224,7 @@ def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
         for key in keys[2:]:
             yield rule.replace(conditional_key_steps=tuple(sorted({*halves} ^ {key})))
     control = keys if rule.control_key_steps is None else rule.control_key_steps
-    for key in keys[1:]:
+    for key in keys[1:] if rule.control == "reuse" else ():
         toggled = sorted({*control} ^ {key})
         yield rule.replace(control_key_steps=tuple(toggled) if len(toggled) < len(keys) else None)
     for key in set(range(1, rule.num_evaluations)) - set(keys):
@@ -408,6 +408,12 @@ def calibrate(
 
     trial = Trial([(pipe, one) for one in inputs], steps, seed)
     facts = trial.facts
+    if facts.evaluations != len(pipe.scheduler.timesteps):
+        raise ValueError(
+            f"inputs: a run makes {facts.evaluations} evaluations of its "
+            f"{len(pipe.scheduler.timesteps)} timesteps (strength below 1, denoising_start or "
+            "denoising_end), and a plan is for all of them: calibrate on whole runs"
+        )
     factor = _pixels_a_latent(pipe)
 
     def count(config: Config) -> MacCount:

@@ -320,8 +320,10 @@ class Config:
     @property
     def is_exact(self) -> bool:
         """True where only loss-free reuse is left: the images are bit-identical."""
-        if self.steps is not None:
-            return all(s == StepPlan() for s in self.steps)
+        if self.steps is not None and any(s != StepPlan() for s in self.steps):
+            return False
+        if self.steps is not None and self.key_steps is None:
+            return True  # and a run of another length is computed in full
         every = self.key_steps is None or len(self.key_steps) == self.num_evaluations
         all_control = self.control_key_steps is None or len(self.control_key_steps) == len(
             self.key_steps or range(self.num_evaluations)

@@ -428,6 +428,7 @@ class Installation:
             m for model in (unet, *nets) for m in model.modules() if isinstance(m, Attention)
         ]
         self._placed: tuple[list[dict[str, Any]], list[Any]] = ([], [])
+        self._placing = 0  # goes up where others are in place
         self._stateful = ""  # the class of a processor that may keep what it sees
         self._blocks_compiled = False
         self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
@@ -609,17 +610,18 @@ class Installation:
         """Wrap the processors of all cross-attentions, as they are now, and look at all."""
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
         compiled = any(has_compiled_parts(model) for model in self._networks())
-        if self._placed[1] and compiled == self._blocks_compiled and self._processors_in_place():
-            return
-        self._blocks_compiled = compiled
-        self._wrap_processors()
-        processors = [attn.processor for attn in self._attentions]
-        # a processor with weights is a submodule
-        holders = [
-            attn._modules if "processor" in attn._modules else attn.__dict__
-            for attn in self._attentions
-        ]
-        self._placed = (holders, processors)
+        known = self._placed[1] and compiled == self._blocks_compiled
+        if not known or not self._processors_in_place():
+            self._blocks_compiled = compiled
+            self._wrap_processors()
+            # a processor with weights is a submodule
+            holders = [
+                attn._modules if "processor" in attn._modules else attn.__dict__
+                for attn in self._attentions
+            ]
+            self._placed = (holders, [attn.processor for attn in self._attentions])
+            self._placing += 1
+        processors = self._placed[1]
         # Perturbed-attention guidance puts more than samples into the rows of a batch.
         self._rows_are_samples = all(map(prompt_grain.treats_rows_alike, processors))
         self._scaled_processors = [
@@ -749,6 +751,7 @@ class Installation:
                     self._assume_pair,
                 )
             )
+            run.placing = self._placing
             self._check_length(run)
             if self._runs.short >= Runs.LIMIT and not self._config.is_exact:
                 self._say(
@@ -774,10 +777,12 @@ class Installation:
                 )
         if run.timesteps is not None:
             self._check_timesteps(run)
-        begins = run.now is None or run.now.index != position.index
         now = run.begin(position)
-        if begins and not self._processors_in_place():
+        if not self._processors_in_place():
             self._adopt_processors()
+        if run.placing != self._placing:
+            # by this run or by another on the same models
+            run.placing = self._placing
             run.change("the attention processors changed")
         if self._stateful and run.broken is None and not self._config.is_exact:
             run.give_up(
@@ -1328,8 +1333,8 @@ class Installation:
             now.batch = sample.shape[0]
             run.latent_size = (sample.shape[-2], sample.shape[-1])
             if now.plan.depth == 0:
-                out = run.cache.read("output", now.plan.forecast)
-                out = out.clone() if len(now.plan.forecast) == 1 else out
+                # what is read may be the cache's own buffer
+                out = run.cache.read("output", now.plan.forecast).clone()
             else:
                 out = self._compute_unet(
                     run, now, sample, timestep, encoder_hidden_states, arguments,

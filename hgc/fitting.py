@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,11 +67,15 @@ class Products:
             # a decoder layer's input is the feature, and the skip behind it
             keep(f"feature/{depth}", half(args[0][:, : args[0].shape[1] - of_skip]))
 
+        calls: Counter[int] = Counter()  # a network may be called with several conditions
+
         def residual(module: Any, args: Any, out: Any, *, net: int) -> None:
             for j, value in enumerate((*out[0], out[1])):
-                keep(f"residual/{j}/{net}", half(value))
+                keep(f"residual/{j}/{net}.{calls[net]}", half(value))
+            calls[net] += 1
 
         def difference(module: Any, args: Any, out: Any) -> None:
+            calls.clear()
             if pair_rows is not None:
                 unconditional, conditional = out[0].chunk(2)
                 keep("guidance", conditional - unconditional)
@@ -91,7 +95,10 @@ class Products:
         finally:
             for hook in hooks:
                 hook.remove()
+        evaluations = max(map(len, seen.values()), default=0)
         for name, values in seen.items():
+            if len(values) != evaluations:
+                continue  # of a network that was not called at every evaluation
             stacked = torch.stack(values).double()
             name = "/".join(name.split("/")[:2])
             self._sums[name] = self._sums.get(name, 0) + (stacked @ stacked.T).cpu()
@@ -103,14 +110,22 @@ class Products:
     def of(self, names: Sequence[str]) -> Tensor | None:
         """[evaluations, evaluations], float64: the sum over ``names``, each of equal weight."""
         known = [self._sums[name] for name in names if name in self._sums]
+        # a ControlNet at scale 0, or one that is not trained yet, gives zeros
+        known = [products for products in known if products.diagonal().mean() > 0]
         if not known:
             return None
         return torch.stack([products / products.diagonal().mean() for products in known]).sum(0)
 
 
-def _solved(products: Tensor, at: int, past: Sequence[int]) -> tuple[float, ...]:
+def _solved(
+    products: Tensor, at: int, past: Sequence[int], otherwise: tuple[float, ...]
+) -> tuple[float, ...]:
+    """The coefficients; ``otherwise`` where the past is zero (guidance of a ControlNet that starts
+    late)."""
     keys = list(past)
     matrix = products[keys][:, keys]
+    if not keys or not matrix.diagonal().mean() > 0:
+        return otherwise
     matrix = matrix + _RIDGE * matrix.diagonal().mean() * torch.eye(len(keys), dtype=matrix.dtype)
     return tuple(round(c, 4) for c in torch.linalg.solve(matrix, products[keys, at]).tolist())
 
@@ -129,7 +144,7 @@ def fit(rule: Config, products: Products, *, order: int = 2) -> Config:
     steps = plan(rule, rule.num_evaluations)
     keys = [i for i, step in enumerate(steps) if step.is_key]
     pairs = [i for i in keys if steps[i].guidance == "both"]
-    computed = [i for i in keys if steps[i].control == "compute"]
+    computed = [i for i, step in enumerate(steps) if step.control == "compute"]
     residuals = products.residuals()
     fitted: list[StepPlan] = []
     for i, step in enumerate(steps):
@@ -138,16 +153,16 @@ def fit(rule: Config, products: Products, *, order: int = 2) -> Config:
         if not step.is_key and step.depth != 0:
             feature = products.of([f"feature/{step.depth}"])
             if feature is not None:
-                changes["forecast"] = _solved(feature, i, last)
+                changes["forecast"] = _solved(feature, i, last, step.forecast)
         if step.control == "reuse":
             read = residuals if step.is_key else residuals[: int(step.depth)]
             residual = products.of(read)
             if residual is not None:
                 past = [k for k in computed if k < i][::-1][:order]
-                changes["control_forecast"] = _solved(residual, i, past)
+                changes["control_forecast"] = _solved(residual, i, past, step.of_residuals)
         difference = products.of(["guidance"])
         if step.guidance == "reuse" and difference is not None:
             both = [k for k in pairs if k < i][::-1][:order]
-            changes["guidance_forecast"] = _solved(difference, i, both)
+            changes["guidance_forecast"] = _solved(difference, i, both, step.guidance_forecast)
         fitted.append(dataclasses.replace(step, **changes))
     return rule.replace(steps=tuple(fitted))

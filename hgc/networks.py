@@ -66,6 +66,9 @@ def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Te
     if len(terms) > 1 or (terms and terms[0][0].shape != skip.shape):
         skip, terms = _add(skip, terms), []
     residual, scale = terms[0] if terms else (None, 1.0)
+    if skip.dtype != hidden.dtype or (residual is not None and residual.dtype != skip.dtype):
+        # autocast around the UNet and not around the ControlNet
+        return torch.cat([hidden, _add(skip, terms)], dim=1)
     if torch.is_grad_enabled():
         return hgc_kernels.gather_blocks(hidden, skip, residual, scale=scale)
     # the arguments are known to be right

@@ -95,6 +95,9 @@ def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
     else:
         keys = scaled_key_steps(config.key_steps, reference, num_evaluations)
     conditional = carried_over(config, config.conditional_key_steps, keys, num_evaluations)
+    if config.guidance == "both" and config.depth > 0:
+        # what follows reads both halves of the features
+        conditional = {k for k in conditional if k + 1 in keys or k + 1 == num_evaluations}
     control = set(keys)
     if config.control_key_steps is not None:
         reference_keys = range(reference) if config.key_steps is None else config.key_steps
@@ -102,7 +105,9 @@ def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
         control -= carried_over(config, tuple(sorted(without)), keys, num_evaluations)
     gate = config.attention_gate * num_evaluations
     both = [k for k in keys if k not in conditional]
-    computed = sorted(control)
+    # a ControlNet computed between keys writes its residuals too
+    between = range(num_evaluations) if config.control == "compute" and config.depth > 0 else ()
+    computed = sorted(control | (set(between) - set(keys)))
     steps = []
     for i in range(num_evaluations):
         forecast = _first_order(config.forecast, keys, i)

@@ -320,6 +320,7 @@ class Run:
         self.report: list[Evaluation] = []
         self.unet_signature: tuple[Any, ...] | None = None
         self.weights: dict[int, tuple[int, int]] = {}  # of each model: what they were last
+        self.placing = 0  # which attention processors it knows
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
@@ -480,6 +481,7 @@ class Run:
         if self.finished:
             self.mean_maps = self.attention_maps()
         self.maps = None
+        self.pair = PairCheck(self._assume)
         self.position = dataclasses.replace(self.position, timestep=None)
         self.cache.clear()
         self.unet_signature = None

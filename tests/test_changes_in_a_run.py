@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import warnings
 
 import compatibility
@@ -12,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import hgc
-from hgc import Config
+from hgc import Config, StepPlan
 from hgc.engine import HgcWarning
 
 SOME = Config(
@@ -439,3 +441,99 @@ def test_four_edits_of_one_sample_are_no_pair():
             for t in schedule:
                 unet(sample.expand(rows, -1, -1, -1), t, text[:rows])
             assert ("reuse" in {row.guidance for row in installed.report().rows}) == halved
+
+
+# -- more than one run -------------------------------------------------------------------------
+
+
+class Louder(AttnProcessor2_0):
+    def __call__(self, *args, **kwargs):
+        return 3.0 * super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("others", [(), (0,)])
+def test_exchanged_processors_are_seen_by_every_run_under_way(others):
+    """Two loops in turns on one UNet: the second must see what the first has noticed."""
+
+    def loop(which):
+        unet, out = models.small_unet(), []
+        texts = [models.text(1), models.text(2)]
+        schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
+        samples = [
+            torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+        ]
+        config = SOME.replace(guidance="both")
+        with torch.no_grad(), warnings.catch_warnings(), hgc.install(unet, config=config):
+            warnings.simplefilter("ignore", HgcWarning)
+            for i in range(8):
+                if i == 2:
+                    unet.set_attn_processor(Louder())
+                for run in which:
+                    sample = unet(samples[run], schedules[run][i], texts[run]).sample
+                    if run == 1:
+                        out.append(sample.clone())
+        return out
+
+    alone, among = loop((1,)), loop((*others, 1))
+    assert all(map(torch.equal, alone, among))
+
+
+def test_processors_exchanged_between_the_controlnet_and_the_unet(sd15):
+    """Within one evaluation: the UNet has others than the ControlNet's call has seen."""
+    before, calls = dict(sd15.unet.attn_processors), []
+
+    def draw(config):
+        calls.clear()
+        with contextlib.ExitStack() as stack:
+            if config is not None:
+                stack.enter_context(hgc.install(sd15.unet, sd15.controlnet, config=config))
+            held = sd15.controlnet.forward
+            sd15.controlnet.forward = functools.partial(exchange, held)
+            try:
+                return models.draw(sd15, steps=5)
+            finally:
+                sd15.controlnet.forward = held
+                if config is None:
+                    del sd15.controlnet.forward
+
+    def exchange(held, *args, **kwargs):
+        out = held(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            sd15.unet.set_attn_processor(Louder())
+        return out
+
+    try:
+        plain = draw(None)
+        sd15.unet.set_attn_processor(dict(before))
+        assert torch.equal(draw("exact"), plain)
+    finally:
+        sd15.unet.set_attn_processor(dict(before))
+
+
+def test_an_output_from_the_cache_is_not_the_caches_own(sd15):
+    """Depth 0 with one value held and two coefficients: a scheduler keeps what it is given."""
+    steps = (StepPlan(), *[StepPlan(control="off", depth=0, forecast=(1.5, -0.5))] * 2, StepPlan())
+    schedule, text = torch.arange(900, 500, -100).clone(), models.text(1)
+    sample, given = torch.randn(1, 4, 16, 16), []
+    with torch.no_grad(), hgc.install(sd15.unet, config=Config(num_evaluations=4, steps=steps)):
+        for t in schedule:
+            given.append(sd15.unet(sample, t, text).sample)
+    assert len({out.data_ptr() for out in given}) == 4
+    assert torch.equal(given[1], given[0]) and not torch.equal(given[3], given[0])
+
+
+def test_a_controlnet_outside_of_autocast():
+    """Its residuals have another dtype than the skips."""
+    unet, net = models.small_unet(), models.small_controlnet()
+    schedule, text = torch.arange(900, 300, -100).clone(), models.text(1)
+    sample, cond = torch.randn(1, 4, 16, 16), models.picture(0)
+    with torch.no_grad(), hgc.install(unet, net, config=SOME.replace(guidance="both")):
+        for t in schedule:
+            down, mid = net(sample, t, text, cond, return_dict=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = unet(
+                    sample, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                ).sample  # fmt: skip
+            assert out.isfinite().all()

@@ -7,6 +7,8 @@ import dataclasses
 import models
 import pytest
 import torch
+from diffusers import StableDiffusionControlNetImg2ImgPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
 from hgc import Config, StepPlan
@@ -157,3 +159,28 @@ def test_json_keeps_the_coefficients():
     assert dataclasses.replace(step, control_forecast=None).of_residuals == step.forecast
     with pytest.raises(ValueError, match=r"StepPlan\.control_forecast must be a non-empty tuple"):
         StepPlan(control_forecast=())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"controlnet_conditioning_scale": 0.0}, {"control_guidance_start": 0.5}]
+)
+def test_residuals_that_are_zero(sd15, changes):
+    fitted = fit(RULE, recorded(sd15, 0, **changes))
+    for step in fitted.steps:
+        assert all(abs(c) < 10 for c in (*step.of_residuals, *step.forecast))
+
+
+def test_one_network_with_several_conditions(sd15):
+    both = models.sd15_pipeline(sd15.unet, MultiControlNetModel([sd15.controlnet, sd15.controlnet]))
+    products = recorded(both, 0, image=[models.picture(0), models.picture(1)])
+    assert products.of(["residual/0"]).shape == (STEPS, STEPS)
+
+
+def test_a_part_of_a_run_is_not_calibrated():
+    pipe = models.sd15_pipeline(cls=StableDiffusionControlNetImg2ImgPipeline)
+    one = {
+        "prompt_embeds": models.text(1), "negative_prompt_embeds": models.text(2),
+        "image": models.picture(0), "control_image": models.picture(1), "strength": 0.6,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="6 evaluations of its 10 timesteps"):
+        hgc.calibrate(pipe, [one], max_macs=0.5, steps=10, trials=4)

@@ -184,6 +184,27 @@ def test_controlnets_have_key_steps_of_their_own():
     assert Config.from_json(rule.to_json()) == rule
 
 
+def test_controlnets_computed_between_keys_are_values_too():
+    rule = Config(
+        num_evaluations=8, key_steps=(0, 1, 6, 7), control_key_steps=(0, 1, 7), control="compute",
+        forecast=1.0,
+    )  # fmt: skip
+    # evaluations 5 and 4 computed the ControlNet: one step on, one apart
+    assert hgc.plan(rule, 8)[6].of_residuals == pytest.approx((2.0, -1.0))
+
+
+def test_conditional_keys_carried_over_leave_both_halves_where_they_are_read():
+    rule = Config(num_evaluations=7, key_steps=(0, 1, 4, 5), conditional_key_steps=(4,))
+    for count in range(1, 40):
+        hgc.plan(rule, count)
+
+
+def test_exact_steps_beside_a_rule_are_not_exact():
+    steps = (StepPlan(),) * 8
+    assert Config(num_evaluations=8, steps=steps).is_exact
+    assert not Config(num_evaluations=8, steps=steps, key_steps=(0, 4)).is_exact
+
+
 def test_reads():
     assert reads(StepPlan(), 12) == set()
     shallow = StepPlan(control="reuse", depth=2, guidance="reuse")
