@@ -9,15 +9,13 @@ import sys
 
 import models
 import pytest
-from typer.testing import CliRunner
+from commands import refused, run
 
 import hgc
 import hgc_kernels
-from hgc.cli.app import app
 from hgc.config import Config, StepPlan
 from hgc.presets import PRESETS
 
-runner = CliRunner()
 _EXTRA = ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
 
 
@@ -33,21 +31,6 @@ def tiny(tmp_path_factory):
 def extra():
     for name in _EXTRA:
         pytest.importorskip(name)
-
-
-def run(*arguments, code=0) -> str:
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def refused(*arguments) -> str:
-    """What a wrong use is answered with: one line, exit code 2."""
-    output = run(*arguments, code=2).strip()
-    assert output.startswith("hgc: ") and "\n" not in output and "Traceback" not in output
-    return output
 
 
 def test_version():

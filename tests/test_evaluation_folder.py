@@ -16,9 +16,8 @@ import models
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run
 
-from hgc.cli.app import app
 from hgc.config import Calibration, Config, StepPlan
 from hgc.evaluation import Candidate, DataError, Folder, ModelError, Settings, evaluate
 
@@ -375,17 +374,6 @@ def test_more_scenes_than_there_are(checkpoint, data):
 
 
 # The command
-
-
-runner = CliRunner()
-
-
-def run(*arguments, code=0) -> str:
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def _command(checkpoint, judges, data, out, *more) -> list[str]:

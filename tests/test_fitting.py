@@ -59,7 +59,9 @@ def test_what_is_recorded_is_what_the_cache_holds(sd15, guess_mode):
         if guess_mode and name.startswith("residual"):
             # the ControlNet returns them scaled, the cache holds them before
             scale = float(torch.logspace(-1, 0, 13)[int(name[-1])]) ** 2
-        assert found == pytest.approx(square * scale, rel=1e-4), name
+        # the same bits, but for one rounding where the ControlNet has scaled them
+        rounding = 2 * torch.finfo(torch.float32).eps if scale != 1.0 else 1e-12
+        assert found == pytest.approx(square * scale, rel=rounding), name
     assert not sd15.unet._forward_hooks and not sd15.controlnet._forward_hooks
 
 
