@@ -17,11 +17,19 @@ def conditional_half(x: Tensor) -> Tensor:
     return x[x.shape[0] // 2 :]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Value:
     tensor: Tensor  # owned by the cache; nobody else may write to it
     half: bool  # the conditional half only
     evaluation: int
+    cut: Tensor | None = None  # a view of the conditional half of the whole batch
+
+    def rows(self, half: bool) -> Tensor:
+        if self.half or not half:
+            return self.tensor
+        if self.cut is None:
+            self.cut = conditional_half(self.tensor)
+        return self.cut
 
 
 class Cache:
@@ -86,25 +94,22 @@ class Cache:
 
         Where fewer values are held than coefficients are given, the newest alone is returned.
         """
-        usable: list[Tensor] = []
-        for value in self._entries[name]:
-            if not half and value.half:
-                break
-            cut = half and not value.half
-            usable.append(conditional_half(value.tensor) if cut else value.tensor)
-        if not usable:
+        values = self._entries[name]
+        if values[0].half and not half:
             raise KeyError(f"{name} holds the conditional half only")
-        if len(coefficients) == 1 and coefficients[0] == 1.0:
-            return usable[0]
-        if len(usable) < len(coefficients):
-            return usable[0]
-        if len(coefficients) == 2 and abs(sum(coefficients) - 1.0) < 1e-6:
+        count = len(coefficients)
+        newest = values[0].rows(half)
+        if count == 1 and coefficients[0] == 1.0:
+            return newest
+        if len(values) < count or not (half or all(not v.half for v in values[:count])):
+            return newest
+        if count == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-6:
             # one rounding, in float32 inside the kernel
-            return torch.lerp(usable[0], usable[1], float(coefficients[1]))
-        total = usable[0].float() * coefficients[0]
-        for tensor, coefficient in zip(usable[1:], coefficients[1:], strict=False):
-            total = torch.add(total, tensor.float(), alpha=coefficient)
-        return total.to(usable[0].dtype)
+            return torch.lerp(newest, values[1].rows(half), float(coefficients[1]))
+        total = newest.float() * coefficients[0]
+        for value, coefficient in zip(values[1:], coefficients[1:], strict=False):
+            total = torch.add(total, value.rows(half).float(), alpha=coefficient)
+        return total.to(newest.dtype)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Hold ``tensor`` itself for the rest of the run, where the byte limit allows it."""

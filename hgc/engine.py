@@ -10,7 +10,7 @@ import logging
 import operator
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ from hgc.networks import (
     Residuals,
     control_function,
     embed_condition,
-    freeu_active,
+    freeu_of,
     run_unet,
     scale_residuals,
 )
-from hgc.promises import Promise, Terms, fresh, zero_promise
+from hgc.promises import Promise, PromiseSet, Terms, fresh, zero_promise
 from hgc.runs import (
     ControlSlot,
     Evaluation,
@@ -41,10 +41,10 @@ from hgc.runs import (
     Position,
     Run,
     Runs,
+    Schedules,
+    Signature,
     _is_part,
     position_of,
-    same_signature,
-    signature,
     to_host,
 )
 from hgc.structure import (
@@ -225,7 +225,17 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+# Looked up in every evaluation, without a step of the interpreter for each.
+_to_k, _to_v, _weight, _processor = map(
+    operator.methodcaller, ("get",) * 4, ("to_k", "to_v", "weight", "processor")
+)
+_version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+def _all_are(found: Iterable[Any], known: list[Any]) -> bool:
+    return all(map(operator.is_, found, known))
+
+
 class _Weights:
     """The weights that make keys and values in a model, as they were when they were last looked at.
 
@@ -233,66 +243,64 @@ class _Weights:
     weights are is kept too. ``to_k`` and ``to_v`` of a cross-attention are neighbours in all lists.
 
     Attributes:
-        modules: ``_modules`` of the cross-attentions.
-        layers: Their ``to_k`` and ``to_v``.
-        holders: ``_parameters`` of these, or of the layer inside where PEFT wrapped it.
-        found: The weights found there.
-        versions: How often each was written to; they only rise.
         generation: Goes up where other weights are found.
-        total: Sum of the versions.
+        total: Sum of how often each was written to.
     """
 
-    modules: list[dict[str, Any]]
-    layers: list[Any]
-    holders: list[dict[str, Any]]
-    found: list[Any]
-    versions: list[int]
-    generation: int
-    total: int
-
-    def same(self, which: range | list[int]) -> bool:
-        """Whether the weights of the cross-attentions ``which`` are what they were."""
-        for i in which:
-            parts, k, v = self.modules[i], 2 * i, 2 * i + 1
-            if parts.get("to_k") is not self.layers[k] or parts.get("to_v") is not self.layers[v]:
-                return False
-            for at in (k, v):
-                weight = self.holders[at].get("weight")
-                if weight is not self.found[at] or _count(weight) != self.versions[at]:
-                    return False
-        return True
-
-    @classmethod
-    def of(cls, attentions: list[tuple[Any, str]], before: _Weights | None) -> _Weights:
-        """Look for them in ``attentions``."""
-        modules = [attn._modules for attn, _ in attentions]
-        layers = [parts.get(name) for parts in modules for name in ("to_k", "to_v")]
-        holders: list[dict[str, Any]] = []
-        for layer in layers:
+    def __init__(self, attentions: list[tuple[Any, str]], before: _Weights | None) -> None:
+        self._modules = [attn._modules for attn, _ in attentions]
+        self._layers = [get(parts) for parts in self._modules for get in (_to_k, _to_v)]
+        # `_parameters` of the layers, or of the layer inside where PEFT wrapped it
+        self._holders: list[dict[str, Any]] = []
+        for layer in self._layers:
             while layer is not None and "base_layer" in layer._modules:
                 layer = layer._modules["base_layer"]
-            holders.append({} if layer is None else layer._parameters)
-        found = [holder.get("weight") for holder in holders]
-        generation = 0
+            self._holders.append({} if layer is None else layer._parameters)
+        self._found = [*map(_weight, self._holders)]
+        # -1: of one whose writes are not counted
+        self._versions = [
+            -1 if w is None or w.is_meta or w.is_inference() else w._version for w in self._found
+        ]
+        self.total = sum(version for version in self._versions if version >= 0)
+        self.generation = 0
+        # offloaded layer by layer, a weight is another object at every evaluation
+        self._here = [w for w in self._found if w is not None and not w.is_meta]
         if before is not None:
-            # offloaded layer by layer, a weight is another object at every evaluation
-            here = [w for w in found if w is not None and not w.is_meta]
-            there = [w for w in before.found if w is not None and not w.is_meta]
-            same = len(here) == len(there) and all(map(operator.is_, here, there))
-            generation = before.generation + (not same)
-        versions = [_count(w) for w in found]
-        return cls(modules, layers, holders, found, versions, generation, sum(versions))
+            same = len(self._here) == len(before._here) and _all_are(self._here, before._here)
+            self.generation = before.generation + (not same)
+        self._parts: dict[Any, tuple[list[Any], ...]] = {}
 
+    def same(self, name: Any, which: Sequence[int]) -> bool:
+        """Whether those of the cross-attentions ``which``, called ``name``, are what they were."""
+        if name not in self._parts:
+            self._parts[name] = self._part(which)
+        modules, keys, values, holders, found, counted, versions = self._parts[name]
+        return (
+            _all_are(map(_to_k, modules), keys)
+            and _all_are(map(_to_v, modules), values)
+            and _all_are(map(_weight, holders), found)
+            and [*map(_version, counted)] == versions
+        )
 
-def _count(weight: Tensor | None) -> int:
-    if weight is None or weight.is_inference() or weight.is_meta:
-        return 0
-    return weight._version
+    def _part(self, which: Sequence[int]) -> tuple[list[Any], ...]:
+        at = [j for i in which for j in (2 * i, 2 * i + 1)]
+        counted = [j for j in at if self._versions[j] >= 0]
+        return (
+            [self._modules[i] for i in which],
+            [self._layers[2 * i] for i in which],
+            [self._layers[2 * i + 1] for i in which],
+            [self._holders[j] for j in at],
+            [self._found[j] for j in at],
+            [self._found[j] for j in counted],
+            [self._versions[j] for j in counted],
+        )
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
     """What ``torch.autocast`` computes in now."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
+        return None
+    if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -365,7 +373,7 @@ def _can_be_halved(arguments: dict[str, Any], text: Any, batch: int) -> bool:
     return simple and isinstance(text, Tensor) and text.shape[0] == batch
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _ControlCall:
     """One call of a ControlNet, of either kind.
 
@@ -373,7 +381,7 @@ class _ControlCall:
         cond: ``controlnet_cond`` as it was given.
         scale: That of the residuals.
         arguments: The others that the network's function takes, batched ones among them.
-        asked: All that diffusers' forward was given beside the first four.
+        asked: All that diffusers' forward was given beside the first four and ``arguments``.
         conditions: The condition images, [B, C, H, W] each.
         constants: Arguments of the network's function that have no row a sample.
     """
@@ -387,8 +395,15 @@ class _ControlCall:
     guess_mode: bool
     arguments: dict[str, Any]
     asked: dict[str, Any]
-    conditions: list[Tensor]
+    conditions: Sequence[Tensor]
     constants: dict[str, Any]
+
+    def by(self, forward: Callable[..., Any], return_dict: bool) -> Any:
+        """What diffusers' ``forward`` makes of it."""
+        return forward(
+            self.sample, self.timestep, encoder_hidden_states=self.text, controlnet_cond=self.cond,
+            return_dict=return_dict, **self.arguments, **self.asked,
+        )  # fmt: skip
 
 
 class Installation:
@@ -410,6 +425,7 @@ class Installation:
         self.controlnets = nets
         self._config = config
         self._structure = UNetStructure.of(unet)
+        self._schedules = Schedules(config, self._structure.num_layers)
         self._assume_pair = assume_pair
         self._runs = Runs()
         self._forwards: list[_Forward] = []
@@ -423,11 +439,12 @@ class Installation:
             id(model): [(attn, name) for name, attn in prompt_grain.cross_attentions(model).items()]
             for model in (unet, *nets)
         }
-        # of all attentions, where their processors are and what they must be
-        self._attentions = [
-            m for model in (unet, *nets) for m in model.modules() if isinstance(m, Attention)
-        ]
-        self._placed: tuple[list[dict[str, Any]], list[Any]] = ([], [])
+        self._attentions = {
+            id(model): [m for m in model.modules() if isinstance(m, Attention)]
+            for model in (unet, *nets)
+        }
+        # of all attentions of a model, where their processors are and what they must be
+        self._placed: dict[int, tuple[list[dict[str, Any]], list[Any]]] = {}
         self._placing = 0  # goes up where others are in place
         self._stateful = ""  # the class of a processor that may keep what it sees
         self._blocks_compiled = False
@@ -610,18 +627,19 @@ class Installation:
         """Wrap the processors of all cross-attentions, as they are now, and look at all."""
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
         compiled = any(has_compiled_parts(model) for model in self._networks())
-        known = self._placed[1] and compiled == self._blocks_compiled
-        if not known or not self._processors_in_place():
+        known = self._placed and compiled == self._blocks_compiled
+        if not known or not all(map(self._processors_in_place, self._networks())):
             self._blocks_compiled = compiled
             self._wrap_processors()
-            # a processor with weights is a submodule
-            holders = [
-                attn._modules if "processor" in attn._modules else attn.__dict__
-                for attn in self._attentions
-            ]
-            self._placed = (holders, [attn.processor for attn in self._attentions])
+            for model, attentions in self._attentions.items():
+                # a processor with weights is a submodule
+                holders = [
+                    attn._modules if "processor" in attn._modules else attn.__dict__
+                    for attn in attentions
+                ]
+                self._placed[model] = (holders, [*map(_processor, holders)])
             self._placing += 1
-        processors = self._placed[1]
+        processors = [each for _, placed in self._placed.values() for each in placed]
         # Perturbed-attention guidance puts more than samples into the rows of a batch.
         self._rows_are_samples = all(map(prompt_grain.treats_rows_alike, processors))
         self._scaled_processors = [
@@ -671,7 +689,7 @@ class Installation:
                 if original is not processor:
                     module.processor = original
         self._processors.clear()
-        self._placed = ([], [])
+        self._placed = {}
 
     def _say(self, key: str, message: str) -> None:
         """Warn once an installation."""
@@ -735,22 +753,14 @@ class Installation:
     # -- runs -------------------------------------------------------------------------------
 
     def _run_of(
-        self, text: Tensor, position: Position, batch: int, cond: Any = None
+        self, model: Any, text: Tensor, position: Position, batch: int, cond: Any = None
     ) -> tuple[Run, Evaluation]:
-        """The run an evaluation belongs to, with that evaluation begun."""
+        """The run that a call of ``model`` belongs to, with its evaluation begun."""
         run = self._runs.find(text, position, batch, cond)
         if run is None:
             self._adopt_processors()
             self._collect_lora()
-            run = self._runs.add(
-                Run(
-                    self._config,
-                    self._structure.num_layers,
-                    text,
-                    position,
-                    self._assume_pair,
-                )
-            )
+            run = self._runs.add(Run(self._schedules, text, position, self._assume_pair))
             run.placing = self._placing
             self._check_length(run)
             if self._runs.short >= Runs.LIMIT and not self._config.is_exact:
@@ -778,7 +788,7 @@ class Installation:
         if run.timesteps is not None:
             self._check_timesteps(run)
         now = run.begin(position)
-        if not self._processors_in_place():
+        if not self._processors_in_place(model):
             self._adopt_processors()
         if run.placing != self._placing:
             # by this run or by another on the same models
@@ -792,20 +802,17 @@ class Installation:
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
-        known = run.text.is_(text) or _is_part(text, run.text)
-        # a ControlNet may have a text of its own
-        known = known or (
-            cond is not None
-            and any(s.text is not None and s.text.is_(text) for s in run.slots if s.cond.is_(cond))
-        )
-        if not known:
-            if not _is_part(run.text.value, Held(text)):
-                self._text_changed(run, now, text)
-            run.text = Held(text)
+        if not run.text.is_(text) and not _is_part(text, run.text):
+            # a ControlNet may have a text of its own
+            slots = [] if cond is None else [slot for slot in run.slots if slot.cond.is_(cond)]
+            if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
+                if not _is_part(run.text.value, Held(text)):
+                    self._text_changed(run, now, text)
+                run.text = Held(text)
         return run, now
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
-        planned = run.plan[now.index]
+        planned = run.schedule.plan[now.index]
         same_length = text.shape == run.text.value.shape
         if run.maps is not None:
             run.maps.close()
@@ -839,19 +846,18 @@ class Installation:
         """See whether the weights that make keys and values in the layers to be computed are what
         they were; they change when a LoRA is fused or swapped. What an evaluation does not compute
         is looked at when one does."""
-        attentions = self._cross_attentions[id(model)]
-        which = range(len(attentions)) if depth == "full" else self._computed(depth)
         known = self._weights.get(id(model))
-        if known is None or not known.same(which):
-            known = self._weights[id(model)] = _Weights.of(attentions, known)
+        if known is None or not known.same(depth, self._computed(model, depth)):
+            known = _Weights(self._cross_attentions[id(model)], known)
+            self._weights[id(model)] = known
         value = (known.generation, known.total)
         if run.weights.setdefault(id(model), value) != value:
             run.weights[id(model)] = value
             run.change("the weights changed")
 
-    def _processors_in_place(self) -> bool:
-        holders, placed = self._placed
-        return all(map(operator.is_, [holder.get("processor") for holder in holders], placed))
+    def _processors_in_place(self, model: torch.nn.Module) -> bool:
+        found = self._placed.get(id(model))
+        return found is not None and _all_are(map(_processor, found[0]), found[1])
 
     def _hooks_inside(self) -> str:
         """The class of a model with hooks inside, which are called when a module in it runs; or
@@ -888,14 +894,15 @@ class Installation:
         if run.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             run.give_up("gradients are recorded (use torch.no_grad() where none are wanted)")
 
-    def _computed(self, depth: int) -> list[int]:
-        """Which of the UNet's cross-attentions an evaluation of ``depth`` computes."""
+    def _computed(self, model: torch.nn.Module, depth: Any) -> Sequence[int]:
+        """Which of the cross-attentions of ``model`` an evaluation of ``depth`` computes."""
+        attentions = self._cross_attentions[id(model)]
+        if depth == "full":
+            return range(len(attentions))
         if depth not in self._at_depth:
             names = self._structure.attention_blocks(depth)
             self._at_depth[depth] = [
-                i
-                for i, (_, name) in enumerate(self._cross_attentions[id(self.unet)])
-                if name.startswith(names)
+                i for i, (_, name) in enumerate(attentions) if name.startswith(names)
             ]
         return self._at_depth[depth]
 
@@ -904,9 +911,12 @@ class Installation:
             config = model.__dict__.get("peft_config")
             self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
 
-    def _lora_now(self, model: torch.nn.Module) -> tuple[Any, ...]:
+    def _lora_now(self, model: torch.nn.Module) -> Any:
+        """What adapters add to ``model`` now, and the scales of processors that have some."""
         config = model.__dict__.get("peft_config")
         known, layers = self._lora.get(id(model), (None, []))
+        if config is None and known is None and not self._scaled_processors:
+            return self._rewritten
         now = config and tuple(config.values())
         if (now is None) != (known is None) or any(
             a is not b for a, b in itertools.zip_longest(now or (), known or ())
@@ -951,8 +961,8 @@ class Installation:
         call = _ControlCall(
             net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
             guess_mode, arguments,
-            asked={**arguments, "conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
-            conditions=[controlnet_cond],
+            asked={"conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
+            conditions=(controlnet_cond,),
             constants={},
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)
@@ -995,7 +1005,7 @@ class Installation:
             net, sample, timestep, encoder_hidden_states, controlnet_cond,
             scales[0] if single else 1.0, guess_mode, arguments,
             asked={
-                **arguments, "control_type_idx": control_type_idx, "from_multi": from_multi,
+                "control_type_idx": control_type_idx, "from_multi": from_multi,
                 "conditioning_scale": conditioning_scale, "guess_mode": guess_mode,
             },
             conditions=list(controlnet_cond),
@@ -1007,55 +1017,53 @@ class Installation:
 
     def _evaluate_control(self, call: _ControlCall, return_dict: bool) -> Any:
         """One call of a ControlNet of either kind."""
-        net, sample, text, cond = call.net, call.sample, call.text, call.cond
-
-        def compute_fresh() -> list[Tensor]:
-            """The whole batch, by diffusers, with the hooks that stand before its forward."""
-            self._runs.forced += 1
-            try:
-                down, mid = net(
-                    sample, call.timestep, encoder_hidden_states=text, controlnet_cond=cond,
-                    return_dict=False, **call.asked,
-                )  # fmt: skip
-            finally:
-                self._runs.forced -= 1
-            return [*down, mid]
-
-        position = None if self._runs.forced else self._position(call.timestep, text)
+        runs, net, sample, text = self._runs, call.net, call.sample, call.text
+        position = None if runs.forced else self._position(call.timestep, text)
         if position is None:
-            return self._original(net)(
-                sample, call.timestep, encoder_hidden_states=text, controlnet_cond=cond,
-                return_dict=return_dict, **call.asked,
-            )  # fmt: skip
-        start = self._runs.clock()
-        run, now = self._run_of(text, position, sample.shape[0], cond)
+            return call.by(self._original(net), return_dict)
+        start = runs.clock()
+        shape, device = sample.shape, sample.device
+        run, now = self._run_of(net, text, position, shape[0], call.cond)
         try:
-            self._look_for_gradients(run, sample, text, *call.conditions)
-            slot = run.slot(net, cond)
+            if torch.is_grad_enabled():
+                self._look_for_gradients(run, sample, text, *call.conditions)
+            slot = run.slot(net, call.cond)
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
             slot.called_at = position.index
-            slot.text = Held(text)
-            run.factor = call.conditions[0].shape[-1] // sample.shape[-1]
-            found = signature(
-                call.asked, sample.shape, sample.dtype, sample.device, self._lora_now(net),
-                _autocast(sample.device),
+            if slot.text is None or not slot.text.is_(text):
+                slot.text = Held(text)
+            found = (
+                *call.asked.values(), *call.arguments.values(), shape, sample.dtype, device,
+                self._lora_now(net), _autocast(device),
             )  # fmt: skip
-            if slot.signature and not same_signature(slot.signature, found):
-                run.change("a ControlNet's scale or arguments changed")
-            elif not slot.signature and now.plan != StepPlan():
-                run.change("a ControlNet joined the run")
-            slot.signature = found
-            residuals = self._control_residuals(run, now, slot, call, compute_fresh)
+            if slot.signature is None or not slot.signature.same(found):
+                if slot.signature is not None:
+                    run.change("a ControlNet's scale or arguments changed")
+                elif now.plan != StepPlan():
+                    run.change("a ControlNet joined the run")
+                slot.signature = Signature(found)
+                run.factor = call.conditions[0].shape[-1] // shape[-1]
+            residuals = self._control_residuals(run, now, slot, call)
         except BaseException:
             self._fail(run)
             raise
-        now.milliseconds += (self._runs.clock() - start) * 1e3
+        now.milliseconds += (runs.clock() - start) * 1e3
         if not return_dict:
             return residuals[:-1], residuals[-1]
         return ControlNetOutput(
             down_block_res_samples=tuple(residuals[:-1]), mid_block_res_sample=residuals[-1]
         )
+
+    def _compute_fresh(self, call: _ControlCall) -> list[Tensor]:
+        """The residuals of the whole batch, by diffusers, with the hooks that stand before its
+        forward."""
+        self._runs.forced += 1
+        try:
+            down, mid = call.by(call.net, return_dict=False)
+        finally:
+            self._runs.forced -= 1
+        return [*down, mid]
 
     def _position(self, timestep: Any, text: Any) -> Position | None:
         if not self._active:
@@ -1087,54 +1095,59 @@ class Installation:
         return shapes
 
     def _control_residuals(
-        self,
-        run: Run,
-        now: Evaluation,
-        slot: ControlSlot,
-        call: _ControlCall,
-        compute_fresh: Callable[[], list[Tensor]],
-    ) -> list[Tensor]:
-        net, index = slot.net, now.index
-        sample, text, scale, guess_mode = call.sample, call.text, call.scale, call.guess_mode
-        if slot.shapes[0] != sample.shape:
-            slot.shapes = (sample.shape, self._residual_shapes(net, sample))
-        shapes = slot.shapes[1]
-        names = _residual_names(len(shapes))
+        self, run: Run, now: Evaluation, slot: ControlSlot, call: _ControlCall
+    ) -> Sequence[Tensor]:
+        net, sample, text, scale = slot.net, call.sample, call.text, call.scale
+        likeness = (sample.shape, sample.dtype, sample.device)
+        if slot.likeness != likeness:
+            slot.likeness, slot.shapes = likeness, self._residual_shapes(net, sample)
+            slot.promises = []
+            slot.zeros = []
+        names = _residual_names(len(slot.shapes))
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
-            return [zero_promise(shape, sample.dtype, sample.device) for shape in shapes]
+            if not slot.zeros:  # constants, which may be handed out as often as one likes
+                slot.zeros = [zero_promise(shape, *likeness[1:]) for shape in slot.shapes]
+            return list(slot.zeros)
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
-        is_part = _is_part(text, run.text)
-        values: dict[str, Tensor] = {}
+        half = now.half and not _is_part(text, run.text)
         if now.plan.control == "reuse":
-            needed = run.residual_names(slot, now.plan)
-            rows = now.half and not is_part
-            if not all(run.cache.has(name, half=rows) for name in needed):
+            needed = run.schedule.residuals[now.index]
+            if not all(run.cache.has(slot.prefix + name, half=half) for name in needed):
                 run.promote("residuals are not cached")
+                half = False
         if now.plan.control == "reuse":
             now.control[slot.index] = "reused"
-        else:
-            self._look(run, net)
-            half = now.half and not is_part
-            outputs = self._compute_control(run, slot, call, half)
-            self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), index, half)
-            now.control[slot.index] = "computed"
-            scaled = scale_residuals(net, outputs, scale, guess_mode, owned=self._compiled is None)
-            if not half:
-                return scaled
-            values = dict(zip(names, scaled, strict=True))
+            return self._promises(run, now, slot, call)
+        self._look(run, net)
+        half = half and now.half
+        outputs = self._compute_control(run, slot, call, half)
+        self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), now.index, half)
+        now.control[slot.index] = "computed"
+        scaled = scale_residuals(net, outputs, scale, call.guess_mode, owned=self._compiled is None)
+        if not half:
+            return scaled
+        turn = _Turn(self._compute_fresh, run, slot, now, call)
+        turn.values = dict(zip(names, scaled, strict=True))
+        return PromiseSet(slot.shapes, *likeness[1:], turn).promises
 
-        turn = _Turn(run, now, slot, call, compute_fresh, values)
-        dtype, device, count = sample.dtype, sample.device, len(shapes)
-        return [
-            Promise(
-                shape, dtype, device,
-                functools.partial(turn.planned, j, count), functools.partial(turn.fresh, j),
-            )
-            for j, shape in enumerate(shapes)
-        ]  # fmt: skip
+    def _promises(
+        self, run: Run, now: Evaluation, slot: ControlSlot, call: _ControlCall
+    ) -> Sequence[Tensor]:
+        """Promises of residuals that are reused: those of an earlier evaluation where nobody holds
+        them any more."""
+        for found in slot.promises:
+            if not found.is_held:
+                found.turn.now, found.turn.call = now, call
+                break
+        else:
+            turn = _Turn(self._compute_fresh, run, slot, now, call)
+            found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, turn)
+            # a pipeline holds those of one evaluation until it has those of the next
+            slot.promises = [*slot.promises[-1:], found]
+        return list(found.promises)
 
     def _compute_control(
         self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
@@ -1166,7 +1179,7 @@ class Installation:
     def _write_residuals(
         self, run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool
     ) -> None:
-        wanted, half_only = run.will_read(after=index)
+        wanted, half_only = run.schedule.will_read(after=index)
         cond = slot.cond.value
         rows = cond.shape[0] if isinstance(cond, Tensor) else cond[0].shape[0]
         is_whole_condition = rows != run.text.value.shape[0]
@@ -1177,7 +1190,7 @@ class Installation:
                     slot.prefix + name,
                     conditional_half(value) if cut else value,
                     evaluation=index,
-                    history=run.history,
+                    history=run.schedule.history,
                     half=half or cut,
                 )
             else:
@@ -1196,11 +1209,13 @@ class Installation:
             outputs = any(n.startswith(f"{prefix}attention/") for n in held)
             maps = any(n.startswith(f"{prefix}map/") for n in held)
             mode = "output" if outputs else "map" if maps else "compute"
-        if step.is_key and mode != "output" and "attention" in run.will_read(after=now.index)[0]:
+        schedule = run.schedule
+        reads_attention = step.is_key and "attention" in schedule.will_read(after=now.index)[0]
+        if mode != "output" and reads_attention:
             layers = self._layers_read(run, now.index) if prefix == "unet/" else None
             store = (lambda name: True) if layers is None else layers.__contains__
         keeps_maps = step.is_key and mode == "compute" and self._config.fresh_values
-        if keeps_maps and any(s.attention == "reuse" for s in run.plan[now.index + 1 :]):
+        if keeps_maps and schedule.keeps_attention[now.index]:
             map_format = self._config.map_format
         watch = run.maps.add if run.maps and step.is_key and prefix == "unet/" else None
 
@@ -1225,7 +1240,7 @@ class Installation:
     def _layers_read(self, run: Run, index: int) -> frozenset[str] | None:
         """UNet cross-attentions whose output an evaluation after ``index`` reads; None: all."""
         depths: set[int] = set()
-        for step in run.plan[index + 1 :]:
+        for step in run.schedule.plan[index + 1 :]:
             if step.attention == "reuse":
                 if not isinstance(step.depth, int):
                     return None
@@ -1294,12 +1309,12 @@ class Installation:
             "added_cond_kwargs": added_cond_kwargs,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        run, now = self._run_of(encoder_hidden_states, position, sample.shape[0])
-        if (
-            down_block_additional_residuals is not None
-            and not any(slot.called_at == now.index for slot in run.slots)
-            and not self._config.is_exact
-        ):
+        shape = sample.shape
+        run, now = self._run_of(unet, encoder_hidden_states, position, shape[0])
+        # the ControlNets that were called
+        called = tuple([slot.index for slot in run.slots if slot.called_at == now.index])
+        with_residuals = down_block_additional_residuals is not None
+        if with_residuals and not called and not self._config.is_exact:
             self._say(
                 "foreign",
                 "the UNet gets residuals of a ControlNet that hgc is not installed on: it runs at "
@@ -1307,31 +1322,30 @@ class Installation:
                 "hgc.install(pipe.unet, pipe.controlnet)",
             )
         try:
-            self._look_for_gradients(run, sample, encoder_hidden_states)
+            if torch.is_grad_enabled():
+                self._look_for_gradients(run, sample, encoder_hidden_states)
             if cross_attention_kwargs and run.broken is None and not self._config.is_exact:
                 for name, value in cross_attention_kwargs.items():
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
-            self._check_unet_signature(
-                run, now, sample, arguments, down_block_additional_residuals,
-                down_intrablock_additional_residuals,
+            found = (
+                shape, sample.dtype, sample.device, *arguments.values(), *self._freeu(),
+                with_residuals, down_intrablock_additional_residuals is not None,
+                self._lora_now(unet), called, _autocast(sample.device),
+                *[fuser.enabled for fuser in self._fusers],
             )  # fmt: skip
+            if run.unet_signature is None or not run.unet_signature.same(found):
+                if run.unet_signature is not None:
+                    run.change("the UNet's arguments changed")
+                run.unet_signature = Signature(found)
+                run.latent_size = (shape[-2], shape[-1])
             looked = now.plan.depth
             self._look(run, unet, looked)
-            wants_pair = run.maps is not None or any(s.guidance != "both" for s in run.plan)
-            if wants_pair and not (
-                self._rows_are_samples
-                and _can_be_halved(arguments, encoder_hidden_states, sample.shape[0])
-            ):
-                run.pair.refute()
-                if now.half:
-                    run.promote("an argument cannot be cut into halves")
-            if wants_pair and run.pair.wants:
-                run.pair.compare(sample, encoder_hidden_states)
+            if run.schedule.halves or run.maps is not None:
+                self._look_for_pair(run, now, sample, encoder_hidden_states, arguments)
             if now.plan.depth != looked:
                 self._look(run, unet, now.plan.depth)
-            now.batch = sample.shape[0]
-            run.latent_size = (sample.shape[-2], sample.shape[-1])
+            now.batch = shape[0]
             if now.plan.depth == 0:
                 # what is read may be the cache's own buffer
                 out = run.cache.read("output", now.plan.forecast).clone()
@@ -1347,29 +1361,20 @@ class Installation:
         run.end((self._runs.clock() - start) * 1e3)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
-    def _check_unet_signature(
-        self,
-        run: Run,
-        now: Evaluation,
-        sample: Tensor,
-        arguments: dict[str, Any],
-        residuals: Any,
-        intrablock: Any,
+    def _freeu(self) -> list[tuple[float, ...] | None]:
+        """FreeU's factors in each up block."""
+        return [*map(freeu_of, self.unet._modules["up_blocks"]._modules.values())]
+
+    def _look_for_pair(
+        self, run: Run, now: Evaluation, sample: Tensor, text: Tensor, arguments: dict[str, Any]
     ) -> None:
-        freeu = [
-            block.__dict__.get(n)
-            for block in self.unet.up_blocks._modules.values()
-            for n in ("s1", "s2", "b1", "b2")
-        ]
-        found = signature(
-            sample.shape, sample.dtype, sample.device, arguments, freeu,
-            residuals is not None, intrablock is not None, self._lora_now(self.unet),
-            [slot.index for slot in run.slots if slot.called_at == now.index],
-            _autocast(sample.device), [fuser.enabled for fuser in self._fusers],
-        )  # fmt: skip
-        if run.unet_signature is not None and not same_signature(run.unet_signature, found):
-            run.change("the UNet's arguments changed")
-        run.unet_signature = found
+        """See whether the batch is one sample twice, and can be cut into halves."""
+        if not self._rows_are_samples or not _can_be_halved(arguments, text, sample.shape[0]):
+            run.pair.refute()
+            if now.half:
+                run.promote("an argument cannot be cut into halves")
+        elif run.pair.wants:
+            run.pair.compare(sample, text)
 
     def _terms(self, value: Any, half: bool) -> Terms:
         """What to add to a skip for the residual ``value``."""
@@ -1404,14 +1409,13 @@ class Installation:
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            block, _ = self._structure.boundary(depth)
-            if freeu_active(self.unet.up_blocks._modules[str(block)]):
+            if any(self._freeu()):
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
                     run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
                 ]
-        capture = run.captures if step.is_key else ()
+        capture = run.schedule.captures if step.is_key else ()
         if half:
             sample, text = conditional_half(sample), conditional_half(text)
             arguments = _cut(arguments, batch)
@@ -1443,9 +1447,9 @@ class Installation:
         out: Tensor,
     ) -> None:
         half = now.half
-        wanted, half_only = run.will_read(after=now.index)
+        wanted, half_only = run.schedule.will_read(after=now.index)
         cut = half_only and not half and run.pair.confirmed()
-        index, history = now.index, run.history
+        index, history = now.index, run.schedule.history
         for name, value in captured.items():
             if name not in wanted:
                 continue
@@ -1484,38 +1488,40 @@ class _Turn:
     """One call of a ControlNet, for the promises that stand for its residuals.
 
     Attributes:
-        compute_fresh: Computes all residuals of the whole batch.
+        compute_fresh: Computes all residuals of the whole batch of a call.
         values: Those of the conditional half, where they were computed in this call.
         held: What ``compute_fresh`` returned, once it was called.
     """
 
+    compute_fresh: Callable[[_ControlCall], list[Tensor]]
     run: Run
-    now: Evaluation
     slot: ControlSlot
+    now: Evaluation
     call: _ControlCall
-    compute_fresh: Callable[[], list[Tensor]]
-    values: dict[str, Tensor]
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     held: list[Tensor] = dataclasses.field(default_factory=list)
 
     def fresh(self, j: int) -> Tensor:
         """The value of residual ``j``, computed now."""
         if not self.held:
-            self.held.extend(self.compute_fresh())
+            # what is computed goes when the promises do: they are not handed out again
+            self.slot.promises = [each for each in self.slot.promises if each.turn is not self]
+            self.held.extend(self.compute_fresh(self.call))
             self.now.control[self.slot.index] = "computed"
         return self.held[j]
 
-    def planned(self, j: int, count: int, half: bool) -> Terms | None:
-        """What the plan means by residual ``j`` of ``count``."""
+    def planned(self, j: int, half: bool) -> Terms | None:
+        """What the plan means by residual ``j``."""
+        slot, call, count = self.slot, self.call, len(self.slot.shapes)
         name = _residual_names(count)[j]
         if self.values:
             return [(self.values[name], 1.0)] if half else None
-        entry, plan, cache = self.slot.prefix + name, self.now.plan, self.run.cache
+        entry, plan, cache = slot.prefix + name, self.now.plan, self.run.cache
         # promoted after the ControlNet's turn: what was reused then is not wanted any more
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
         value = cache.read(entry, plan.of_residuals, half=half)
-        call = self.call
-        return [_scaled(self.slot.net, value, j, count, call.scale, call.guess_mode)]
+        return [_scaled(slot.net, value, j, count, call.scale, call.guess_mode)]
 
 
 def _scaled(

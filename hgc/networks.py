@@ -58,8 +58,12 @@ def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     return x + total
 
 
+# Bytes of a result below which a call of the op costs more on a CPU than the pass that it saves.
+_WORTH_AN_OP = 1 << 21
+
+
 def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
-    """A decoder layer's input: ``cat([hidden, skip + terms])``, in one pass where it can be."""
+    """A decoder layer's input: ``cat([hidden, skip + terms])``, in one pass where it pays."""
     if torch.compiler.is_compiling():
         # the compiler fuses this with the norm that follows; an opaque op would stand between
         return torch.cat([hidden, _add(skip, terms)], dim=1)
@@ -68,6 +72,9 @@ def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Te
     residual, scale = terms[0] if terms else (None, 1.0)
     if skip.dtype != hidden.dtype or (residual is not None and residual.dtype != skip.dtype):
         # autocast around the UNet and not around the ControlNet
+        return torch.cat([hidden, _add(skip, terms)], dim=1)
+    small = hidden.is_cpu and hidden.nbytes + skip.nbytes < _WORTH_AN_OP
+    if small and hgc_kernels.get_backend("gather_blocks") == "auto":
         return torch.cat([hidden, _add(skip, terms)], dim=1)
     if torch.is_grad_enabled():
         return hgc_kernels.gather_blocks(hidden, skip, residual, scale=scale)
@@ -80,14 +87,32 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
+# Modules are slow to look attributes up in: at every evaluation each costs more than a tensor's op.
+
+
+def _part(module: torch.nn.Module, name: str) -> Any:
+    """``module.name``, a submodule or None."""
+    found = module._modules.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
+def _parts(module: torch.nn.Module, name: str) -> list[Any]:
+    """The modules in the list ``module.name``, which may be None."""
+    found = _part(module, name)
+    return [] if found is None else list(found._modules.values())
+
+
 def _has_attention(block: torch.nn.Module) -> bool:
-    return bool(getattr(block, "has_cross_attention", False))
+    return bool(block.__dict__.get("has_cross_attention"))
 
 
-def freeu_active(block: torch.nn.Module) -> bool:
-    """Whether FreeU is enabled on an up block (it then writes into its input)."""
+def freeu_of(block: torch.nn.Module) -> tuple[float, ...] | None:
+    """FreeU's four factors where it is enabled on an up block (it then writes into its input)."""
     found = block.__dict__
-    return all(found.get(name) for name in ("s1", "s2", "b1", "b2"))
+    if not found.get("s1"):
+        return None
+    factors = tuple([found.get(name) or 0.0 for name in ("s1", "s2", "b1", "b2")])
+    return factors if all(factors) else None
 
 
 def run_unet(
@@ -143,8 +168,8 @@ def run_unet(
     if config.center_input_sample:
         sample = 2 * sample - 1.0
 
-    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
-    if unet.class_embedding is not None:
+    emb = _part(unet, "time_embedding")(_time(unet, sample, timestep), timestep_cond)
+    if _part(unet, "class_embedding") is not None:
         class_emb = unet.get_class_embed(sample=sample, class_labels=class_labels)
         concat = config.class_embeddings_concat
         emb = torch.cat([emb, class_emb], dim=-1) if concat else emb + class_emb
@@ -153,9 +178,10 @@ def run_unet(
             emb=emb, encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
         )
         emb = emb + aug_emb if aug_emb is not None else emb
-    if unet.time_embed_act is not None:
-        emb = unet.time_embed_act(emb)
-    if unet.encoder_hid_proj is not None:
+    time_embed_act = _part(unet, "time_embed_act")
+    if time_embed_act is not None:
+        emb = time_embed_act(emb)
+    if _part(unet, "encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
         )
@@ -183,11 +209,12 @@ def run_unet(
 
     down = residuals.down if residuals is not None else [[] for _ in range(count)]
     if full:
-        if unet.mid_block is not None:
-            if _has_attention(unet.mid_block):
-                sample = unet.mid_block(sample, emb, **attention)
+        mid_block = _part(unet, "mid_block")
+        if mid_block is not None:
+            if _has_attention(mid_block):
+                sample = mid_block(sample, emb, **attention)
             else:
-                sample = unet.mid_block(sample, emb)
+                sample = mid_block(sample, emb)
             # T2I-Adapter-XL; adds into a tensor nobody else holds yet
             if intrablock_residuals and sample.shape == intrablock_residuals[0].shape:
                 sample = sample + intrablock_residuals.pop(0)
@@ -196,13 +223,25 @@ def run_unet(
     out = _decode(
         unet, structure, hidden, skips, down, emb, attention, count, forward_size, capture, captured
     )
-    if unet.conv_norm_out is not None:
-        out = unet.conv_act(unet.conv_norm_out(out))
-    return unet.conv_out(out), captured
+    conv_norm_out = _part(unet, "conv_norm_out")
+    if conv_norm_out is not None:
+        out = _part(unet, "conv_act")(conv_norm_out(out))
+    return _part(unet, "conv_out")(out), captured
 
 
-def _layer(attentions: Any, index: int, sample: Tensor, attention: dict[str, Any]) -> Tensor:
-    if attentions is None:
+def _time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+    """The sinusoidal embedding of ``timestep``, [B, C]."""
+    if not isinstance(timestep, Tensor):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
+    elif timestep.dim() == 0 and timestep.device != sample.device:
+        timestep = timestep.to(sample.device)
+    embedded: Tensor = _part(net, "time_proj")(timestep.expand(sample.shape[0]))
+    return embedded if embedded.dtype == sample.dtype else embedded.to(sample.dtype)
+
+
+def _layer(attentions: list[Any], index: int, sample: Tensor, attention: dict[str, Any]) -> Tensor:
+    if not attentions:
         return sample
     return attentions[index](sample, **attention, return_dict=False)[0]
 
@@ -218,15 +257,16 @@ def _encode(
     full: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The ``count`` outermost skips, and the encoder's last output where everything is run."""
-    sample = unet.conv_in(sample)
+    sample = _part(unet, "conv_in")(sample)
     skips = [sample]
-    for block in unet.down_blocks:
+    for block in _parts(unet, "down_blocks") if full or count > 1 else ():
         if len(skips) >= count and not full:
             break
         with_attention = _has_attention(block)
         extra = intrablock.pop(0) if intrablock else None
-        last = len(block.resnets) - 1
-        whole = full or count - len(skips) > last + (block.downsamplers is not None)
+        resnets = _parts(block, "resnets")
+        last = len(resnets) - 1
+        whole = full or count - len(skips) > last + (_part(block, "downsamplers") is not None)
         if whole:
             if with_attention:
                 more = {} if extra is None else {"additional_residuals": extra}
@@ -238,8 +278,8 @@ def _encode(
                     sample += extra
             skips += list(outputs)
             continue
-        attentions = block.attentions if with_attention else None
-        for i, resnet in enumerate(block.resnets):
+        attentions = _parts(block, "attentions") if with_attention else []
+        for i, resnet in enumerate(resnets):
             if len(skips) >= count:
                 break
             sample = _layer(attentions, i, resnet(sample, emb), attention)
@@ -273,10 +313,9 @@ def _decode(
             wanted[structure.boundary(int(index))] = name
     first_block, first_layer = structure.boundary(count)
     remaining = count
-    for b, block in enumerate(unet.up_blocks._modules.values()):
-        if b < first_block:
-            continue
-        resnets = list(block.resnets._modules.values())
+    blocks = _parts(unet, "up_blocks")
+    for b, block in enumerate(blocks[first_block:], first_block):
+        resnets = _parts(block, "resnets")
         layers = len(resnets)
         start = first_layer if b == first_block else 0
         here = skips[remaining - (layers - start) : remaining]
@@ -285,7 +324,7 @@ def _decode(
         size = None
         if forward_size and remaining > 0:
             size = skips[remaining - 1].shape[2:]
-        freeu = freeu_active(block)
+        freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)
         inside = any(pb == b and layer > 0 for pb, layer in wanted)
         if (b, start) in wanted:
@@ -298,7 +337,7 @@ def _decode(
             else:
                 hidden = block(hidden, summed, temb=emb, upsample_size=size)
             continue
-        attentions = block.attentions if with_attention else None
+        attentions = _parts(block, "attentions") if with_attention else []
         for layer in range(start, layers):
             if layer > start and (b, layer) in wanted:
                 captured[wanted[(b, layer)]] = hidden.clone() if freeu else hidden
@@ -316,7 +355,7 @@ def _decode(
                 added = []
             joined = _join(hidden, skip, added)
             hidden = _layer(attentions, layer, resnets[layer](joined, emb), attention)
-        for upsampler in block.upsamplers or ():
+        for upsampler in _parts(block, "upsamplers"):
             hidden = upsampler(hidden, size)
     return hidden
 
@@ -357,7 +396,7 @@ def run_controlnet(
         net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
     )
     emb = emb if added is None else emb + added
-    sample = net.conv_in(sample) + hint
+    sample = _part(net, "conv_in")(sample) + hint
     return _control_encoder(
         net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs
     )
@@ -434,14 +473,8 @@ def _control_embedding(
     added_cond_kwargs: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The embedding of time and class, and what is to be added to it."""
-    if not torch.is_tensor(timestep):
-        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
-        timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
-    elif timestep.dim() == 0:
-        timestep = timestep[None].to(sample.device)
-    t_emb = net.time_proj(timestep.expand(sample.shape[0])).to(dtype=sample.dtype)
-    emb = net.time_embedding(t_emb, timestep_cond)
-    if net.class_embedding is not None:
+    emb = _part(net, "time_embedding")(_time(net, sample, timestep), timestep_cond)
+    if _part(net, "class_embedding") is not None:
         if class_labels is None:
             raise ValueError("class_labels should be provided when num_class_embeds > 0")
         if net.config.class_embed_type == "timestep":
@@ -473,22 +506,23 @@ def _control_encoder(
         "cross_attention_kwargs": cross_attention_kwargs,
     }
     outputs = [sample]
-    for block in net.down_blocks:
+    for block in _parts(net, "down_blocks"):
         if _has_attention(block):
             sample, more = block(sample, temb=emb, **attention)
         else:
             sample, more = block(sample, temb=emb)
         outputs += list(more)
-    if net.mid_block is not None:
-        if _has_attention(net.mid_block):
-            sample = net.mid_block(sample, emb, **attention)
+    mid_block = _part(net, "mid_block")
+    if mid_block is not None:
+        if _has_attention(mid_block):
+            sample = mid_block(sample, emb, **attention)
         else:
-            sample = net.mid_block(sample, emb)
+            sample = mid_block(sample, emb)
     residuals = [
         zero_conv(output)
-        for output, zero_conv in zip(outputs, net.controlnet_down_blocks, strict=True)
+        for output, zero_conv in zip(outputs, _parts(net, "controlnet_down_blocks"), strict=True)
     ]
-    return [*residuals, net.controlnet_mid_block(sample)]
+    return [*residuals, _part(net, "controlnet_mid_block")(sample)]
 
 
 def scale_residuals(

@@ -10,12 +10,15 @@ can read a wrong one.
 
 from __future__ import annotations
 
+import functools
+import sys
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Promise", "fresh", "zero_promise"]
+__all__ = ["Promise", "PromiseSet", "Turn", "fresh", "zero_promise"]
 
 Tensor = torch.Tensor
 Terms = list[tuple[Tensor, float]]
@@ -78,6 +81,52 @@ class Promise(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(*fresh(args), **fresh(kwargs or {}))
+
+
+class Turn(Protocol):
+    """What the promises of several tensors ask for the values of the one with number ``j``."""
+
+    def planned(self, j: int, half: bool) -> Terms | None:
+        """As :meth:`Promise.planned`."""
+
+    def fresh(self, j: int) -> Tensor:
+        """As :meth:`Promise.fresh`."""
+
+
+T = TypeVar("T", bound=Turn)
+
+
+class PromiseSet(Generic[T]):
+    """Promises of tensors of ``shapes`` that ask ``turn`` for their values.
+
+    Making a tensor costs more than most other things a host does in an evaluation, so promises that
+    nobody holds any more are handed out again, after their turn was made another.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        turn: T,
+    ) -> None:
+        self.turn = turn
+        self.promises = [
+            Promise(
+                shape, dtype, device,
+                functools.partial(turn.planned, j), functools.partial(turn.fresh, j),
+            )
+            for j, shape in enumerate(shapes)
+        ]  # fmt: skip
+        self._unheld = self._references()
+
+    def _references(self) -> list[int]:
+        return [*map(sys.getrefcount, self.promises), *map(weakref.getweakrefcount, self.promises)]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody else holds a promise, or something that was made from one."""
+        return self._references() != self._unheld
 
 
 def fresh(value: Any) -> Any:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from hgc.cache import Cache
 from hgc.config import Config, StepPlan
 from hgc.maps import MapSums
 from hgc.planning import plan, reads
+from hgc.promises import PromiseSet
 
 __all__ = ["ControlSlot", "Evaluation", "Position", "Run", "Runs", "position_of", "same_tensor"]
 
@@ -53,75 +54,66 @@ def same_tensor(x: Any, y: Any) -> bool:
     )
 
 
+# Compared by type and value; everything else by identity.
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device))
+
+
 class Held:
     """A value as it was when it was taken: compares unequal once it was written to."""
 
-    __slots__ = ("parts", "value", "version")
+    __slots__ = ("items", "parts", "value", "version")
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self.version = _version(value) if isinstance(value, Tensor) else 0
-        # of a list each element is held, not the list: it may be filled with others later
-        several = isinstance(value, (list, tuple)) and not isinstance(value, torch.Size)
-        self.parts = [Held(v) for v in value] if several else None
+        # of a container each element is held, not the container: it may be filled with others later
+        self.items: dict[Any, Held] | None = None
+        self.parts: list[Held] | None = None
+        if isinstance(value, dict):
+            self.items = {k: Held(v) for k, v in value.items()}
+        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            self.parts = [Held(v) for v in value]
 
     def is_(self, other: Any) -> bool:
         """Whether ``other`` is the value, and nobody has written to it since."""
-        if isinstance(self.value, Tensor):
-            return same_tensor(self.value, other) and _version(other) == self.version
-        if self.parts is not None:
-            return (
-                type(other) is type(self.value)
-                and len(other) == len(self.parts)
-                and all(a.is_(b) for a, b in zip(self.parts, other, strict=True))
+        value = self.value
+        if isinstance(value, Tensor):
+            return (value is other or same_tensor(value, other)) and (
+                _version(other) == self.version
             )
-        if self.value is other:
-            return True
-        plain = (bool, int, float, str, torch.Size, torch.dtype, torch.device)
-        return isinstance(other, plain) and type(other) is type(self.value) and other == self.value
-
-
-# Compared by type and value; everything else by identity.
-_PLAIN = frozenset(
-    (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
-)  # fmt: skip
-
-
-def signature(*values: Any) -> tuple[Any, ...]:
-    """Values that features depend on, flattened, to be compared with :func:`same_signature`."""
-    out: list[Any] = []
-    _flatten(values, out)
-    return tuple(out)
-
-
-def _flatten(values: Any, out: list[Any]) -> None:
-    for value in values:
-        if type(value) in _PLAIN:
-            out.append(value)
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                out.append(str(key))
-                _flatten((value[key],), out)
-        elif isinstance(value, (list, tuple)):
-            out.append(len(value))
-            _flatten(value, out)
-        else:
-            out.append(Held(value))
-
-
-def same_signature(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
-    """Whether two signatures hold the same values, none of them written to in between."""
-    if len(x) != len(y):
-        return False
-    for a, b in zip(x, y, strict=True):
-        if type(a) is not type(b):
+        if type(other) is not type(value):
             return False
-        if type(a) is Held:
-            if not a.is_(b.value):
-                return False
-        elif a is not b and a != b:
-            return False
-    return True
+        if self.items is not None:
+            return other.keys() == self.items.keys() and all(
+                held.is_(other[key]) for key, held in self.items.items()
+            )
+        if self.parts is not None:
+            return len(other) == len(self.parts) and all(
+                a.is_(b) for a, b in zip(self.parts, other, strict=True)
+            )
+        return value is other or (type(value) in _PLAIN and bool(value == other))
+
+
+class Signature:
+    """Values that features depend on, as they were at an evaluation.
+
+    Most are settings, which are compared as a whole; tensors, objects and what contains some are
+    held one by one.
+    """
+
+    __slots__ = ("held", "types", "values")
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.types = tuple(map(type, values))
+        self.values = values
+        plain = _PLAIN.issuperset(self.types)
+        self.held = None if plain else Held(values)
+
+    def same(self, values: tuple[Any, ...]) -> bool:
+        """Whether ``values`` are the same, none of them written to in between."""
+        if self.held is not None:
+            return self.held.is_(values)
+        return tuple(map(type, values)) == self.types and values == self.values
 
 
 @dataclasses.dataclass(slots=True)
@@ -135,9 +127,8 @@ class Position:
 
     def same_schedule(self, other: Position) -> bool:
         """Whether both timesteps are views of one tensor."""
-        if self.timestep is None or other.timestep is None:
-            return False
-        return self.storage == other.storage
+        held = self.timestep is not None and other.timestep is not None
+        return held and self.storage == other.storage
 
 
 def position_of(timestep: Any) -> Position | None:
@@ -249,9 +240,14 @@ class ControlSlot:
     index: int
     text: Held | None = None
     called_at: int = -1
-    signature: tuple[Any, ...] = ()
+    signature: Signature | None = None
     prefix: str = ""  # before the names of its cache entries
-    shapes: tuple[torch.Size | None, list[tuple[int, ...]]] = (None, [])  # of its residuals
+    likeness: Any = None  # what ``shapes`` and all promises were made for
+    shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
+    zeros: list[Any] = dataclasses.field(default_factory=list)  # promises of them
+    promises: list[PromiseSet[Any]] = dataclasses.field(
+        default_factory=list
+    )  # to be handed out again
 
     def __post_init__(self) -> None:
         self.prefix = f"control{self.index}/"
@@ -285,28 +281,108 @@ class Evaluation:
 _FULL_STEP = StepPlan()
 
 
-@functools.lru_cache(maxsize=4096)
-def _residuals(step: StepPlan, num_layers: int) -> tuple[str, ...]:
-    """What ``step`` reads of a ControlNet."""
-    names = reads(step, num_layers)
-    return tuple(sorted(name for name in names if name.startswith("residual/")))
+class Schedule:
+    """A plan, and what its evaluations read: the same for every run of its length.
+
+    Attributes:
+        plan: A step an evaluation.
+        history: How many key values of a feature its forecasts read at most.
+        captures: Intermediate tensors of the UNet that are read. The same at every key evaluation,
+            so that compiled ones are one graph.
+        residuals: For each evaluation, what it reads of a ControlNet.
+        needed: For each evaluation, what else must be cached before any network is called.
+        halves: Whether any evaluation computes the conditional half only.
+        keeps_attention: For each evaluation, whether a later one reuses cross-attention.
+    """
+
+    def __init__(self, steps: Sequence[StepPlan], num_layers: int) -> None:
+        self.plan = tuple(steps)
+        self.history = max(
+            max(len(s.forecast), len(s.of_residuals), len(s.guidance_forecast)) for s in steps
+        )
+        self._reads = [reads(step, num_layers) for step in steps]
+        read = set[str]().union(*self._reads)
+        self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
+        self.residuals = [
+            tuple(sorted(n for n in names if n.startswith("residual/"))) for names in self._reads
+        ]
+        self.needed = [
+            tuple(sorted(names - {"attention", "guidance", *residuals}))
+            for names, residuals in zip(self._reads, self.residuals, strict=True)
+        ]
+        self.halves = any(step.guidance != "both" for step in steps)
+        later = [i for i, step in enumerate(steps) if step.attention == "reuse"]
+        self.keeps_attention = [bool(later) and i < later[-1] for i in range(len(steps))]
+        self._whole: dict[int, StepPlan] = {}
+        self._will_read: dict[int, tuple[frozenset[str], bool]] = {}
+
+    def whole(self, index: int) -> StepPlan:
+        """The step of evaluation ``index`` with both halves of the batch computed."""
+        if index not in self._whole:
+            self._whole[index] = dataclasses.replace(
+                self.plan[index], guidance="both", guidance_forecast=(1.0,)
+            )
+        return self._whole[index]
+
+    def will_read(self, *, after: int) -> tuple[frozenset[str], bool]:
+        """Names that evaluations after ``after`` read before they fall out of the history, and
+        whether all of those need the conditional half only."""
+        if after not in self._will_read:
+            self._will_read[after] = self._find_will_read(after)
+        return self._will_read[after]
+
+    def _find_will_read(self, after: int) -> tuple[frozenset[str], bool]:
+        names: set[str] = set()
+        half_only = True
+        overwritten = dict.fromkeys(("features", "residual", "guidance", "attention"), 0)
+        for step, read in zip(self.plan[after + 1 :], self._reads[after + 1 :], strict=True):
+            for name in read:
+                group = name.partition("/")[0]
+                if overwritten.get(group, overwritten["features"]) < self.history:
+                    names.add(name)
+                    if step.guidance == "both":
+                        half_only = False
+            overwritten["residual"] += step.control == "compute"
+            overwritten["features"] += step.is_key
+            overwritten["guidance"] += step.is_key and step.guidance == "both"
+            overwritten["attention"] += step.is_key and step.attention == "compute"
+            if min(overwritten.values()) >= self.history:
+                break
+        return frozenset(names), half_only and bool(names)
 
 
-@functools.lru_cache(maxsize=4096)
-def _needed(step: StepPlan, num_layers: int) -> tuple[str, ...]:
-    """What must be in the cache for ``step`` before any network is called."""
-    others = {"attention", "guidance", *_residuals(step, num_layers)}
-    return tuple(sorted(reads(step, num_layers) - others))
+class Schedules:
+    """The schedules of one configuration on one model, by length."""
+
+    def __init__(self, config: Config, num_layers: int) -> None:
+        self.config = config
+        self._num_layers = num_layers
+        self._known: dict[tuple[int, bool], Schedule] = {}
+
+    def of(self, total: int) -> Schedule:
+        """What the configuration plans for ``total`` evaluations."""
+        return self._of(total, full=False)
+
+    def full(self, total: int) -> Schedule:
+        """Every evaluation in full."""
+        return self._of(total, full=True)
+
+    def _of(self, total: int, *, full: bool) -> Schedule:
+        if (total, full) not in self._known:
+            steps = [_FULL_STEP] * total if full else plan(self.config, total)
+            self._known[total, full] = Schedule(steps, self._num_layers)
+        return self._known[total, full]
 
 
 class Run:
     """The evaluations of one pipeline call, and everything kept for them."""
 
     def __init__(
-        self, config: Config, num_layers: int, text: Tensor, position: Position, assume: bool | None
+        self, schedules: Schedules, text: Tensor, position: Position, assume: bool | None
     ) -> None:
+        config = schedules.config
         self.config = config
-        self.num_layers = num_layers
+        self._schedules = schedules
         self.text = Held(text)
         self.position = position
         self.first = position.index
@@ -318,7 +394,7 @@ class Run:
         self.pair = PairCheck(assume)
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
-        self.unet_signature: tuple[Any, ...] | None = None
+        self.unet_signature: Signature | None = None
         self.weights: dict[int, tuple[int, int]] = {}  # of each model: what they were last
         self.placing = 0  # which attention processors it knows
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
@@ -337,20 +413,13 @@ class Run:
         self.factor = 8
         other_length = config.num_evaluations != position.total
         if config.steps is not None and config.key_steps is None and other_length:
-            self.plan = [_FULL_STEP] * position.total
+            self.schedule = schedules.full(position.total)
             self.broken = (
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
                 f"run has {position.total}"
             )
         else:
-            self.plan = plan(config, position.total)
-        self.history = max(
-            max(len(s.forecast), len(s.of_residuals), len(s.guidance_forecast)) for s in self.plan
-        )
-        self._will_read: tuple[int, tuple[set[str], bool]] = (-1, (set(), False))
-        # the same at every key evaluation, so that compiled ones are one graph
-        read = set[str]().union(*(reads(step, num_layers) for step in self.plan))
-        self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
+            self.schedule = schedules.of(position.total)
 
     # -- what an evaluation does ------------------------------------------------------------
 
@@ -361,7 +430,7 @@ class Run:
             return self.now
         previous = self.position.index if self.now is not None or self.completed >= 0 else None
         self.position = position
-        step, why = self.plan[position.index], "plan"
+        step, why = self.schedule.plan[position.index], "plan"
         if self.broken is not None:
             step, why = _FULL_STEP, self.broken
         elif previous is None:
@@ -379,24 +448,23 @@ class Run:
 
     def _settle(self) -> None:
         """Fit the planned step to what is known and held: the pair, the cache."""
-        assert self.now is not None
-        step = self.now.plan
-        if step.guidance != "both" and not self.pair.confirmed():
-            step = dataclasses.replace(step, guidance="both", guidance_forecast=(1.0,))
+        now = self.now
+        assert now is not None
+        step, index = now.plan, now.index
+        if step is _FULL_STEP:
+            return
         half = step.guidance != "both"
-        for name in _needed(step, self.num_layers):
+        if half and not self.pair.confirmed():
+            step, half = self.schedule.whole(index), False
+        for name in self.schedule.needed[index]:
             if not self.cache.has(name, half=half):
                 self.promote(f"{name} is not cached")
                 return
         if step.guidance == "reuse" and not self.cache.has("guidance", half=False):
             self.promote("guidance is not cached")
             return
-        self.now.plan = step
-        self.now.half = half
-
-    def residual_names(self, slot: ControlSlot, step: StepPlan) -> list[str]:
-        """Cache names of the residuals of ``slot`` that ``step`` reads."""
-        return [slot.prefix + name for name in _residuals(step, self.num_layers)]
+        now.plan = step
+        now.half = half
 
     def promote(self, why: str) -> None:
         """Compute the evaluation under way in full."""
@@ -409,9 +477,7 @@ class Run:
     def give_up(self, why: str) -> None:
         """Compute the rest of the run in full."""
         self.broken = why
-        self.plan = [_FULL_STEP] * len(self.plan)
-        self._will_read = (-1, (set(), False))
-        self.captures = ()
+        self.schedule = self._schedules.full(len(self.schedule.plan))
         self.cache.drop_history()
         if self.now is not None:
             self.promote(why)
@@ -430,32 +496,6 @@ class Run:
         self.cache.drop_kept("control")
         self.promote(why)
         self.now.why = why
-
-    def will_read(self, *, after: int) -> tuple[set[str], bool]:
-        """Names that evaluations after ``after`` read before they fall out of the history, and
-        whether all of those need the conditional half only. Not to be written to."""
-        if self._will_read[0] != after:
-            self._will_read = (after, self._find_will_read(after))
-        return self._will_read[1]
-
-    def _find_will_read(self, after: int) -> tuple[set[str], bool]:
-        names: set[str] = set()
-        half_only = True
-        overwritten = dict.fromkeys(("features", "residual", "guidance", "attention"), 0)
-        for step in self.plan[after + 1 :]:
-            for name in reads(step, self.num_layers):
-                group = name.partition("/")[0]
-                if overwritten.get(group, overwritten["features"]) < self.history:
-                    names.add(name)
-                    if step.guidance == "both":
-                        half_only = False
-            overwritten["residual"] += step.control == "compute"
-            overwritten["features"] += step.is_key
-            overwritten["guidance"] += step.is_key and step.guidance == "both"
-            overwritten["attention"] += step.is_key and step.attention == "compute"
-            if min(overwritten.values()) >= self.history:
-                break
-        return names, half_only and bool(names)
 
     def end(self, milliseconds: float) -> None:
         """The UNet evaluation under way is done."""
@@ -488,7 +528,8 @@ class Run:
         self.timesteps = None
         self.text = Held(None)
         for slot in self.slots:
-            slot.signature = ()
+            slot.signature = None
+            slot.promises = []
             slot.cond = Held(None)
             slot.text = None
 
@@ -496,6 +537,8 @@ class Run:
         """Whether nobody but this run holds its text: the pipeline call that made it is gone, by
         an exception perhaps."""
         text = self.text.value
+        for slot in self.slots:
+            slot.promises = [found for found in slot.promises if found.is_held]
         ours = 1 + sum(slot.text is not None and slot.text.value is text for slot in self.slots)
         return sys.getrefcount(text) <= ours + 2  # `text`, and the argument
 
@@ -589,12 +632,14 @@ class Runs(threading.local):
         last = self.last
         if (
             last is not None
-            and last.now is not None
-            and last.position.timestep is position.timestep
+            and not last.finished
             and last.text.value is text
+            and last.position.same_schedule(position)
             and last.text.is_(text)
         ):
-            return last  # its evaluation is under way
+            if last.now is not None and last.position.timestep is position.timestep:
+                return last  # its evaluation is under way
+            return self._resume(last, position)
         candidates = self._usable(position)
         for run in candidates:
             if run.text.is_(text) or _is_part(text, run.text):
