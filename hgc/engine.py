@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import operator
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -226,9 +227,8 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
 
 
 # Looked up in every evaluation, without a step of the interpreter for each.
-_to_k, _to_v, _weight, _processor = map(
-    operator.methodcaller, ("get",) * 4, ("to_k", "to_v", "weight", "processor")
-)
+_to_k, _to_v, _weight = map(operator.methodcaller, ("get",) * 3, ("to_k", "to_v", "weight"))
+_processor = operator.itemgetter("processor")
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
 
@@ -311,12 +311,15 @@ def _may_be_kept(source: Tensor) -> bool:
     return not source.is_inference() and not torch.is_grad_enabled()
 
 
-def _take_lora_scale(cross: dict[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
-    """``cross_attention_kwargs`` without the LoRA scale that diffusers' forwards take out of it."""
+def _take_lora_scale(arguments: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """``arguments`` without the LoRA scale, which diffusers' forwards take out of
+    ``cross_attention_kwargs``."""
+    cross = arguments["cross_attention_kwargs"]
     if cross is None:
-        return None, 1.0
+        return arguments, 1.0
     rest = dict(cross)
-    return rest, rest.pop("scale", 1.0)
+    scale = rest.pop("scale", 1.0)
+    return {**arguments, "cross_attention_kwargs": rest}, scale
 
 
 def _lora_scaled(model: torch.nn.Module, scale: float) -> contextlib.AbstractContextManager[None]:
@@ -361,16 +364,17 @@ def _is_data(value: Any) -> bool:
 
 
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 def _can_be_halved(arguments: dict[str, Any], text: Any, batch: int) -> bool:
     """Whether every batched argument is one whose rows are known to be samples."""
-    added = arguments.get("added_cond_kwargs") or {}
-    if set(added) - _KNOWN_BATCHED:
+    added, cross = arguments["added_cond_kwargs"], arguments["cross_attention_kwargs"]
+    if added and set(added) - _KNOWN_BATCHED:
         return False
-    cross = arguments.get("cross_attention_kwargs") or {}
-    simple = all(isinstance(v, (bool, int, float, str, type(None))) for v in cross.values())
-    return simple and isinstance(text, Tensor) and text.shape[0] == batch
+    if cross and not all(isinstance(v, _SETTINGS) for v in cross.values()):
+        return False
+    return isinstance(text, Tensor) and text.shape[0] == batch
 
 
 @dataclasses.dataclass(slots=True)
@@ -427,7 +431,7 @@ class Installation:
         self._structure = UNetStructure.of(unet)
         self._schedules = Schedules(config, self._structure.num_layers)
         self._assume_pair = assume_pair
-        self._runs = Runs()
+        self._of_thread = threading.local()
         self._forwards: list[_Forward] = []
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
@@ -456,6 +460,15 @@ class Installation:
         self._compiled: CompiledNetworks | None = None
         self._layers: dict[int, frozenset[str]] = {}
         self._at_depth: dict[int, list[int]] = {}
+
+    @property
+    def _runs(self) -> Runs:
+        """Those of the calling thread."""
+        try:
+            return self._of_thread.runs
+        except AttributeError:
+            self._of_thread.runs = Runs()
+            return self._of_thread.runs
 
     # -- public -----------------------------------------------------------------------------
 
@@ -756,38 +769,19 @@ class Installation:
         self, model: Any, text: Tensor, position: Position, batch: int, cond: Any = None
     ) -> tuple[Run, Evaluation]:
         """The run that a call of ``model`` belongs to, with its evaluation begun."""
-        run = self._runs.find(text, position, batch, cond)
-        if run is None:
-            self._adopt_processors()
-            self._collect_lora()
-            run = self._runs.add(Run(self._schedules, text, position, self._assume_pair))
-            run.placing = self._placing
-            self._check_length(run)
-            if self._runs.short >= Runs.LIMIT and not self._config.is_exact:
-                self._say(
-                    "short",
-                    "runs end at once, so nothing is reused: the text or the timesteps "
-                    "are built anew for each. Build them once, before the loop",
-                )
-            hooked = self._hooks_inside()
-            run.may_keep = not hooked and not self._projections_replaced()
-            if not self._may_step_through():
-                run.give_up("a block that would be run in part has hooks of its own")
-            elif hooked and not self._config.is_exact:
-                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
-        else:
-            self._runs.use(run)
-            if run.now is None and run.completed == position.index and run.broken is None:
-                run.give_up("one timestep was evaluated more than once")
-            if run.changes_in_a_row > 2 and not self._config.is_exact:
-                self._say(
-                    "changing",
-                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
-                    "text and what else is constant once, before the loop",
-                )
-        if run.timesteps is not None:
-            self._check_timesteps(run)
-        now = run.begin(position)
+        runs = self._runs
+        run = runs.last
+        begun = run is not None and run.is_under_way(text, position)
+        if not begun:
+            run = runs.find(text, position, batch, cond)
+            if run is None:
+                run = self._new_run(runs, text, position)
+            else:
+                self._continue(runs, run, position)
+            if run.timesteps is not None:
+                self._check_timesteps(run)
+            run.begin(position)
+        assert run is not None and run.now is not None
         if not self._processors_in_place(model):
             self._adopt_processors()
         if run.placing != self._placing:
@@ -802,14 +796,45 @@ class Installation:
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
-        if not run.text.is_(text) and not _is_part(text, run.text):
+        if not begun and not run.text.is_(text) and not _is_part(text, run.text):
             # a ControlNet may have a text of its own
             slots = [] if cond is None else [slot for slot in run.slots if slot.cond.is_(cond)]
             if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
                 if not _is_part(run.text.value, Held(text)):
-                    self._text_changed(run, now, text)
+                    self._text_changed(run, run.now, text)
                 run.text = Held(text)
-        return run, now
+        return run, run.now
+
+    def _new_run(self, runs: Runs, text: Tensor, position: Position) -> Run:
+        self._adopt_processors()
+        self._collect_lora()
+        run = runs.add(Run(self._schedules, text, position, self._assume_pair))
+        run.placing = self._placing
+        self._check_length(run)
+        if runs.short >= Runs.LIMIT and not self._config.is_exact:
+            self._say(
+                "short",
+                "runs end at once, so nothing is reused: the text or the timesteps "
+                "are built anew for each. Build them once, before the loop",
+            )
+        hooked = self._hooks_inside()
+        run.may_keep = not hooked and not self._projections_replaced()
+        if not self._may_step_through():
+            run.give_up("a block that would be run in part has hooks of its own")
+        elif hooked and not self._config.is_exact:
+            run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+        return run
+
+    def _continue(self, runs: Runs, run: Run, position: Position) -> None:
+        runs.use(run)
+        if run.now is None and run.completed == position.index and run.broken is None:
+            run.give_up("one timestep was evaluated more than once")
+        if run.changes_in_a_row > 2 and not self._config.is_exact:
+            self._say(
+                "changing",
+                f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
+                "text and what else is constant once, before the loop",
+            )
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
         planned = run.schedule.plan[now.index]
@@ -857,7 +882,10 @@ class Installation:
 
     def _processors_in_place(self, model: torch.nn.Module) -> bool:
         found = self._placed.get(id(model))
-        return found is not None and _all_are(map(_processor, found[0]), found[1])
+        try:
+            return found is not None and _all_are(map(_processor, found[0]), found[1])
+        except KeyError:  # one with weights took the place of one without, or the reverse
+            return False
 
     def _hooks_inside(self) -> str:
         """The class of a model with hooks inside, which are called when a module in it runs; or
@@ -1018,7 +1046,7 @@ class Installation:
     def _evaluate_control(self, call: _ControlCall, return_dict: bool) -> Any:
         """One call of a ControlNet of either kind."""
         runs, net, sample, text = self._runs, call.net, call.sample, call.text
-        position = None if runs.forced else self._position(call.timestep, text)
+        position = None if runs.forced else self._position(runs, call.timestep, text)
         if position is None:
             return call.by(self._original(net), return_dict)
         start = runs.clock()
@@ -1058,21 +1086,22 @@ class Installation:
     def _compute_fresh(self, call: _ControlCall) -> list[Tensor]:
         """The residuals of the whole batch, by diffusers, with the hooks that stand before its
         forward."""
-        self._runs.forced += 1
+        runs = self._runs
+        runs.forced += 1
         try:
             down, mid = call.by(call.net, return_dict=False)
         finally:
-            self._runs.forced -= 1
+            runs.forced -= 1
         return [*down, mid]
 
-    def _position(self, timestep: Any, text: Any) -> Position | None:
+    def _position(self, runs: Runs, timestep: Any, text: Any) -> Position | None:
         if not self._active:
             return None
-        last = self._runs.last
+        last = runs.last
         if last is not None and timestep is not None and last.position.timestep is timestep:
             return last.position
         position = position_of(timestep)
-        if position is None and not self._runs.is_one_step(timestep, text):
+        if position is None and not runs.is_one_step(timestep, text):
             self._say(
                 "timestep",
                 "the timestep is not an element of a tensor of timesteps, so where an evaluation "
@@ -1101,9 +1130,9 @@ class Installation:
         likeness = (sample.shape, sample.dtype, sample.device)
         if slot.likeness != likeness:
             slot.likeness, slot.shapes = likeness, self._residual_shapes(net, sample)
-            slot.promises = []
-            slot.zeros = []
-        names = _residual_names(len(slot.shapes))
+            slot.names = _residual_names(len(slot.shapes))
+            slot.zeros, slot.promises = [], []
+        names = slot.names
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
@@ -1166,14 +1195,13 @@ class Installation:
             sample, text = conditional_half(sample), conditional_half(text)
             hints = [conditional_half(hint) for hint in hints]
             arguments = _cut(arguments, batch)
-        cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
+        arguments, lora_scale = _take_lora_scale(arguments)
         wrap = self._text_wrapper(run, slot.prefix, half, run.now)
         with _lora_scaled(net, lora_scale):
             return self._function(net, half)(
                 net, sample, call.timestep, text,
                 hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,
-                **call.constants,
-                **{**arguments, "cross_attention_kwargs": cross},
+                **call.constants, **arguments,
             )  # fmt: skip
 
     def _write_residuals(
@@ -1273,7 +1301,8 @@ class Installation:
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        position = self._position(timestep, encoder_hidden_states)
+        runs = self._runs
+        position = self._position(runs, timestep, encoder_hidden_states)
         if not isinstance(encoder_hidden_states, Tensor) and position is not None:
             position = None
             self._say(
@@ -1300,7 +1329,7 @@ class Installation:
                 encoder_attention_mask=encoder_attention_mask,
                 return_dict=return_dict,
             )
-        start = self._runs.clock()
+        start = runs.clock()
         arguments = {
             "class_labels": class_labels,
             "timestep_cond": timestep_cond,
@@ -1312,7 +1341,7 @@ class Installation:
         shape = sample.shape
         run, now = self._run_of(unet, encoder_hidden_states, position, shape[0])
         # the ControlNets that were called
-        called = tuple([slot.index for slot in run.slots if slot.called_at == now.index])
+        called = [slot.index for slot in run.slots if slot.called_at == now.index]
         with_residuals = down_block_additional_residuals is not None
         if with_residuals and not called and not self._config.is_exact:
             self._say(
@@ -1328,10 +1357,11 @@ class Installation:
                 for name, value in cross_attention_kwargs.items():
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
+            freeu = [*map(freeu_of, unet._modules["up_blocks"]._modules.values())]
             found = (
-                shape, sample.dtype, sample.device, *arguments.values(), *self._freeu(),
+                shape, sample.dtype, sample.device, *arguments.values(), *freeu,
                 with_residuals, down_intrablock_additional_residuals is not None,
-                self._lora_now(unet), called, _autocast(sample.device),
+                self._lora_now(unet), len(called), *called, _autocast(sample.device),
                 *[fuser.enabled for fuser in self._fusers],
             )  # fmt: skip
             if run.unet_signature is None or not run.unet_signature.same(found):
@@ -1358,12 +1388,8 @@ class Installation:
         except BaseException:
             self._fail(run)
             raise
-        run.end((self._runs.clock() - start) * 1e3)
+        run.end((runs.clock() - start) * 1e3)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
-
-    def _freeu(self) -> list[tuple[float, ...] | None]:
-        """FreeU's factors in each up block."""
-        return [*map(freeu_of, self.unet._modules["up_blocks"]._modules.values())]
 
     def _look_for_pair(
         self, run: Run, now: Evaluation, sample: Tensor, text: Tensor, arguments: dict[str, Any]
@@ -1379,7 +1405,7 @@ class Installation:
     def _terms(self, value: Any, half: bool) -> Terms:
         """What to add to a skip for the residual ``value``."""
         if isinstance(value, Promise):
-            terms = value.planned(half)
+            terms = value._planned(half)
             if terms is not None:
                 return terms
             value = value.fresh()
@@ -1409,7 +1435,8 @@ class Installation:
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            if any(self._freeu()):
+            block, _ = self._structure.boundary(depth)
+            if freeu_of(self.unet._modules["up_blocks"]._modules[str(block)]):
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
@@ -1420,14 +1447,13 @@ class Installation:
             sample, text = conditional_half(sample), conditional_half(text)
             arguments = _cut(arguments, batch)
             intrablock = _cut(intrablock, batch)
-        cross, lora_scale = _take_lora_scale(arguments["cross_attention_kwargs"])
+        arguments, lora_scale = _take_lora_scale(arguments)
         with _lora_scaled(self.unet, lora_scale):
             out, captured = self._function(self.unet, half)(
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
-                intrablock_residuals=intrablock,
-                **{**arguments, "cross_attention_kwargs": cross},
+                intrablock_residuals=intrablock, **arguments,
             )  # fmt: skip
         if not half:
             whole = out
@@ -1477,7 +1503,6 @@ class Installation:
             )
 
 
-@functools.lru_cache
 def _residual_names(count: int) -> tuple[str, ...]:
     """Names of a ControlNet's ``count`` residuals in the cache, the middle block's last."""
     return (*(f"residual/{j}" for j in range(count - 1)), "residual/mid")
@@ -1512,16 +1537,15 @@ class _Turn:
 
     def planned(self, j: int, half: bool) -> Terms | None:
         """What the plan means by residual ``j``."""
-        slot, call, count = self.slot, self.call, len(self.slot.shapes)
-        name = _residual_names(count)[j]
+        names = self.slot.names
         if self.values:
-            return [(self.values[name], 1.0)] if half else None
-        entry, plan, cache = slot.prefix + name, self.now.plan, self.run.cache
+            return [(self.values[names[j]], 1.0)] if half else None
+        entry, plan, cache = self.slot.prefix + names[j], self.now.plan, self.run.cache
         # promoted after the ControlNet's turn: what was reused then is not wanted any more
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
-        value = cache.read(entry, plan.of_residuals, half=half)
-        return [_scaled(slot.net, value, j, count, call.scale, call.guess_mode)]
+        value, call = cache.read(entry, plan.of_residuals, half=half), self.call
+        return [_scaled(call.net, value, j, len(names), call.scale, call.guess_mode)]
 
 
 def _scaled(

@@ -90,15 +90,9 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # Modules are slow to look attributes up in: at every evaluation each costs more than a tensor's op.
 
 
-def _part(module: torch.nn.Module, name: str) -> Any:
-    """``module.name``, a submodule or None."""
-    found = module._modules.get(name)
-    return module.__dict__.get(name) if found is None else found
-
-
 def _parts(module: torch.nn.Module, name: str) -> list[Any]:
     """The modules in the list ``module.name``, which may be None."""
-    found = _part(module, name)
+    found = module._modules.get(name)
     return [] if found is None else list(found._modules.values())
 
 
@@ -156,6 +150,7 @@ def run_unet(
         The output, [B, C, H, W], and the captured tensors by name. None of them is written to
         afterwards by this function.
     """
+    part: Callable[[str], Any] = unet._modules.get
     full = depth is None
     count = structure.num_layers if depth is None else depth
     captured: dict[str, Tensor] = {}
@@ -168,8 +163,8 @@ def run_unet(
     if config.center_input_sample:
         sample = 2 * sample - 1.0
 
-    emb = _part(unet, "time_embedding")(_time(unet, sample, timestep), timestep_cond)
-    if _part(unet, "class_embedding") is not None:
+    emb = part("time_embedding")(_time(unet, sample, timestep), timestep_cond)
+    if part("class_embedding") is not None:
         class_emb = unet.get_class_embed(sample=sample, class_labels=class_labels)
         concat = config.class_embeddings_concat
         emb = torch.cat([emb, class_emb], dim=-1) if concat else emb + class_emb
@@ -178,10 +173,10 @@ def run_unet(
             emb=emb, encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
         )
         emb = emb + aug_emb if aug_emb is not None else emb
-    time_embed_act = _part(unet, "time_embed_act")
+    time_embed_act = part("time_embed_act")
     if time_embed_act is not None:
         emb = time_embed_act(emb)
-    if _part(unet, "encoder_hid_proj") is not None:
+    if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
         )
@@ -209,7 +204,7 @@ def run_unet(
 
     down = residuals.down if residuals is not None else [[] for _ in range(count)]
     if full:
-        mid_block = _part(unet, "mid_block")
+        mid_block = part("mid_block")
         if mid_block is not None:
             if _has_attention(mid_block):
                 sample = mid_block(sample, emb, **attention)
@@ -223,10 +218,10 @@ def run_unet(
     out = _decode(
         unet, structure, hidden, skips, down, emb, attention, count, forward_size, capture, captured
     )
-    conv_norm_out = _part(unet, "conv_norm_out")
+    conv_norm_out = part("conv_norm_out")
     if conv_norm_out is not None:
-        out = _part(unet, "conv_act")(conv_norm_out(out))
-    return _part(unet, "conv_out")(out), captured
+        out = part("conv_act")(conv_norm_out(out))
+    return part("conv_out")(out), captured
 
 
 def _time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
@@ -236,7 +231,7 @@ def _time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
     elif timestep.dim() == 0 and timestep.device != sample.device:
         timestep = timestep.to(sample.device)
-    embedded: Tensor = _part(net, "time_proj")(timestep.expand(sample.shape[0]))
+    embedded: Tensor = net._modules["time_proj"](timestep.expand(sample.shape[0]))
     return embedded if embedded.dtype == sample.dtype else embedded.to(sample.dtype)
 
 
@@ -257,7 +252,7 @@ def _encode(
     full: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The ``count`` outermost skips, and the encoder's last output where everything is run."""
-    sample = _part(unet, "conv_in")(sample)
+    sample = unet._modules["conv_in"](sample)
     skips = [sample]
     for block in _parts(unet, "down_blocks") if full or count > 1 else ():
         if len(skips) >= count and not full:
@@ -266,11 +261,12 @@ def _encode(
         extra = intrablock.pop(0) if intrablock else None
         resnets = _parts(block, "resnets")
         last = len(resnets) - 1
-        whole = full or count - len(skips) > last + (_part(block, "downsamplers") is not None)
+        more = last + (block._modules.get("downsamplers") is not None)
+        whole = full or count - len(skips) > more
         if whole:
             if with_attention:
-                more = {} if extra is None else {"additional_residuals": extra}
-                sample, outputs = block(sample, temb=emb, **attention, **more)
+                added = {} if extra is None else {"additional_residuals": extra}
+                sample, outputs = block(sample, temb=emb, **attention, **added)
             else:
                 sample, outputs = block(sample, temb=emb)
                 if extra is not None:
@@ -396,7 +392,7 @@ def run_controlnet(
         net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
     )
     emb = emb if added is None else emb + added
-    sample = _part(net, "conv_in")(sample) + hint
+    sample = net._modules["conv_in"](sample) + hint
     return _control_encoder(
         net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs
     )
@@ -473,8 +469,9 @@ def _control_embedding(
     added_cond_kwargs: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The embedding of time and class, and what is to be added to it."""
-    emb = _part(net, "time_embedding")(_time(net, sample, timestep), timestep_cond)
-    if _part(net, "class_embedding") is not None:
+    part = net._modules.get
+    emb = part("time_embedding")(_time(net, sample, timestep), timestep_cond)
+    if part("class_embedding") is not None:
         if class_labels is None:
             raise ValueError("class_labels should be provided when num_class_embeds > 0")
         if net.config.class_embed_type == "timestep":
@@ -512,7 +509,7 @@ def _control_encoder(
         else:
             sample, more = block(sample, temb=emb)
         outputs += list(more)
-    mid_block = _part(net, "mid_block")
+    mid_block = net._modules.get("mid_block")
     if mid_block is not None:
         if _has_attention(mid_block):
             sample = mid_block(sample, emb, **attention)
@@ -522,7 +519,7 @@ def _control_encoder(
         zero_conv(output)
         for output, zero_conv in zip(outputs, _parts(net, "controlnet_down_blocks"), strict=True)
     ]
-    return [*residuals, _part(net, "controlnet_mid_block")(sample)]
+    return [*residuals, net._modules["controlnet_mid_block"](sample)]
 
 
 def scale_residuals(

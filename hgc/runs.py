@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ class Held:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self.version = _version(value) if isinstance(value, Tensor) else 0
+        self.version = _version(value) if isinstance(value, Tensor) else None
         # of a container each element is held, not the container: it may be filled with others later
         self.items: dict[Any, Held] | None = None
         self.parts: list[Held] | None = None
@@ -76,11 +75,11 @@ class Held:
 
     def is_(self, other: Any) -> bool:
         """Whether ``other`` is the value, and nobody has written to it since."""
-        value = self.value
-        if isinstance(value, Tensor):
-            return (value is other or same_tensor(value, other)) and (
-                _version(other) == self.version
-            )
+        value, version = self.value, self.version
+        if version is not None:
+            if value is other:
+                return version < 0 or bool(value._version == version)
+            return same_tensor(value, other) and _version(other) == version
         if type(other) is not type(value):
             return False
         if self.items is not None:
@@ -189,9 +188,8 @@ class PairCheck:
             self._refuted = True
         elif self._assume is not None:
             self._pending.append((self._assume, None))
-        elif sample.device.type == "cpu":
-            rows = sample.shape[0] // 2
-            pair = bool(self._differs(text)) and torch.equal(sample[:rows], sample[rows:])
+        elif sample.is_cpu:
+            pair = bool(self._differs(text)) and torch.equal(*sample.chunk(2))
             if not pair or not self._all_alike(sample):
                 self._pending.append((pair, None))
         else:
@@ -204,9 +202,8 @@ class PairCheck:
         """Whether the halves of ``text`` differ."""
         if self._texts_differ is None:
             first, second = text.chunk(2)
-            on_host = text.device.type == "cpu"
             self._texts_differ = (
-                not torch.equal(first, second) if on_host else torch.ne(first, second).any()
+                not torch.equal(first, second) if text.is_cpu else torch.ne(first, second).any()
             )
         return self._texts_differ
 
@@ -231,7 +228,7 @@ class PairCheck:
         return not self._refuted and self._agreed >= self.EVALUATIONS
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ControlSlot:
     """One ControlNet with one condition, in a run."""
 
@@ -244,6 +241,7 @@ class ControlSlot:
     prefix: str = ""  # before the names of its cache entries
     likeness: Any = None  # what ``shapes`` and all promises were made for
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
+    names: tuple[str, ...] = ()  # of them in the cache, after the prefix
     zeros: list[Any] = dataclasses.field(default_factory=list)  # promises of them
     promises: list[PromiseSet[Any]] = dataclasses.field(
         default_factory=list
@@ -253,7 +251,7 @@ class ControlSlot:
         self.prefix = f"control{self.index}/"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Evaluation:
     """A row of the report: what one evaluation did.
 
@@ -529,7 +527,7 @@ class Run:
         self.text = Held(None)
         for slot in self.slots:
             slot.signature = None
-            slot.promises = []
+            slot.likeness, slot.zeros, slot.promises = None, [], []
             slot.cond = Held(None)
             slot.text = None
 
@@ -541,6 +539,15 @@ class Run:
             slot.promises = [found for found in slot.promises if found.is_held]
         ours = 1 + sum(slot.text is not None and slot.text.value is text for slot in self.slots)
         return sys.getrefcount(text) <= ours + 2  # `text`, and the argument
+
+    def is_under_way(self, text: Tensor, position: Position) -> bool:
+        """Whether the evaluation at ``position`` has begun, by a ControlNet with the same text."""
+        return (
+            self.now is not None
+            and self.position is position
+            and self.text.value is text
+            and self.text.is_(text)
+        )
 
     # -- ControlNets ------------------------------------------------------------------------
 
@@ -554,7 +561,7 @@ class Run:
         return slot
 
 
-class Runs(threading.local):
+class Runs:
     """The runs of one thread, newest last; the least recently used goes first."""
 
     LIMIT = 4
@@ -637,8 +644,6 @@ class Runs(threading.local):
             and last.position.same_schedule(position)
             and last.text.is_(text)
         ):
-            if last.now is not None and last.position.timestep is position.timestep:
-                return last  # its evaluation is under way
             return self._resume(last, position)
         candidates = self._usable(position)
         for run in candidates:
