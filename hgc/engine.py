@@ -247,7 +247,13 @@ class _Weights:
         total: Sum of how often each was written to.
     """
 
-    def __init__(self, attentions: list[tuple[Any, str]], before: _Weights | None) -> None:
+    def __init__(
+        self,
+        attentions: list[tuple[Any, str]],
+        computed: Callable[[Any], Sequence[int]],
+        before: _Weights | None,
+    ) -> None:
+        self._computed = computed
         self._modules = [attn._modules for attn, _ in attentions]
         self._layers = [get(parts) for parts in self._modules for get in (_to_k, _to_v)]
         # `_parameters` of the layers, or of the layer inside where PEFT wrapped it
@@ -270,37 +276,36 @@ class _Weights:
             self.generation = before.generation + (not same)
         self._parts: dict[Any, tuple[list[Any], ...]] = {}
 
-    def same(self, name: Any, which: Sequence[int]) -> bool:
-        """Whether those of the cross-attentions ``which``, called ``name``, are what they were."""
-        if name not in self._parts:
-            self._parts[name] = self._part(which)
-        modules, keys, values, holders, found, counted, versions = self._parts[name]
-        return (
-            _all_are(map(_to_k, modules), keys)
-            and _all_are(map(_to_v, modules), values)
-            and _all_are(map(_weight, holders), found)
-            and [*map(_version, counted)] == versions
-        )
+    def same(self, depth: Any) -> bool:
+        """Whether those in the layers that are computed at ``depth`` are what they were."""
+        if depth not in self._parts:
+            self._parts[depth] = self._part(self._computed(depth))
+        modules, holders, known, counted, versions = self._parts[depth]
+        found = itertools.chain(map(_to_k, modules), map(_to_v, modules), map(_weight, holders))
+        return _all_are(found, known) and [*map(_version, counted)] == versions
 
     def _part(self, which: Sequence[int]) -> tuple[list[Any], ...]:
         at = [j for i in which for j in (2 * i, 2 * i + 1)]
         counted = [j for j in at if self._versions[j] >= 0]
         return (
             [self._modules[i] for i in which],
-            [self._layers[2 * i] for i in which],
-            [self._layers[2 * i + 1] for i in which],
             [self._holders[j] for j in at],
-            [self._found[j] for j in at],
+            [
+                *(self._layers[2 * i] for i in which),
+                *(self._layers[2 * i + 1] for i in which),
+                *(self._found[j] for j in at),
+            ],
             [self._found[j] for j in counted],
             [self._versions[j] for j in counted],
         )
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
 def _autocast(device: torch.device) -> torch.dtype | None:
     """What ``torch.autocast`` computes in now."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
-        return None
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -410,6 +415,11 @@ class _ControlCall:
         )  # fmt: skip
 
 
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.runs = Runs()
+
+
 class Installation:
     """The cache on one UNet and its ControlNets. Made by :func:`install`.
 
@@ -431,7 +441,7 @@ class Installation:
         self._structure = UNetStructure.of(unet)
         self._schedules = Schedules(config, self._structure.num_layers)
         self._assume_pair = assume_pair
-        self._of_thread = threading.local()
+        self._of_thread = _OfThread()
         self._forwards: list[_Forward] = []
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
@@ -464,11 +474,7 @@ class Installation:
     @property
     def _runs(self) -> Runs:
         """Those of the calling thread."""
-        try:
-            return self._of_thread.runs
-        except AttributeError:
-            self._of_thread.runs = Runs()
-            return self._of_thread.runs
+        return self._of_thread.runs
 
     # -- public -----------------------------------------------------------------------------
 
@@ -769,19 +775,18 @@ class Installation:
         self, model: Any, text: Tensor, position: Position, batch: int, cond: Any = None
     ) -> tuple[Run, Evaluation]:
         """The run that a call of ``model`` belongs to, with its evaluation begun."""
-        runs = self._runs
+        runs = self._of_thread.runs
         run = runs.last
-        begun = run is not None and run.is_under_way(text, position)
-        if not begun:
-            run = runs.find(text, position, batch, cond)
-            if run is None:
-                run = self._new_run(runs, text, position)
-            else:
-                self._continue(runs, run, position)
-            if run.timesteps is not None:
-                self._check_timesteps(run)
-            run.begin(position)
-        assert run is not None and run.now is not None
+        if run is None or run.text.value is not text or not run.text.is_(text):
+            run = self._begin(runs, runs.find(text, position, batch, cond), text, position)
+            known = run.text.is_(text) or _is_part(text, run.text)
+        else:
+            known = True
+            if run.now is None or run.position is not position:
+                if not run.is_next(position):
+                    run = runs.find(text, position, batch, cond)
+                run = self._begin(runs, run, text, position)
+        assert run.now is not None
         if not self._processors_in_place(model):
             self._adopt_processors()
         if run.placing != self._placing:
@@ -796,7 +801,7 @@ class Installation:
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
-        if not begun and not run.text.is_(text) and not _is_part(text, run.text):
+        if not known:
             # a ControlNet may have a text of its own
             slots = [] if cond is None else [slot for slot in run.slots if slot.cond.is_(cond)]
             if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
@@ -804,6 +809,25 @@ class Installation:
                     self._text_changed(run, run.now, text)
                 run.text = Held(text)
         return run, run.now
+
+    def _begin(self, runs: Runs, run: Run | None, text: Tensor, position: Position) -> Run:
+        """Begin an evaluation of ``run``, or of a new one."""
+        if run is None:
+            run = self._new_run(runs, text, position)
+        else:
+            runs.use(run)
+            if run.now is None and run.completed == position.index and run.broken is None:
+                run.give_up("one timestep was evaluated more than once")
+            if run.changes_in_a_row > 2 and not self._config.is_exact:
+                self._say(
+                    "changing",
+                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
+                    "text and what else is constant once, before the loop",
+                )
+        if run.timesteps is not None:
+            self._check_timesteps(run)
+        run.begin(position)
+        return run
 
     def _new_run(self, runs: Runs, text: Tensor, position: Position) -> Run:
         self._adopt_processors()
@@ -824,17 +848,6 @@ class Installation:
         elif hooked and not self._config.is_exact:
             run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
         return run
-
-    def _continue(self, runs: Runs, run: Run, position: Position) -> None:
-        runs.use(run)
-        if run.now is None and run.completed == position.index and run.broken is None:
-            run.give_up("one timestep was evaluated more than once")
-        if run.changes_in_a_row > 2 and not self._config.is_exact:
-            self._say(
-                "changing",
-                f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
-                "text and what else is constant once, before the loop",
-            )
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
         planned = run.schedule.plan[now.index]
@@ -872,8 +885,9 @@ class Installation:
         they were; they change when a LoRA is fused or swapped. What an evaluation does not compute
         is looked at when one does."""
         known = self._weights.get(id(model))
-        if known is None or not known.same(depth, self._computed(model, depth)):
-            known = _Weights(self._cross_attentions[id(model)], known)
+        if known is None or not known.same(depth):
+            computed = functools.partial(self._computed, model)
+            known = _Weights(self._cross_attentions[id(model)], computed, known)
             self._weights[id(model)] = known
         value = (known.generation, known.total)
         if run.weights.setdefault(id(model), value) != value:
@@ -1045,7 +1059,7 @@ class Installation:
 
     def _evaluate_control(self, call: _ControlCall, return_dict: bool) -> Any:
         """One call of a ControlNet of either kind."""
-        runs, net, sample, text = self._runs, call.net, call.sample, call.text
+        runs, net, sample, text = self._of_thread.runs, call.net, call.sample, call.text
         position = None if runs.forced else self._position(runs, call.timestep, text)
         if position is None:
             return call.by(self._original(net), return_dict)
@@ -1059,11 +1073,11 @@ class Installation:
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
             slot.called_at = position.index
-            if slot.text is None or not slot.text.is_(text):
-                slot.text = Held(text)
+            # which was looked at a moment ago
+            slot.text = run.text if run.text.value is text else Held(text)
             found = (
                 *call.asked.values(), *call.arguments.values(), shape, sample.dtype, device,
-                self._lora_now(net), _autocast(device),
+                self._lora_now(net), _autocast(device) if _any_autocast() else None,
             )  # fmt: skip
             if slot.signature is None or not slot.signature.same(found):
                 if slot.signature is not None:
@@ -1071,6 +1085,9 @@ class Installation:
                 elif now.plan != StepPlan():
                     run.change("a ControlNet joined the run")
                 slot.signature = Signature(found)
+                slot.shapes = self._residual_shapes(net, sample)
+                slot.names = _residual_names(len(slot.shapes))
+                slot.zeros, slot.promises = [], []
                 run.factor = call.conditions[0].shape[-1] // shape[-1]
             residuals = self._control_residuals(run, now, slot, call)
         except BaseException:
@@ -1127,17 +1144,12 @@ class Installation:
         self, run: Run, now: Evaluation, slot: ControlSlot, call: _ControlCall
     ) -> Sequence[Tensor]:
         net, sample, text, scale = slot.net, call.sample, call.text, call.scale
-        likeness = (sample.shape, sample.dtype, sample.device)
-        if slot.likeness != likeness:
-            slot.likeness, slot.shapes = likeness, self._residual_shapes(net, sample)
-            slot.names = _residual_names(len(slot.shapes))
-            slot.zeros, slot.promises = [], []
-        names = slot.names
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
             if not slot.zeros:  # constants, which may be handed out as often as one likes
-                slot.zeros = [zero_promise(shape, *likeness[1:]) for shape in slot.shapes]
+                dtype, device = sample.dtype, sample.device
+                slot.zeros = [zero_promise(shape, dtype, device) for shape in slot.shapes]
             return list(slot.zeros)
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
@@ -1153,14 +1165,16 @@ class Installation:
         self._look(run, net)
         half = half and now.half
         outputs = self._compute_control(run, slot, call, half)
-        self._write_residuals(run, slot, dict(zip(names, outputs, strict=True)), now.index, half)
+        self._write_residuals(
+            run, slot, dict(zip(slot.names, outputs, strict=True)), now.index, half
+        )
         now.control[slot.index] = "computed"
         scaled = scale_residuals(net, outputs, scale, call.guess_mode, owned=self._compiled is None)
         if not half:
             return scaled
         turn = _Turn(self._compute_fresh, run, slot, now, call)
-        turn.values = dict(zip(names, scaled, strict=True))
-        return PromiseSet(slot.shapes, *likeness[1:], turn).promises
+        turn.values = dict(zip(slot.names, scaled, strict=True))
+        return PromiseSet(slot.shapes, sample.dtype, sample.device, turn).promises
 
     def _promises(
         self, run: Run, now: Evaluation, slot: ControlSlot, call: _ControlCall
@@ -1301,7 +1315,7 @@ class Installation:
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        runs = self._runs
+        runs = self._of_thread.runs
         position = self._position(runs, timestep, encoder_hidden_states)
         if not isinstance(encoder_hidden_states, Tensor) and position is not None:
             position = None
@@ -1357,11 +1371,13 @@ class Installation:
                 for name, value in cross_attention_kwargs.items():
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
-            freeu = [*map(freeu_of, unet._modules["up_blocks"]._modules.values())]
+            blocks: Any = unet._modules["up_blocks"]._modules.values()
+            freeu = [freeu_of(b) if "s1" in b.__dict__ else None for b in blocks]
             found = (
                 shape, sample.dtype, sample.device, *arguments.values(), *freeu,
                 with_residuals, down_intrablock_additional_residuals is not None,
-                self._lora_now(unet), len(called), *called, _autocast(sample.device),
+                self._lora_now(unet), len(called), *called,
+                _autocast(sample.device) if _any_autocast() else None,
                 *[fuser.enabled for fuser in self._fusers],
             )  # fmt: skip
             if run.unet_signature is None or not run.unet_signature.same(found):
@@ -1383,7 +1399,7 @@ class Installation:
                 out = self._compute_unet(
                     run, now, sample, timestep, encoder_hidden_states, arguments,
                     down_block_additional_residuals, mid_block_additional_residual,
-                    down_intrablock_additional_residuals,
+                    down_intrablock_additional_residuals, freeu,
                 )  # fmt: skip
         except BaseException:
             self._fail(run)
@@ -1422,6 +1438,7 @@ class Installation:
         down: Any,
         mid: Any,
         intrablock: Any,
+        freeu: list[Any],
     ) -> Tensor:
         step, half, batch = now.plan, now.half, sample.shape[0]
         depth = step.depth if isinstance(step.depth, int) else None
@@ -1435,8 +1452,7 @@ class Installation:
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            block, _ = self._structure.boundary(depth)
-            if freeu_of(self.unet._modules["up_blocks"]._modules[str(block)]):
+            if freeu[self._structure.boundary(depth)[0]]:
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [

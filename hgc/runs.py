@@ -239,7 +239,6 @@ class ControlSlot:
     called_at: int = -1
     signature: Signature | None = None
     prefix: str = ""  # before the names of its cache entries
-    likeness: Any = None  # what ``shapes`` and all promises were made for
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
     names: tuple[str, ...] = ()  # of them in the cache, after the prefix
     zeros: list[Any] = dataclasses.field(default_factory=list)  # promises of them
@@ -527,7 +526,7 @@ class Run:
         self.text = Held(None)
         for slot in self.slots:
             slot.signature = None
-            slot.likeness, slot.zeros, slot.promises = None, [], []
+            slot.zeros, slot.promises = [], []
             slot.cond = Held(None)
             slot.text = None
 
@@ -537,16 +536,16 @@ class Run:
         text = self.text.value
         for slot in self.slots:
             slot.promises = [found for found in slot.promises if found.is_held]
-        ours = 1 + sum(slot.text is not None and slot.text.value is text for slot in self.slots)
-        return sys.getrefcount(text) <= ours + 2  # `text`, and the argument
+        holders = {id(h) for h in (self.text, *(s.text for s in self.slots)) if _holds(h, text)}
+        return sys.getrefcount(text) <= len(holders) + 2  # `text`, and the argument
 
-    def is_under_way(self, text: Tensor, position: Position) -> bool:
-        """Whether the evaluation at ``position`` has begun, by a ControlNet with the same text."""
+    def is_next(self, position: Position) -> bool:
+        """Whether ``position`` is that of the evaluation after the last one, which ended."""
         return (
-            self.now is not None
-            and self.position is position
-            and self.text.value is text
-            and self.text.is_(text)
+            position.index == self.completed + 1
+            and self.now is None
+            and not self.finished
+            and self.position.same_schedule(position)
         )
 
     # -- ControlNets ------------------------------------------------------------------------
@@ -678,10 +677,14 @@ class Runs:
         return run
 
 
+def _holds(held: Held | None, value: Any) -> bool:
+    return held is not None and held.value is value
+
+
 def _is_part(text: Tensor, whole: Held) -> bool:
     """Whether ``text`` is the conditional half of ``whole``, as guess_mode hands it over."""
     held = whole.value
-    if not isinstance(held, Tensor) or held.dim() != text.dim() or held.dim() == 0:
+    if held is text or not isinstance(held, Tensor) or held.dim() != text.dim() or held.dim() == 0:
         return False
     if _storage(text) != _storage(held) or _version(text) != whole.version:
         return False
