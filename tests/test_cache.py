@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from hgc.cache import Cache, conditional_half
-from hgc.promises import Promise, fresh, zero_promise
+from hgc.promises import Promise, PromiseSet, fresh, zero_promise
+from hgc.runs import Signature
 
 
 def write(cache, name, tensor, evaluation=0, history=2, half=False):
@@ -152,6 +155,92 @@ def test_any_other_reader_gets_the_fresh_value(read):
     assert not isinstance(found, Promise)
     assert torch.equal(found, expected)
     assert a.made >= 1
+
+
+class Numbers:
+    """A turn whose residual ``j`` is ``start + j``."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def planned(self, j, half):
+        return None
+
+    def fresh(self, j):
+        return torch.full((2, 3), float(self.start + j))
+
+
+def promise_set(start=0):
+    return PromiseSet([(2, 3)] * 4, torch.float32, torch.device("cpu"), Numbers(start))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x,
+        lambda x: [{"residual": x}],
+        lambda x: x.detach(),
+        lambda x: x.to("cpu"),
+        lambda x: x + x,
+        lambda x: 0.5 * x,
+        lambda x: torch.cat([torch.zeros_like(zero_promise((2, 3), x.dtype, x.device)), x]),
+        lambda x: lambda: x,
+        lambda x: (x, x.sum())[:1],
+        weakref.ref,
+    ],
+)
+def test_promises_that_somebody_holds_are_known(made):
+    """They must not be handed out again for another evaluation."""
+    promises = promise_set()
+    assert not promises.is_held
+    down, mid = promises.promises[:-1], promises.promises[-1]
+    assert promises.is_held
+    del down, mid
+    assert not promises.is_held
+    kept = made(promises.promises[2])
+    assert promises.is_held
+    del kept
+    assert not promises.is_held
+
+
+def test_what_was_read_of_a_promise_does_not_hold_it():
+    promises = promise_set(5)
+    kept = promises.promises[1] * torch.ones(2, 3)
+    assert not promises.is_held
+    promises.turn.start = 50
+    assert torch.equal(kept, torch.full((2, 3), 6.0))
+    assert torch.equal(promises.promises[1].fresh(), torch.full((2, 3), 51.0))
+
+
+# -- what features depend on -------------------------------------------------------------------
+
+
+def test_values_are_the_same_only_where_nothing_was_written_to_or_exchanged():
+    x, y = torch.ones(2), object()
+    values = (1.0, None, torch.Size([2, 3]), {"a": [x, 2], "b": y}, (x, "s"))
+    taken = Signature(values)
+    assert taken.same((1.0, None, torch.Size([2, 3]), {"b": y, "a": [x, 2]}, (x.view(2), "s")))
+    for i, other in enumerate([2.0, 0, torch.Size([3, 3]), {"a": [x, 2], "b": object()}, (x, "t")]):
+        assert not taken.same((*values[:i], other, *values[i + 1 :]))
+    assert not taken.same((True, *values[1:])) and not taken.same(values[:-1])
+    values[3]["c"] = 1
+    assert not taken.same(values)
+    del values[3]["c"]
+    assert taken.same(values)
+    values[3]["a"].append(3)
+    assert not taken.same(values)
+    values[3]["a"].pop()
+    x.add_(1)
+    assert not taken.same(values)
+
+
+def test_settings_alone_are_compared_by_type_too():
+    taken = Signature((1, False, "a", torch.float32, None))
+    assert taken.same((1, False, "a", torch.float32, None))
+    assert not taken.same((1.0, False, "a", torch.float32, None))
+    assert not taken.same((True, False, "a", torch.float32, None))
+    assert not taken.same((1, False, "a", torch.float32, torch.ones(1)))
+    assert not taken.same((1, False, "a", torch.float32))
 
 
 def test_moves_to_where_it_is_are_free():

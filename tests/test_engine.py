@@ -564,6 +564,36 @@ def test_one_step_evaluated_twice_is_computed_in_full(sd15):
         assert torch.equal(a, b)
 
 
+def test_residuals_that_somebody_keeps_stay_those_of_their_evaluation(sd15):
+    """Promises are handed out again, but for those that are held."""
+    text, cond = models.text(0), models.picture(0)
+    samples = [torch.randn(1, 4, 16, 16) for _ in range(8)]
+    schedule = torch.arange(8).flip(0) * 100
+    config = Config(num_evaluations=8, key_steps=(0,), depth=1)
+
+    def residuals(i):
+        return sd15.controlnet(samples[i], schedule[i], text, cond, return_dict=False)
+
+    with torch.no_grad():
+        expected = [residuals(i) for i in range(8)]
+        with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+            kept, seen = {}, set()
+            for i, t in enumerate(schedule):
+                down, mid = residuals(i)
+                sd15.unet(
+                    samples[i], t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                )  # fmt: skip
+                seen.add(id(down[0]))
+                if i in (2, 3, 5):
+                    kept[i] = (down[3], mid)
+            assert all(row.control == {0: "reused"} for row in installed._runs.last.report[1:])
+            assert len(seen) < 8  # some were handed out again
+            for i, (third, mid) in kept.items():
+                assert torch.equal(third + 0.0, expected[i][0][3])
+                assert torch.equal(mid.clone(), expected[i][1])
+
+
 def test_halves_called_one_by_one_are_two_runs(sd15):
     """Modular pipelines call ControlNet and UNet once a guidance half, at one timestep."""
     sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 
 import hgc
 import hgc_kernels as hk
-from hgc import Config
+from hgc import Config, networks
 from hgc_kernels import backend
 
 SHALLOW = Config(num_evaluations=6, key_steps=(0, 3), depth=1)
@@ -29,6 +29,12 @@ def ran(monkeypatch):
     return calls
 
 
+@pytest.fixture(autouse=True)
+def any_size_is_worth_an_op(monkeypatch):
+    """The models of the tests are smaller than what the op is called for."""
+    monkeypatch.setattr(networks, "_WORTH_AN_OP", 0)
+
+
 def draw(pipe, config, **changes):
     with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
         return models.draw(pipe, **changes), installed.report().rows
@@ -41,6 +47,17 @@ def test_decoder_inputs_go_through_gather_blocks(sd15, ran):
     # the last block is stepped through by layer, and the blocks before it are called whole
     layers = len(sd15.unet.up_blocks[-1].resnets)
     assert ran == {"gather_blocks": shallow + layers * (len(rows) - shallow)}
+
+
+def test_small_decoder_inputs_are_joined_by_eager_with_the_same_bits(sd15, ran, monkeypatch):
+    expected, _ = draw(sd15, SHALLOW)
+    monkeypatch.setattr(networks, "_WORTH_AN_OP", 1 << 21)
+    ran.clear()
+    assert torch.equal(draw(sd15, SHALLOW)[0], expected)
+    assert not ran
+    with hk.use_backend("reference", "gather_blocks"):  # a choice is obeyed
+        draw(sd15, SHALLOW)
+    assert ran["gather_blocks"] > 0
 
 
 def test_attention_that_keeps_maps_goes_through_attend_and_store(sd15, ran):
