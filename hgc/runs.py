@@ -53,8 +53,8 @@ def same_tensor(x: Any, y: Any) -> bool:
     )
 
 
-# Compared by type and value; everything else by identity.
-_PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device))
+# Compared by type and value, their subclasses too; everything else by identity.
+_PLAIN = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class Held:
@@ -90,7 +90,7 @@ class Held:
             return len(other) == len(self.parts) and all(
                 a.is_(b) for a, b in zip(self.parts, other, strict=True)
             )
-        return value is other or (type(value) in _PLAIN and bool(value == other))
+        return value is other or (isinstance(value, _PLAIN) and bool(value == other))
 
 
 class Signature:
@@ -105,7 +105,7 @@ class Signature:
     def __init__(self, values: tuple[Any, ...]) -> None:
         self.types = tuple(map(type, values))
         self.values = values
-        plain = _PLAIN.issuperset(self.types)
+        plain = all(kind in _PLAIN for kind in self.types)
         self.held = None if plain else Held(values)
 
     def same(self, values: tuple[Any, ...]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -241,6 +242,8 @@ def test_settings_alone_are_compared_by_type_too():
     assert not taken.same((True, False, "a", torch.float32, None))
     assert not taken.same((1, False, "a", torch.float32, torch.ones(1)))
     assert not taken.same((1, False, "a", torch.float32))
+    taken = Signature((np.float64(0.5), None))  # a scale that was computed with numpy
+    assert taken.same((np.float64(0.25) * 2, None)) and not taken.same((np.float64(0.75), None))
 
 
 def test_moves_to_where_it_is_are_free():

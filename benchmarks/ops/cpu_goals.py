@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import platform
+import random
 import resource
 import statistics
 import sys
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from measured import commit, table, write_section
 
 BATCH = 2
+LAYOUTS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,25 +47,42 @@ def keep_freed_memory():
         libc.mallopt(m_mmap_threshold, 2**30)
 
 
-def interleave(ours, eager, rounds):
-    """Median milliseconds of each, and the 20th, 50th and 80th percentile of eager over ours."""
+def interleave(layouts, rounds):
+    """Median milliseconds of ours and of eager, and the 20th, 50th and 80th percentile of eager
+    over ours, in `rounds` rounds spread evenly over `layouts`: pairs of functions on the same
+    numbers at other addresses, by which the speed of either changes.
+    """
     cold = torch.empty(2**26, dtype=torch.uint8)
     times = ([], [])
-    for _ in range(3):  # pages that no call before had
-        ours(), eager()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(rounds):
-        for function, seconds in zip((ours, eager), times, strict=True):
-            cold.fill_(1)
-            begin = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - begin)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    faults = 0
+    for k, functions in enumerate(layouts):
+        for _ in range(3):  # pages that no call before had
+            for function in functions:
+                function()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(rounds * (k + 1) // LAYOUTS - rounds * k // LAYOUTS):
+            for function, seconds in zip(functions, times, strict=True):
+                cold.fill_(1)
+                begin = time.perf_counter()
+                function()
+                seconds.append(time.perf_counter() - begin)
+        faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     if faults > 100 * rounds:
         print(f"{faults} page faults: the times are of the allocator too", file=sys.stderr)
     ratios = sorted(theirs / mine for mine, theirs in zip(*times, strict=True))
     spread = [ratios[int(share * (len(ratios) - 1))] for share in (0.2, 0.5, 0.8)]
     return [statistics.median(seconds) * 1e3 for seconds in times], spread
+
+
+def elsewhere(operands):
+    """`operands` again and again, each time at other addresses; `LAYOUTS` times."""
+    chance = random.Random(0)
+    for _ in range(LAYOUTS):
+        gaps = []
+        for x in operands:
+            gaps.append(torch.empty(64 * chance.randrange(1, 2**14), dtype=torch.uint8))
+            gaps.append(x.clone(memory_format=torch.preserve_format))
+        yield gaps[1::2]
 
 
 def gather_rows(rounds):
@@ -74,11 +93,14 @@ def gather_rows(rounds):
                 assert torch.equal(
                     hk.gather_blocks(*operands, scale=0.7), eager_gather_blocks(*operands, 0.7)
                 )
-                times, (low, middle, high) = interleave(
-                    lambda x=operands: hk.gather_blocks(*x, scale=0.7),
-                    lambda x=operands: eager_gather_blocks(*x, 0.7),
-                    rounds,
+                layouts = (
+                    (
+                        lambda x=x: hk.gather_blocks(*x, scale=0.7),
+                        lambda x=x: eager_gather_blocks(*x, 0.7),
+                    )
+                    for x in elsewhere(operands)
                 )
+                times, (low, middle, high) = interleave(layouts, rounds)
                 ratio = shape.eager_bytes(BATCH, dtype) / shape.bytes(BATCH, dtype)
                 speed = shape.bytes(BATCH, dtype) / times[0] / 1e6
                 yield (
@@ -95,11 +117,11 @@ def apply_rows(rounds):
             format = "fp32" if name == "fp32" else "bf16"
             v, map = shape.values(BATCH, dtype, "cpu"), shape.map(BATCH, format, "cpu")
             full = hk.map_probabilities(map, shape.s_kv).to(dtype)
-            times, (low, middle, high) = interleave(
-                lambda v=v, map=map: hk.apply_map(map, v),
-                lambda v=v, full=full: eager_apply_map(full, v),
-                rounds,
+            layouts = (
+                (lambda v=v, map=map: hk.apply_map(map, v), lambda v=v, f=f: eager_apply_map(f, v))
+                for v, map, f in elsewhere((v, map, full))
             )
+            times, (low, middle, high) = interleave(layouts, rounds)
             yield (
                 f"apply_map {shape.name} {name}",
                 [*times, low, middle, high, 1.0, 0.0],
