@@ -1,11 +1,15 @@
 """Look for the plan that comes nearest to the uncached picture at a budget of MACs.
 
-    python benchmarks/search_presets.py --budget 6 --trials 60 --out plan.json
+    python benchmarks/search_presets.py --budget 6 --trials 60 --rounds 1 --out plan.json
+    python benchmarks/search_presets.py --budget 6 --trials 0 --start rule.json --rounds 2 \\
+        --scenes 24 --out plan.json
 
 What `hgc.calibrate` does, on pictures instead of latents, for the testbed's four conditions at
 once, and with a budget in uncached steps. Scenes are held out from training and from the tables:
 they start at 10000, those that check the result at 11000. The score is the mean relative L2
-distance of the pictures to those of 20 uncached steps, plus a tenth of the worst one's.
+distance of the pictures to those of 20 uncached steps, plus a tenth of the worst one's. Then
+`--rounds` refine all coefficients on whole runs. With `--trials 0` the first rule of `--start` is
+taken as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import hgc
 from hgc import Config, testbed
 from hgc.calibration import Costs, Search, Trial
 from hgc.evaluation.models import load_shapes
+from hgc.refining import coefficients, refine
 
 SEARCHED, CHECKED = 10_000, 11_000
 
@@ -87,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, required=True)
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=0, help="of refinement")
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--conditions", nargs="+", default=list(testbed.CONDITIONS))
     parser.add_argument("--scenes", type=int, default=8)
@@ -108,18 +114,34 @@ def main() -> None:
         )
         if budget.of(rule) <= options.budget and rule.num_evaluations in options.steps
     ]
-    best = search.best(options.budget, options.trials, start)
+    if options.trials:
+        best = search.best(options.budget, options.trials, start)
+    else:
+        best = start[0] if start else None
     if best is None:
         raise SystemExit(f"--budget {options.budget}: no plan is that cheap")
-    print(best.replace(steps=None), f"{budget.of(best):.3f} steps")
-    check = Reseeded(items(options.conditions, options.scenes, CHECKED), 20, output="pt")
     rule = best.replace(steps=None)
-    for name, config in (("fitted", best), ("rule", rule)):
+    print(rule, f"{budget.of(rule):.3f} steps, {coefficients(best)} coefficients", flush=True)
+
+    def errors(config):
+        return trial.errors(config, config.num_evaluations, which)
+
+    def say(distance):
+        print(f"{time.monotonic() - since:5.0f}s refining {distance:.4f}", flush=True)
+
+    refined = [best]
+    for _ in range(options.rounds):
+        refined.append(refine(refined[-1], errors, rounds=1, on_run=say))
+        if options.out:
+            refined[-1].to_json(options.out)
+    check = Reseeded(items(options.conditions, options.scenes, CHECKED), 20, output="pt")
+    named = [(f"refined {n}", config) for n, config in enumerate(refined)]
+    for name, config in (("rule", rule), *named):
         for i, condition in enumerate(options.conditions):
             found = check.distances(config, config.num_evaluations, [i])
             print(f"{name} {condition} {sum(found) / len(found):.4f} worst {max(found):.4f}")
     if options.out:
-        best.to_json(options.out)
+        refined[-1].to_json(options.out)
 
 
 if __name__ == "__main__":

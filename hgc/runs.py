@@ -345,7 +345,13 @@ class Run:
         else:
             self.plan = plan(config, position.total)
         self.history = max(
-            max(len(s.forecast), len(s.of_residuals), len(s.guidance_forecast)) for s in self.plan
+            max(
+                len(s.forecast),
+                len(s.of_residuals),
+                len(s.guidance_forecast),
+                len(s.output_forecast) - 1,
+            )
+            for s in self.plan
         )
         self._will_read: tuple[int, tuple[set[str], bool]] = (-1, (set(), False))
         # the same at every key evaluation, so that compiled ones are one graph
