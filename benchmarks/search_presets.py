@@ -8,8 +8,8 @@ What `hgc.calibrate` does, on pictures instead of latents, for the testbed's fou
 once, and with a budget in uncached steps. Scenes are held out from training and from the tables:
 they start at 10000, those that check the result at 11000. The score is the mean relative L2
 distance of the pictures to those of 20 uncached steps, plus a tenth of the worst one's. Then
-`--rounds` refine all coefficients on whole runs. With `--trials 0` the first rule of `--start` is
-taken as it is.
+`--rounds` refine the outputs' coefficients on whole runs. With `--trials 0` the first rule of
+`--start` is taken.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
     if options.trials:
         best = search.best(options.budget, options.trials, start)
     else:
-        best = start[0] if start else None
+        best = search.settled(start[0]) if start else None
     if best is None:
         raise SystemExit(f"--budget {options.budget}: no plan is that cheap")
     rule = best.replace(steps=None)

@@ -336,12 +336,14 @@ class Search:
                     break
             else:
                 break
-        if best is None:
-            return None
-        # the same rule with coefficients of other orders, and with the damping it is written with
-        self.score(best)
-        tried = [self._tried[best], (self.measure(best), best)]
-        tried += [(self.measure(config), config) for config in self._fitted(best)][1:]
+        return None if best is None else self.settled(best)
+
+    def settled(self, rule: Config) -> Config:
+        """``rule`` itself, by damping, or with fitted coefficients of one of several orders: the
+        nearest."""
+        self.score(rule)
+        tried = [self._tried[rule], (self.measure(rule), rule)]
+        tried += [(self.measure(config), config) for config in self._fitted(rule)][1:]
         return min(tried, key=lambda pair: pair[0])[1]
 
 
@@ -369,11 +371,11 @@ def calibrate(
     depths first, then changes of one thing at a time (a key step moved, added, or made conditional
     only; the depth) from the best so far. The coefficients of each evaluation's forecasts are
     fitted by least squares to uncached runs on the same inputs; first, second and third order and
-    a damped extrapolation are tried, and the nearest is kept. Then all coefficients of that plan,
-    those of its outputs too, are refined on whole runs (:func:`hgc.refining.refine`), which takes
-    one run for each of them. The dearest presets within ``max_macs`` are tried first; of them, the
-    plan that was found and the refined one, the nearest on inputs the search did not see is
-    returned, with a warning where it is a preset. The distance is the relative
+    a damped extrapolation are tried, and the nearest is kept. Then coefficients of its outputs are
+    refined on whole runs (:func:`hgc.refining.refine`), which takes one run for each of them. The
+    dearest presets within ``max_macs`` are tried first; of them, the plan that was found and the
+    refined one, the nearest on inputs the search did not see is returned, with a warning where it
+    is a preset. The distance is the relative
     L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs or more the last
     quarter is kept out of the search, and the distance that is reported is theirs.
 

@@ -1,11 +1,11 @@
-"""Coefficients refined on whole runs: Gauss-Newton on the error of what the pipeline returns.
+"""Coefficients of outputs, refined on whole runs: Gauss-Newton on the error of what comes back.
 
 :func:`hgc.fitting.fit` makes each forecast right by itself, on features of uncached runs. What
-matters is the end of a run whose own errors go round: each coefficient moves the result, and one
-may make good what another got wrong. Their number is small (tens), so the derivative of the error
-with respect to all of them is measured, one run a coefficient, and a damped least-squares step is
-taken. Solvers with fitted coefficients are found the same way (S4S, arXiv 2502.17423; Bespoke
-Solvers, arXiv 2310.19075); here they include those of the cache.
+matters is the end of a run whose own errors go round, those of its scheduler too. An output that is
+combined with those of earlier key evaluations makes good for both, and such coefficients are few
+(tens). So the derivative of the error with respect to all of them is measured, one run a
+coefficient, and a damped least-squares step is taken. Solvers are learned with the same aim (S4S,
+arXiv 2502.17423).
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ _CHANGE = 0.02
 # say that were left out of the solution.
 _DAMPING = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _FOLDS = 8
-_FIELDS = ("forecast", "control_forecast", "guidance_forecast", "output_forecast")
-# Key values that a forecast takes in, where the caller does not say.
-_ORDER = 2
-# Key outputs that an output's forecast takes in.
+# Outputs of key evaluations that are combined with a computed one.
 _OUTPUTS = 2
 
 
@@ -42,57 +39,33 @@ class _Coefficient:
     index: int
 
 
-def widened(config: Config, order: int) -> Config:
-    """``config`` with as many coefficients in each forecast as there are values to read, at most
-    ``order``; the new ones are zero, so that nothing changes."""
-    steps = plan(config, config.num_evaluations)
+def widened(config: Config) -> Config:
+    """``config`` with as many coefficients of each output as there are outputs to read; the new
+    ones are zero, so that nothing changes."""
     wide: list[StepPlan] = []
-    keys = computed = pairs = 0  # evaluations so far that wrote features, residuals, differences
-
-    def padded(values: tuple[float, ...], count: int) -> tuple[float, ...]:
-        return values + (0.0,) * (min(order, count) - len(values))
-
-    for step in steps:
-        changes: dict[str, tuple[float, ...]] = {}
-        if not step.is_key:
-            changes["forecast"] = padded(step.forecast, keys)
-        if step.control == "reuse":
-            changes["control_forecast"] = padded(step.of_residuals, computed)
-        if step.guidance == "reuse":
-            changes["guidance_forecast"] = padded(step.guidance_forecast, pairs)
-        if step.depth != 0 and keys:
-            outputs = 1 + min(_OUTPUTS, keys)
-            values = step.output_forecast
-            changes["output_forecast"] = values + (0.0,) * (outputs - len(values))
-        wide.append(dataclasses.replace(step, **changes))
+    keys = 0
+    for step in plan(config, config.num_evaluations):
+        values = step.output_forecast
+        if step.depth != 0:
+            values += (0.0,) * (1 + min(_OUTPUTS, keys) - len(values))
+        wide.append(dataclasses.replace(step, output_forecast=values))
         keys += step.is_key
-        computed += step.control == "compute" and step.depth != 0
-        pairs += step.is_key and step.guidance == "both"
     return config.replace(steps=tuple(wide))
 
 
 def _coefficients(steps: Sequence[StepPlan]) -> list[_Coefficient]:
+    """Those of outputs, but of evaluations that read none: what is computed first is right."""
     found: list[_Coefficient] = []
     for i, step in enumerate(steps):
-        fields = []
-        if not step.is_key:
-            fields.append("forecast")
-        if step.control == "reuse":
-            fields.append("control_forecast")
-        if step.guidance == "reuse":
-            fields.append("guidance_forecast")
-        if len(step.output_forecast) > 1:
-            fields.append("output_forecast")
-        for field in fields:
-            values = step.of_residuals if field == "control_forecast" else getattr(step, field)
+        field = "forecast" if step.depth == 0 else "output_forecast"
+        values = getattr(step, field)
+        if step.depth == 0 or len(values) > 1:
             found += [_Coefficient(i, field, j) for j in range(len(values))]
     return found
 
 
 def _value(steps: Sequence[StepPlan], where: _Coefficient) -> float:
-    step = steps[where.step]
-    values = step.of_residuals if where.field == "control_forecast" else getattr(step, where.field)
-    return float(values[where.index])
+    return float(getattr(steps[where.step], where.field)[where.index])
 
 
 def _changed(config: Config, where: Sequence[_Coefficient], values: Sequence[float]) -> Config:
@@ -100,7 +73,7 @@ def _changed(config: Config, where: Sequence[_Coefficient], values: Sequence[flo
     steps = list(config.steps)
     for one, value in zip(where, values, strict=True):
         step = steps[one.step]
-        old = step.of_residuals if one.field == "control_forecast" else getattr(step, one.field)
+        old = getattr(step, one.field)
         new = (*old[: one.index], round(float(value), 5), *old[one.index + 1 :])
         steps[one.step] = dataclasses.replace(step, **{one.field: new})
     return config.replace(steps=tuple(steps))
@@ -160,9 +133,9 @@ def _damping(normal: _Normal) -> float:
     return _DAMPING[totals.index(min(totals))]
 
 
-def coefficients(config: Config, order: int = _ORDER) -> int:
+def coefficients(config: Config) -> int:
     """How many coefficients :func:`refine` changes."""
-    return len(_coefficients(widened(config, order).steps or ()))
+    return len(_coefficients(widened(config).steps or ()))
 
 
 def refine(
@@ -170,23 +143,21 @@ def refine(
     errors: Callable[[Config], list[Tensor]],
     *,
     rounds: int = 2,
-    order: int = _ORDER,
     on_run: Callable[[float], None] = lambda distance: None,
 ) -> Config:
-    """``config`` with coefficients that bring whole runs nearer to the uncached ones.
+    """``config`` with coefficients of outputs that bring whole runs nearer to the uncached ones.
 
     Args:
         config: A plan, for its own number of evaluations.
         errors: Runs a plan and returns each input's error, flat, over the norm of its reference.
         rounds: Gauss-Newton steps, at most. Each makes one run for every coefficient.
-        order: Key values that a forecast takes in, at most.
         on_run: Called after each run with the mean distance so far.
 
     Returns:
         ``config`` with ``steps``: the nearest plan on these inputs; ``config`` itself where nothing
         was gained.
     """
-    best = widened(config, order)
+    best = widened(config)
     assert best.steps is not None
     where = _coefficients(best.steps)
     now = errors(best)

@@ -107,33 +107,23 @@ def test_widening_changes_no_bit(sd15):
         num_evaluations=STEPS, key_steps=(0, 2, 4), guidance="reuse", forecast=0.5,
         guidance_forecast=0.25, control_key_steps=(0, 2), conditional_key_steps=(4,),
     )  # fmt: skip
-    wide = widened(rule, 2)
+    wide = widened(rule)
     assert torch.equal(cached(sd15, wide), cached(sd15, rule))
-    # evaluations 1, 3, 5 read features and residuals of 1, 2, 2 keys and differences of 1, 2, 2;
-    # 4 reads residuals and a difference of two; all but the first give their output
-    assert coefficients(rule) == (1 + 2 + 2) * 2 + (1 + 2 + 2) + 2 + 2 + (2 + 2 + 3 + 3 + 3)
+    # a computed output at each but the first, with those of at most two keys
+    assert coefficients(rule) == 2 + 2 + 3 + 3 + 3
+    nothing = rule.replace(depth=0, guidance="both", forecast=0.5, conditional_key_steps=())
+    assert coefficients(nothing) == 1 + 2 + 2 + 3 + 2
+    assert torch.equal(cached(sd15, widened(nothing)), cached(sd15, nothing))
 
 
 def test_the_least_squares_of_a_linear_run():
     """A run that is linear in its coefficients is solved in one round."""
-    config = widened(Config(num_evaluations=4, key_steps=(0, 2), guidance="both"), 2)
+    config = widened(Config(num_evaluations=4, key_steps=(0, 2), guidance="both"))
     best = torch.randn(coefficients(config), generator=torch.Generator().manual_seed(0)) / 10
     columns = torch.randn(12, len(best), 50, generator=torch.Generator().manual_seed(1))
-    names = ("forecast", "control_forecast", "guidance_forecast", "output_forecast")
-    start = None
 
     def values(plan):
-        found = []
-        for step in plan.steps:
-            for name in names:
-                value = step.of_residuals if name == "control_forecast" else getattr(step, name)
-                read = {
-                    "forecast": not step.is_key, "control_forecast": step.control == "reuse",
-                    "guidance_forecast": step.guidance == "reuse",
-                    "output_forecast": len(step.output_forecast) > 1,
-                }[name]  # fmt: skip
-                found += value if read else ()
-        return torch.tensor(found)
+        return torch.tensor([c for step in plan.steps[1:] for c in step.output_forecast])
 
     start = values(config)
     runs = []

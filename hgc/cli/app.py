@@ -109,8 +109,8 @@ def evaluate(
     rows: Annotated[
         str,
         typer.Option(
-            help="With commas between: presets, peers, fewer-steps, a preset, deepcache-3, "
-            "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
+            help="With commas between: presets, calibrated, peers, fewer-steps, a preset, "
+            "deepcache-3, deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
