@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -75,7 +76,8 @@ def _changed(config: Config, where: Sequence[_Coefficient], values: Sequence[flo
         step = steps[one.step]
         old = getattr(step, one.field)
         new = (*old[: one.index], round(float(value), 5), *old[one.index + 1 :])
-        steps[one.step] = dataclasses.replace(step, **{one.field: new})
+        changes: dict[str, Any] = {one.field: new}
+        steps[one.step] = dataclasses.replace(step, **changes)
     return config.replace(steps=tuple(steps))
 
 
