@@ -111,6 +111,19 @@ class Cache:
             total = torch.add(total, value.rows(half).float(), alpha=coefficient)
         return total.to(newest.dtype)
 
+    def blend(self, fresh: Tensor, name: str, coefficients: Sequence[float]) -> Tensor:
+        """``coefficients[0] * fresh + sum_i coefficients[1 + i] * value[i]``, newest first; new.
+
+        Where fewer values are held than coefficients are given, ``fresh`` itself.
+        """
+        values = self._entries.get(name, [])
+        if len(values) < len(coefficients) - 1:
+            return fresh
+        total = fresh.float() * coefficients[0]
+        for value, coefficient in zip(values, coefficients[1:], strict=False):
+            total = torch.add(total, value.tensor.float(), alpha=coefficient)
+        return total.to(fresh.dtype)
+
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Hold ``tensor`` itself for the rest of the run, where the byte limit allows it."""
         if name not in self._kept and self._grow(tensor.nbytes):

@@ -17,6 +17,7 @@ from hgc.fitting import Products, fit
 from hgc.macs import MacCount, count_macs
 from hgc.planning import carried_over, scaled_key_steps
 from hgc.presets import PRESETS
+from hgc.refining import coefficients, refine
 from hgc.structure import controlnets
 
 __all__ = ["calibrate"]
@@ -107,9 +108,10 @@ class Trial:
         ).images
         return latents.detach().float()
 
-    def distances(self, config: Config | None, steps: int, which: Sequence[int]) -> list[float]:
-        """Relative L2 of each picture's latents, with ``config`` or without hgc at ``steps``."""
-        found: list[float] = []
+    def errors(self, config: Config | None, steps: int, which: Sequence[int]) -> list[torch.Tensor]:
+        """The error of each picture's latents, flat, over the norm of the uncached ones: with
+        ``config``, or without hgc at ``steps``."""
+        found: list[torch.Tensor] = []
         for i in which:
             pipe = self.items[i][0]
             if config is None:
@@ -118,9 +120,12 @@ class Trial:
                 with install(pipe.unet, getattr(pipe, "controlnet", None), config=config):
                     latents = self._draw(i, steps)
             reference = self.references[i].flatten(1)
-            error = (latents.flatten(1) - reference).norm(dim=1) / reference.norm(dim=1)
-            found += error.tolist()
+            found += ((latents.flatten(1) - reference) / reference.norm(dim=1, keepdim=True)).cpu()
         return found
+
+    def distances(self, config: Config | None, steps: int, which: Sequence[int]) -> list[float]:
+        """Relative L2 of each picture's latents: norms of :meth:`errors`."""
+        return [float(error.norm()) for error in self.errors(config, steps, which)]
 
     def products(self, steps: int, which: Sequence[int]) -> Products:
         """Of uncached runs of ``steps`` steps on the inputs ``which``."""
@@ -331,12 +336,14 @@ class Search:
                     break
             else:
                 break
-        if best is None:
-            return None
-        # the same rule with coefficients of other orders, and with the damping it is written with
-        self.score(best)
-        tried = [self._tried[best], (self.measure(best), best)]
-        tried += [(self.measure(config), config) for config in self._fitted(best)][1:]
+        return None if best is None else self.settled(best)
+
+    def settled(self, rule: Config) -> Config:
+        """``rule`` itself, by damping, or with fitted coefficients of one of several orders: the
+        nearest."""
+        self.score(rule)
+        tried = [self._tried[rule], (self.measure(rule), rule)]
+        tried += [(self.measure(config), config) for config in self._fitted(rule)][1:]
         return min(tried, key=lambda pair: pair[0])[1]
 
 
@@ -353,6 +360,7 @@ def calibrate(
     max_distance: float | None = None,
     steps: int = 20,
     trials: int = 60,
+    rounds: int = 1,
     seed: int = 0,
     name: str = "calibrated",
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -363,9 +371,11 @@ def calibrate(
     depths first, then changes of one thing at a time (a key step moved, added, or made conditional
     only; the depth) from the best so far. The coefficients of each evaluation's forecasts are
     fitted by least squares to uncached runs on the same inputs; first, second and third order and
-    a damped extrapolation are tried, and the nearest is kept. The dearest presets within
-    ``max_macs`` are tried first; where one of them is nearer on inputs the search did not see, it
-    is returned, with a warning. The distance is the relative
+    a damped extrapolation are tried, and the nearest is kept. Then coefficients of its outputs are
+    refined on whole runs (:func:`hgc.refining.refine`), which takes one run for each of them. The
+    dearest presets within ``max_macs`` are tried first; of them, the plan that was found and the
+    refined one, the nearest on inputs the search did not see is returned, with a warning where it
+    is a preset. The distance is the relative
     L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs or more the last
     quarter is kept out of the search, and the distance that is reported is theirs.
 
@@ -378,6 +388,7 @@ def calibrate(
             MACs that keeps to it is sought. Give one of the two.
         steps: Steps of the uncached run.
         trials: Plans to try. Each runs the pipeline once for every input of the search.
+        rounds: Of the refinement; 0 leaves it out.
         seed: Of the search and of the generators.
         name: Name of the configuration.
         on_progress: Called with (label, done, total) after each trial.
@@ -402,7 +413,7 @@ def calibrate(
         _check("max_macs", max_macs, 0.0, 1.0)
     else:
         _check("max_distance", max_distance, 0.0, 10.0)
-    for what, value, low in (("steps", steps, 3), ("trials", trials, 4)):
+    for what, value, low in (("steps", steps, 3), ("trials", trials, 4), ("rounds", rounds, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{what}: expected an integer of at least {low}, got {value!r}")
 
@@ -434,10 +445,11 @@ def calibrate(
     kept = len(inputs) // _KEPT_OUT
     which = range(len(inputs) - kept)
     done = itertools.count(1)
+    total = trials
 
     def step(label: str) -> None:
         if on_progress is not None:
-            on_progress(label, min(next(done), trials), trials)
+            on_progress(label, min(next(done), total), total)
 
     search = Search(trial, costs.of, which, lengths, random.Random(seed), step)
     full = count(Config(name="exact", num_evaluations=1)).full_evaluation.total * facts.evaluations
@@ -459,18 +471,29 @@ def calibrate(
             raise ValueError(
                 f"max_macs={max_macs}: no plan of {min(lengths)} or more evaluations is that cheap"
             )
-        nearest = min(hand_made, key=mean, default=best)
-        if nearest is not best and mean(nearest) < mean(best):
-            warnings.warn(
-                f"on the inputs kept out of the search the preset {nearest.name!r} is nearer than "
-                "any plan that was found: it is returned",
-                HgcWarning,
-                stacklevel=2,
-            )
-            best = nearest
     else:
         assert max_distance is not None
+        hand_made = []
         best = _cheapest(search, full, max_distance, trials, measured)
+    candidates = [best, *hand_made]
+    if rounds:
+        number = lengths[best.num_evaluations]
+        tried = next(done) - 1
+        total = tried + rounds * (coefficients(best) + 1) + 1
+        refined = refine(
+            best, lambda config: trial.errors(config, number, which), rounds=rounds,
+            on_run=lambda distance: step(f"refining, distance {distance:.4f}"),
+        )  # fmt: skip
+        candidates.append(refined)
+    means = {candidate: mean(candidate) for candidate in candidates}
+    best = min(means, key=means.__getitem__)
+    if best in hand_made:
+        warnings.warn(
+            f"on the inputs kept out of the search the preset {best.name!r} is nearer than "
+            "any plan that was found: it is returned",
+            HgcWarning,
+            stacklevel=2,
+        )
     found = measured(best)
     timesteps = _timesteps(pipe, best)
     macs = count(best).total

@@ -77,6 +77,10 @@ class StepPlan:
             newest first: ``(1.0,)`` is reuse, ``(1 + a, -a)`` extrapolates to first order.
         guidance_forecast: The same for the cached guidance difference.
         control_forecast: The same for the ControlNets' residuals. ``None``: as ``forecast``.
+        output_forecast: The output is ``output_forecast[0]`` times the computed one and
+            ``output_forecast[1 + i]`` times the one computed at the ``i``-th last key evaluation:
+            ``(1.0,)`` leaves it as computed. It makes the run's scheduler a multistep method of
+            another order, with coefficients of its own at each evaluation.
     """
 
     control: str = "compute"
@@ -87,6 +91,7 @@ class StepPlan:
     forecast: tuple[float, ...] = (1.0,)
     guidance_forecast: tuple[float, ...] = (1.0,)
     control_forecast: tuple[float, ...] | None = None
+    output_forecast: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         _choice("StepPlan", "control", self.control, _CONTROL)
@@ -95,7 +100,7 @@ class StepPlan:
         _choice("StepPlan", "guidance", self.guidance, _GUIDANCE)
         if self.depth != FULL:
             _integer("StepPlan", "depth", self.depth, 0)
-        for name in ("forecast", "guidance_forecast", "control_forecast"):
+        for name in ("forecast", "guidance_forecast", "control_forecast", "output_forecast"):
             value = getattr(self, name)
             if value is None and name == "control_forecast":
                 continue

@@ -1477,9 +1477,13 @@ class Installation:
             whole = torch.cat([out, out])
         else:
             whole = torch.cat([out - run.cache.read("guidance", step.guidance_forecast), out])
+        if step.output_forecast == (1.0,):
+            blend = whole
+        else:
+            blend = run.cache.blend(whole, "output", step.output_forecast)
         if step.is_key:
             self._write_features(run, now, captured, whole)
-        return whole
+        return blend
 
     def _write_features(
         self,

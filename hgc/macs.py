@@ -189,7 +189,11 @@ def _count(
     kinds = [
         (
             dataclasses.replace(
-                s, forecast=(1.0,), guidance_forecast=(1.0,), control_forecast=None
+                s,
+                forecast=(1.0,),
+                guidance_forecast=(1.0,),
+                control_forecast=None,
+                output_forecast=(1.0,),
             ),
             o,
         )

@@ -199,6 +199,13 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
                         f"evaluation {i}: depth=0 computes nothing, so {name} must be {idle!r}; "
                         f"got {getattr(step, name)!r}"
                     )
+            if step.output_forecast != (1.0,):
+                raise ConfigError(
+                    f"evaluation {i}: depth=0 computes nothing, so output_forecast must be (1.0,) "
+                    f"and forecast says what is read; got {step.output_forecast!r}"
+                )
+        if len(step.output_forecast) > 1 and not full:
+            raise ConfigError(f"evaluation {i}: output_forecast reads an output nothing wrote")
         if step.is_key and step.encoder == "reuse":
             raise ConfigError(f"evaluation {i}: encoder='reuse' needs an integer depth")
         if step.is_key:
@@ -233,4 +240,6 @@ def reads(step: StepPlan, num_layers: int) -> frozenset[str]:
         names.add("guidance")
     if step.attention == "reuse":
         names.add("attention")
+    if len(step.output_forecast) > 1:
+        names.add("output")
     return frozenset(names)

@@ -295,8 +295,12 @@ class Schedule:
     def __init__(self, steps: Sequence[StepPlan], num_layers: int) -> None:
         self.plan = tuple(steps)
         self.history = max(
-            max(len(s.forecast), len(s.of_residuals), len(s.guidance_forecast)) for s in steps
-        )
+            max(
+                len(s.forecast), len(s.of_residuals), len(s.guidance_forecast),
+                len(s.output_forecast) - 1,
+            )
+            for s in steps
+        )  # fmt: skip
         self._reads = [reads(step, num_layers) for step in steps]
         read = set[str]().union(*self._reads)
         self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))

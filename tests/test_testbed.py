@@ -16,7 +16,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
 
-from hgc import testbed  # noqa: E402
+import hgc  # noqa: E402
+from hgc import Config, testbed  # noqa: E402
+from hgc.engine import HgcWarning  # noqa: E402
+from hgc.evaluation.candidate import candidates, equal_steps  # noqa: E402
 from hgc.testbed import judges  # noqa: E402
 from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
 
@@ -310,3 +313,36 @@ def test_training_resumes_from_its_checkpoints(tmp_path):
     assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {4}
     assert (tmp_path / "model" / "controlnet_canny" / "config.json").exists()
     assert (tmp_path / "model" / "judge" / "judge.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", testbed.plans())
+def test_a_calibrated_plan_costs_what_its_name_says(name):
+    config = Config.of(testbed.plans()[name])
+    assert config.name == name
+    assert equal_steps(config, config.num_evaluations) == int(name.removeprefix("calibrated-"))
+
+
+@pytest.mark.parametrize("name", testbed.plans())
+def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
+    config = Config.of(testbed.plans()[name])
+    pipe = testbed.load_pipeline("segmentation")
+    pipe.set_progress_bar_config(disable=True)
+    scene = testbed.held_out(1)[0]
+
+    def draw(steps):
+        return pipe(
+            scene.caption, image=testbed.condition_image(scene, "segmentation"),
+            guidance_scale=testbed.GUIDANCE_SCALE, num_inference_steps=steps, output_type="pt",
+            generator=torch.Generator().manual_seed(scene.seed),
+        ).images  # fmt: skip
+
+    reference = draw(20)
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        found = draw(config.calibration.steps)
+        assert all(row.why == "plan" for row in installed.report().rows)
+    assert not [w for w in recwarn if issubclass(w.category, HgcWarning)]
+    assert (found - reference).norm() / reference.norm() < config.calibration.distance_worst
+
+
+def test_calibrated_plans_are_rows_of_the_testbed_only():
+    assert {c.name for c in candidates(["calibrated"])} == {"uncached", *testbed.plans()}

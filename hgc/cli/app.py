@@ -109,8 +109,8 @@ def evaluate(
     rows: Annotated[
         str,
         typer.Option(
-            help="With commas between: presets, peers, fewer-steps, a preset, deepcache-3, "
-            "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
+            help="With commas between: presets, calibrated, peers, fewer-steps, a preset, "
+            "deepcache-3, deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
@@ -238,6 +238,7 @@ def calibrate(
     ] = None,
     inputs: Annotated[int, typer.Option(min=1, help="Inputs to measure on")] = 8,
     trials: Annotated[int, typer.Option(min=4, help="Plans to try")] = 60,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds that refine the coefficients")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the search and of the noise")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
@@ -246,5 +247,5 @@ def calibrate(
 
     run(
         out, model, controlnet or [], data, condition, max_macs, max_distance, steps, guidance,
-        inputs, trials, seed, device,
+        inputs, trials, rounds, seed, device,
     )  # fmt: skip

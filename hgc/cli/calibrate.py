@@ -27,6 +27,7 @@ def run(
     guidance: float | None,
     count: int,
     trials: int,
+    rounds: int,
     seed: int,
     device: str,
 ) -> None:
@@ -52,7 +53,7 @@ def run(
     with progress() as bar, as_usage(ValueError, TypeError):
         config = hgc.calibrate(
             pipe, inputs, max_macs=max_macs, max_distance=max_distance, steps=steps,
-            trials=trials, seed=seed, name=out.stem, on_progress=bar,
+            trials=trials, rounds=rounds, seed=seed, name=out.stem, on_progress=bar,
         )  # fmt: skip
     with as_usage(OSError):
         config.to_json(out)

@@ -171,6 +171,7 @@ def _forecast(step: StepPlan) -> str:
         ("", step.forecast),
         ("control ", step.control_forecast),
         ("guidance ", step.guidance_forecast),
+        ("output ", step.output_forecast),
     ):
         if values is not None and values != (1.0,):
             parts.append(label + ", ".join(f"{v:+.3g}" for v in values))

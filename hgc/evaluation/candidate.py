@@ -15,6 +15,7 @@ from hgc.evaluation.peers import PACKAGES, PEERS, method_of, package_row, peer
 from hgc.evaluation.subject import Subject, Testbed, check_scheduler
 from hgc.planning import plan
 from hgc.presets import PRESETS
+from hgc.testbed import plans as calibrated_plans
 
 __all__ = ["Candidate", "candidates", "equal_steps", "own_schedulers", "steps_of", "testbed"]
 
@@ -118,12 +119,12 @@ def candidates(
 ) -> list[Candidate]:
     """The rows that ``names`` stand for, the uncached run first.
 
-    names: "presets" (all of them), the name of a preset, the path of a JSON file written by
-    ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
-    of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval),
-    "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps" (the
-    uncached pipeline at 6 steps); each but the last but one also with a scheduler of its own, as
-    "fast@dpm++2m".
+    names: "presets" (all of them), the name of a preset, "calibrated" (the plans calibrated on the
+    testbed, `hgc.testbed.plans`), the path of a JSON file written by ``Config.to_json``, "peers"
+    (the schedules of other caches, see `hgc.evaluation.peers`) or one of them ("deepcache-3"),
+    "deepcache-pypi-3" (the package DeepCache at that interval), "fewer-steps" (next to each plan
+    the uncached pipeline at equal MACs), or "6-steps" (the uncached pipeline at 6 steps); each but
+    the last but one also with a scheduler of its own, as "fast@dpm++2m".
     steps: steps of the uncached run.
     subject: what they are for; None: the testbed.
     schedulers: of the runs with fewer steps, each a row; None: that of the evaluation.
@@ -149,6 +150,9 @@ def candidates(
                 schedule = peer(label, steps, layers)
                 assert schedule is not None
                 peers[_at(label, scheduler)] = _Planned(schedule, scheduler)
+        elif name == "calibrated":
+            for label, file in calibrated_plans().items():
+                plans[_at(label, scheduler)] = _Planned(_config(str(file), subject), scheduler)
         elif name == "fewer-steps":
             equal = True
         elif short:
@@ -250,6 +254,6 @@ def _config(name: str, subject: Subject) -> Config:
         return Config.preset(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} A row is also 'presets', 'peers', {', '.join(map(repr, PACKAGES))}, "
-            "'fewer-steps', '6-steps' or a .json file."
+            f"{error} A row is also 'presets', 'calibrated', 'peers', "
+            f"{', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps' or a .json file."
         ) from None

@@ -41,6 +41,7 @@ __all__ = [
     "load_pipeline",
     "mean_iou",
     "path",
+    "plans",
     "read_images",
     "render",
 ]
@@ -69,6 +70,15 @@ def path() -> Path:
             "it, or train the testbed with benchmarks/train_testbed.py."
         )
     return folder
+
+
+def plans() -> dict[str, Path]:
+    """Plans calibrated on the testbed, by name: ``"calibrated-5"`` costs at most 5 uncached steps.
+
+    Each is a file that ``hgc.install(config=...)`` takes; none was calibrated on scenes of a table.
+    """
+    folder = Path(__file__).resolve().parent / "plans"
+    return {file.stem: file for file in sorted(folder.glob("*.json"), reverse=True)}
 
 
 def load_pipeline(

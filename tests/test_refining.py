@@ -1,0 +1,170 @@
+"""Coefficients refined on whole runs, and the outputs' forecast that they include."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+import pytest
+import torch
+
+import hgc
+from hgc import Config, StepPlan
+from hgc.calibration import Trial
+from hgc.config import ConfigError
+from hgc.refining import coefficients, refine, widened
+
+STEPS = 6
+SHALLOW = StepPlan(control="reuse", depth=1, guidance="reuse", forecast=(1.3, -0.3))
+KEY = StepPlan()
+PLAIN = (KEY, KEY, SHALLOW, KEY, SHALLOW, dataclasses.replace(KEY, guidance="reuse"))
+BLENDS = ((1.0,), (0.9, 0.1), (1.2, -0.1, -0.1), (1.1, -0.2, 0.1), (0.8, 0.2), (1.05, -0.1, 0.02))
+
+
+def blended(blends=BLENDS):
+    steps = [dataclasses.replace(s, output_forecast=b) for s, b in zip(PLAIN, blends, strict=True)]
+    return Config(num_evaluations=STEPS, steps=tuple(steps))
+
+
+def cached(pipe, config, seed=0, **arguments):
+    with hgc.install(pipe.unet, pipe.controlnet, config=config):
+        return models.draw(pipe, seed, steps=STEPS, **arguments)
+
+
+def test_an_output_is_combined_with_those_of_key_evaluations(sd15):
+    """Against a hook that does the same by hand."""
+    past, index = [], iter(range(STEPS))
+
+    def blend(module, args, out):
+        i = next(index)
+        total = out[0] * BLENDS[i][0]
+        for value, coefficient in zip(past, BLENDS[i][1:], strict=False):
+            total = torch.add(total, value, alpha=coefficient)
+        if PLAIN[i].is_key:
+            past.insert(0, out[0].clone())
+        return (total,)
+
+    hook = sd15.unet.register_forward_hook(blend)
+    expected = cached(sd15, Config(num_evaluations=STEPS, steps=PLAIN))
+    hook.remove()
+    assert torch.equal(cached(sd15, blended()), expected)
+    assert not torch.equal(cached(sd15, Config(num_evaluations=STEPS, steps=PLAIN)), expected)
+
+
+def test_a_computed_output_by_itself_is_left_alone(sd15):
+    plain = cached(sd15, Config(num_evaluations=STEPS, steps=PLAIN))
+    assert torch.equal(cached(sd15, blended([(1.0,)] * STEPS)), plain)
+    assert torch.equal(cached(sd15, blended([(1.0,), *[(1.0, 0.0)] * (STEPS - 1)])), plain)
+    assert not torch.equal(cached(sd15, blended([(1.0,), *[(1.01,)] * (STEPS - 1)])), plain)
+
+
+def test_outputs_of_before_a_change_are_not_used(sd15):
+    """A new text in the middle of a run: the next evaluation is computed, and its output stays as
+    it is; the one after it has one key output, too few for its plan."""
+    other = models.text(7)
+
+    def change(pipe, i, t, kwargs):
+        return {"prompt_embeds": torch.cat([models.text(50), other])} if i == 3 else {}
+
+    drawn = []
+    for blends in (BLENDS, (*BLENDS[:4], (1.0,), (1.0,))):
+        with hgc.install(sd15.unet, sd15.controlnet, config=blended(blends)) as installed:
+            drawn.append(
+                models.draw(
+                    sd15, 0, steps=STEPS, callback_on_step_end=change,
+                    callback_on_step_end_tensor_inputs=["prompt_embeds"],
+                )
+            )  # fmt: skip
+            row = installed.report().rows[4]
+        assert row.depth == "full" and row.why != "plan"
+    assert torch.equal(*drawn)
+
+
+def test_the_fields_are_checked():
+    with pytest.raises(ConfigError, match=r"StepPlan\.output_forecast must be a non-empty tuple"):
+        StepPlan(output_forecast=())
+    first = (StepPlan(output_forecast=(1.0, 0.1)), StepPlan())
+    with pytest.raises(ConfigError, match="evaluation 0: output_forecast reads an output nothing"):
+        hgc.plan(Config(num_evaluations=2, steps=first), 2)
+    nothing = (StepPlan(), StepPlan(control="off", depth=0, output_forecast=(0.9,)))
+    with pytest.raises(ConfigError, match=r"depth=0 computes nothing, so output_forecast must be"):
+        hgc.plan(Config(num_evaluations=2, steps=nothing), 2)
+    config = blended()
+    assert Config.from_json(config.to_json()) == config
+    assert not config.is_exact
+
+
+def test_macs_do_not_depend_on_it():
+    def macs(config):
+        unet, net = models.sd15_unet(), models.sd15_controlnet()
+        return hgc.count_macs(unet, net, config, num_evaluations=STEPS, height=32, width=32).total
+
+    assert macs(blended()) == macs(Config(num_evaluations=STEPS, steps=PLAIN))
+
+
+def test_widening_changes_no_bit(sd15):
+    rule = Config(
+        num_evaluations=STEPS, key_steps=(0, 2, 4), guidance="reuse", forecast=0.5,
+        guidance_forecast=0.25, control_key_steps=(0, 2), conditional_key_steps=(4,),
+    )  # fmt: skip
+    wide = widened(rule)
+    assert torch.equal(cached(sd15, wide), cached(sd15, rule))
+    # a computed output at each but the first, with those of at most two keys
+    assert coefficients(rule) == 2 + 2 + 3 + 3 + 3
+    nothing = rule.replace(depth=0, guidance="both", forecast=0.5, conditional_key_steps=())
+    assert coefficients(nothing) == 1 + 2 + 2 + 3 + 2
+    assert torch.equal(cached(sd15, widened(nothing)), cached(sd15, nothing))
+
+
+def test_the_least_squares_of_a_linear_run():
+    """A run that is linear in its coefficients is solved in one round."""
+    config = widened(Config(num_evaluations=4, key_steps=(0, 2), guidance="both"))
+    best = torch.randn(coefficients(config), generator=torch.Generator().manual_seed(0)) / 10
+    columns = torch.randn(12, len(best), 50, generator=torch.Generator().manual_seed(1))
+
+    def values(plan):
+        return torch.tensor([c for step in plan.steps[1:] for c in step.output_forecast])
+
+    start = values(config)
+    runs = []
+
+    def errors(plan):
+        runs.append(plan)
+        return list(torch.einsum("p,spx->sx", values(plan) - start - best, columns))
+
+    refined = refine(config, errors, rounds=1)
+    assert len(runs) == 1 + len(best) + 1
+    # damped a little, and rounded to five digits
+    assert values(refined).sub(start + best).norm() < 0.01 * best.norm()
+    assert refined.key_steps == config.key_steps
+
+
+def test_what_gains_nothing_is_given_back():
+    config = Config(num_evaluations=4, key_steps=(0, 2), guidance="both", forecast=0.5)
+    assert refine(config, lambda plan: [torch.ones(3)] * 4) is config
+    exact = Config.preset("exact")
+    assert refine(exact, lambda plan: [torch.zeros(3)]) is exact
+
+
+def test_real_runs_come_nearer_on_their_inputs_and_on_others():
+    pipe = models.sd15_pipeline()
+    items = [
+        (
+            pipe,
+            {
+                "prompt_embeds": models.text(i), "negative_prompt_embeds": models.text(50),
+                "image": models.picture(i), "height": 32, "width": 32, "guidance_scale": 3.0,
+            },
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    trial = Trial(items, STEPS)
+    rule = Config(num_evaluations=STEPS, key_steps=(0, 2, 4), guidance="reuse")
+    refined = refine(rule, lambda plan: trial.errors(plan, STEPS, range(4)), rounds=1)
+
+    def mean(config, which):
+        distances = trial.distances(config, STEPS, which)
+        return sum(distances) / len(distances)
+
+    assert mean(refined, range(4)) < 0.8 * mean(rule, range(4))
+    assert mean(refined, range(4, 6)) < 0.9 * mean(rule, range(4, 6))
