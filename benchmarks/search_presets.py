@@ -60,10 +60,11 @@ class Budget:
 
 
 def items(conditions, scenes, first):
-    """A pipeline and the arguments of one call, for each condition."""
-    found = testbed.held_out(scenes, first)
+    """A pipeline and the arguments of one call, for each condition. Each condition has scenes of its
+    own, so that a scene that is left out is not among the others under another condition."""
     made = []
-    for condition in conditions:
+    for i, condition in enumerate(conditions):
+        found = testbed.held_out(scenes, first + i * scenes)
         pipe = testbed.load_pipeline(condition)
         pipe.set_progress_bar_config(disable=True)
         made.append(
@@ -139,7 +140,7 @@ def main() -> None:
     refined = [best]
     for _ in range(options.rounds):
         refined.append(refine(refined[-1], errors, rounds=1, on_run=say))
-        if options.out:
+        if options.out:  # in case it is interrupted
             refined[-1].to_json(options.out)
     check = Reseeded(items(options.conditions, options.scenes, CHECKED), 20, output="pt")
     named = [(f"refined {n}", config) for n, config in enumerate(refined)]
