@@ -60,8 +60,8 @@ class Budget:
 
 
 def items(conditions, scenes, first):
-    """A pipeline and the arguments of one call, for each condition. Each condition has scenes of its
-    own, so that a scene that is left out is not among the others under another condition."""
+    """A pipeline and the arguments of one call, for each condition. Each has scenes of its own: one
+    that is left out is not among the others under another condition."""
     made = []
     for i, condition in enumerate(conditions):
         found = testbed.held_out(scenes, first + i * scenes)
