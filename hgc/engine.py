@@ -777,15 +777,13 @@ class Installation:
         """The run that a call of ``model`` belongs to, with its evaluation begun."""
         runs = self._of_thread.runs
         run = runs.last
-        if run is None or run.text.value is not text or not run.text.is_(text):
-            run = self._begin(runs, runs.find(text, position, batch, cond), text, position)
-            known = run.text.is_(text) or _is_part(text, run.text)
-        else:
-            known = True
-            if run.now is None or run.position is not position:
-                if not run.is_next(position):
-                    run = runs.find(text, position, batch, cond)
-                run = self._begin(runs, run, text, position)
+        known = run is not None and run.text.value is text and run.text.is_(text)
+        if run is None or not known or run.now is None or run.position is not position:
+            if run is None or not known or not run.is_next(position):
+                run, known = runs.find(text, position, batch, cond), False
+            run = self._begin(runs, run, text, position)
+            # the run that was found may be one with another text
+            known = known or run.text.is_(text) or _is_part(text, run.text)
         assert run.now is not None
         if not self._processors_in_place(model):
             self._adopt_processors()
