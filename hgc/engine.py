@@ -34,7 +34,7 @@ from hgc.networks import (
     run_unet,
     scale_residuals,
 )
-from hgc.promises import Promise, PromiseSet, Terms, fresh, zero_promise
+from hgc.promises import Promise, PromiseSet, Terms, Zeros, fresh
 from hgc.runs import (
     ControlSlot,
     Evaluation,
@@ -1085,7 +1085,7 @@ class Installation:
                 slot.signature = Signature(found)
                 slot.shapes = self._residual_shapes(net, sample)
                 slot.names = _residual_names(len(slot.shapes))
-                slot.zeros, slot.promises = [], []
+                slot.zeros, slot.promises = None, []
                 run.factor = call.conditions[0].shape[-1] // shape[-1]
             residuals = self._control_residuals(run, now, slot, call)
         except BaseException:
@@ -1145,10 +1145,11 @@ class Installation:
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
-            if not slot.zeros:  # constants, which may be handed out as often as one likes
-                dtype, device = sample.dtype, sample.device
-                slot.zeros = [zero_promise(shape, dtype, device) for shape in slot.shapes]
-            return list(slot.zeros)
+            # constants, which may be handed out until somebody adds something to them
+            if slot.zeros is None or slot.zeros.is_touched:
+                made = slot.shapes, sample.dtype, sample.device
+                slot.zeros = PromiseSet(*made, Zeros(*made))
+            return slot.zeros.hand_out()
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
         half = now.half and not _is_part(text, run.text)
@@ -1188,7 +1189,7 @@ class Installation:
             found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, turn)
             # a pipeline holds those of one evaluation until it has those of the next
             slot.promises = [*slot.promises[-1:], found]
-        return list(found.promises)
+        return found.hand_out()
 
     def _compute_control(
         self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
@@ -1419,7 +1420,7 @@ class Installation:
     def _terms(self, value: Any, half: bool) -> Terms:
         """What to add to a skip for the residual ``value``."""
         if isinstance(value, Promise):
-            terms = value._planned(half)
+            terms = value._planned(half) if value._value is None else value.planned(half)
             if terms is not None:
                 return terms
             value = value.fresh()
