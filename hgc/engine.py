@@ -27,6 +27,7 @@ from hgc.cache import conditional_half
 from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
+    UP_BLOCKS,
     Residuals,
     control_function,
     embed_condition,
@@ -1371,7 +1372,10 @@ class Installation:
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             blocks: Any = unet._modules["up_blocks"]._modules.values()
-            freeu = [freeu_of(b) if "s1" in b.__dict__ else None for b in blocks]
+            freeu = [
+                None if type(b) in UP_BLOCKS and "s1" not in b.__dict__ else freeu_of(b)
+                for b in blocks
+            ]
             found = (
                 shape, sample.dtype, sample.device, *arguments.values(), *freeu,
                 with_residuals, down_intrablock_additional_residuals is not None,

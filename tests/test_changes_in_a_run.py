@@ -609,3 +609,47 @@ def test_residuals_are_written_to_in_place(edit, anew, guidance, scale):
     found = drawn(edit)
     assert torch.equal(found, drawn(anew))
     assert torch.equal(found, drawn(lambda down, mid: None)) == (scale == 0 and edit is not raised)
+
+
+# -- blocks ------------------------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """A block in another module, which passes calls and attributes on to it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+    def __getattr__(self, name):
+        if name == "block":
+            return super().__getattr__(name)
+        return getattr(self.block, name)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("freeu", [False, True])
+@pytest.mark.parametrize("unet", [models.small_unet, models.small_xl_unet])
+def test_blocks_are_wrapped_after_hgc_is_installed(unet, freeu, depth):
+    """A wrapper stands where the block was: what it says of itself is what the block says."""
+
+    def drawn(*, wrapped):
+        if unet is models.small_unet:
+            pipe = models.sd15_pipeline(unet(), models.small_controlnet())
+        else:
+            pipe = models.sdxl_pipeline(unet(), models.small_xl_controlnet())
+        if freeu:
+            pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+        with hgc.install(pipe.unet, pipe.controlnet, config=SOME.replace(depth=depth)):
+            for model in (pipe.unet, pipe.controlnet) if wrapped else ():
+                model.mid_block = Wrapped(model.mid_block)
+                blocks = [model.down_blocks, getattr(model, "up_blocks", ())]
+                for found in blocks:
+                    for i, block in enumerate(found):
+                        found[i] = Wrapped(block)
+            return models.draw(pipe, steps=8)
+
+    assert torch.equal(drawn(wrapped=True), drawn(wrapped=False))
