@@ -27,6 +27,7 @@ from hgc.cache import conditional_half
 from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
+    UP_BLOCKS,
     Residuals,
     control_function,
     embed_condition,
@@ -34,7 +35,7 @@ from hgc.networks import (
     run_unet,
     scale_residuals,
 )
-from hgc.promises import Promise, PromiseSet, Terms, fresh, zero_promise
+from hgc.promises import Promise, PromiseSet, Terms, Zeros, fresh
 from hgc.runs import (
     ControlSlot,
     Evaluation,
@@ -777,15 +778,13 @@ class Installation:
         """The run that a call of ``model`` belongs to, with its evaluation begun."""
         runs = self._of_thread.runs
         run = runs.last
-        if run is None or run.text.value is not text or not run.text.is_(text):
-            run = self._begin(runs, runs.find(text, position, batch, cond), text, position)
-            known = run.text.is_(text) or _is_part(text, run.text)
-        else:
-            known = True
-            if run.now is None or run.position is not position:
-                if not run.is_next(position):
-                    run = runs.find(text, position, batch, cond)
-                run = self._begin(runs, run, text, position)
+        known = run is not None and run.text.value is text and run.text.is_(text)
+        if run is None or not known or run.now is None or run.position is not position:
+            if run is None or not known or not run.is_next(position):
+                run, known = runs.find(text, position, batch, cond), False
+            run = self._begin(runs, run, text, position)
+            # the run that was found may be one with another text
+            known = known or run.text.is_(text) or _is_part(text, run.text)
         assert run.now is not None
         if not self._processors_in_place(model):
             self._adopt_processors()
@@ -1087,7 +1086,7 @@ class Installation:
                 slot.signature = Signature(found)
                 slot.shapes = self._residual_shapes(net, sample)
                 slot.names = _residual_names(len(slot.shapes))
-                slot.zeros, slot.promises = [], []
+                slot.zeros, slot.promises = None, []
                 run.factor = call.conditions[0].shape[-1] // shape[-1]
             residuals = self._control_residuals(run, now, slot, call)
         except BaseException:
@@ -1147,10 +1146,11 @@ class Installation:
         is_zero = isinstance(scale, (int, float)) and scale == 0.0
         if is_zero or now.plan.control == "off":
             now.control[slot.index] = "off"
-            if not slot.zeros:  # constants, which may be handed out as often as one likes
-                dtype, device = sample.dtype, sample.device
-                slot.zeros = [zero_promise(shape, dtype, device) for shape in slot.shapes]
-            return list(slot.zeros)
+            # constants, which may be handed out until somebody adds something to them
+            if slot.zeros is None or slot.zeros.is_touched:
+                made = slot.shapes, sample.dtype, sample.device
+                slot.zeros = PromiseSet(*made, Zeros(*made))
+            return slot.zeros.hand_out()
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
         half = now.half and not _is_part(text, run.text)
@@ -1190,7 +1190,7 @@ class Installation:
             found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, turn)
             # a pipeline holds those of one evaluation until it has those of the next
             slot.promises = [*slot.promises[-1:], found]
-        return list(found.promises)
+        return found.hand_out()
 
     def _compute_control(
         self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
@@ -1372,7 +1372,10 @@ class Installation:
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             blocks: Any = unet._modules["up_blocks"]._modules.values()
-            freeu = [freeu_of(b) if "s1" in b.__dict__ else None for b in blocks]
+            freeu = [
+                None if type(b) in UP_BLOCKS and "s1" not in b.__dict__ else freeu_of(b)
+                for b in blocks
+            ]
             found = (
                 shape, sample.dtype, sample.device, *arguments.values(), *freeu,
                 with_residuals, down_intrablock_additional_residuals is not None,
@@ -1421,7 +1424,7 @@ class Installation:
     def _terms(self, value: Any, half: bool) -> Terms:
         """What to add to a skip for the residual ``value``."""
         if isinstance(value, Promise):
-            terms = value._planned(half)
+            terms = value._planned(half) if value._value is None else value.planned(half)
             if terms is not None:
                 return terms
             value = value.fresh()

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UpBlock2D,
+)
 from diffusers.utils.torch_utils import apply_freeu
 
 import hgc_kernels
 from hgc.structure import UNetStructure
 
 __all__ = [
+    "UP_BLOCKS",
     "Residuals",
     "control_function",
     "embed_condition",
@@ -92,20 +99,30 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _parts(module: torch.nn.Module, name: str) -> list[Any]:
     """The modules in the list ``module.name``, which may be None."""
-    found = module._modules.get(name)
+    found: Any = module._modules.get(name)
+    if found is None:
+        # None lies in `__dict__`; of what somebody wrapped a block in, it is an attribute
+        found = getattr(module, name)
     return [] if found is None else list(found._modules.values())
 
 
+# What diffusers does not say it of.
+_WITHOUT_ATTENTION = {DownBlock2D, UpBlock2D, UNetMidBlock2D}
+UP_BLOCKS = {CrossAttnUpBlock2D, UpBlock2D}
+
+
 def _has_attention(block: torch.nn.Module) -> bool:
-    return bool(block.__dict__.get("has_cross_attention"))
+    found = block.__dict__.get("has_cross_attention")
+    if found is None and type(block) not in _WITHOUT_ATTENTION:
+        found = getattr(block, "has_cross_attention", False)
+    return bool(found)
 
 
 def freeu_of(block: torch.nn.Module) -> tuple[float, ...] | None:
     """FreeU's four factors where it is enabled on an up block (it then writes into its input)."""
-    found = block.__dict__
-    if not found.get("s1"):
+    if type(block) in UP_BLOCKS and not block.__dict__.get("s1"):
         return None
-    factors = tuple([found.get(name) or 0.0 for name in ("s1", "s2", "b1", "b2")])
+    factors = tuple([getattr(block, name, None) or 0.0 for name in ("s1", "s2", "b1", "b2")])
     return factors if all(factors) else None
 
 
@@ -261,7 +278,7 @@ def _encode(
         extra = intrablock.pop(0) if intrablock else None
         resnets = _parts(block, "resnets")
         last = len(resnets) - 1
-        more = last + (block._modules.get("downsamplers") is not None)
+        more = last + bool(_parts(block, "downsamplers"))
         whole = full or count - len(skips) > more
         if whole:
             if with_attention:

@@ -29,6 +29,8 @@ _CHANGE = 0.02
 # say that were left out of the solution.
 _DAMPING = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _FOLDS = 8
+# Of a coefficient. Where runs hardly depend on one, the least squares ask for more.
+_LARGEST = 100.0
 # Outputs of key evaluations that are combined with a computed one.
 _OUTPUTS = 2
 
@@ -177,9 +179,10 @@ def refine(
         change = normal.step(torch.arange(len(now)), _damping(normal))
         before = _mean(now)
         for share in (1.0, 0.5, 0.25):
-            tried = _changed(
-                best, where, [v + share * float(c) for v, c in zip(values, change, strict=True)]
-            )
+            moved_to = [v + share * float(c) for v, c in zip(values, change, strict=True)]
+            if not all(abs(value) < _LARGEST for value in moved_to):  # nor what is no number
+                continue
+            tried = _changed(best, where, moved_to)
             found = errors(tried)
             on_run(min(before, _mean(found)))
             if _mean(found) < before:

@@ -241,7 +241,7 @@ class ControlSlot:
     prefix: str = ""  # before the names of its cache entries
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
     names: tuple[str, ...] = ()  # of them in the cache, after the prefix
-    zeros: list[Any] = dataclasses.field(default_factory=list)  # promises of them
+    zeros: PromiseSet[Any] | None = None  # in place of them
     promises: list[PromiseSet[Any]] = dataclasses.field(
         default_factory=list
     )  # to be handed out again
@@ -530,7 +530,7 @@ class Run:
         self.text = Held(None)
         for slot in self.slots:
             slot.signature = None
-            slot.zeros, slot.promises = [], []
+            slot.zeros, slot.promises = None, []
             slot.cond = Held(None)
             slot.text = None
 

@@ -144,6 +144,9 @@ def test_zero_promises_add_nothing():
         lambda x: x.numpy(),
         lambda x: x.clone(),
         lambda x: x + 1.0,
+        lambda x: torch.add(input=x, other=x),
+        lambda x: torch.cat([x, x], axis=0),
+        lambda x: torch.mul(x, 2, out=torch.empty(2, 3)),
         lambda x: x.mean(dim=0, keepdim=True),
     ],
 )
@@ -209,8 +212,64 @@ def test_what_was_read_of_a_promise_does_not_hold_it():
     kept = promises.promises[1] * torch.ones(2, 3)
     assert not promises.is_held
     promises.turn.start = 50
+    again = promises.hand_out()
     assert torch.equal(kept, torch.full((2, 3), 6.0))
-    assert torch.equal(promises.promises[1].fresh(), torch.full((2, 3), 51.0))
+    assert torch.equal(again[1].fresh(), torch.full((2, 3), 51.0))
+
+
+def doubled(x):
+    x *= 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.mul_(2),
+        lambda x: x.add_(1, alpha=3),
+        lambda x: x.add_(torch.ones(3)),
+        lambda x: x.copy_(torch.ones(2, 3)),
+        lambda x: x[:1].zero_(),
+        lambda x: x.view(-1).sub_(1),
+        lambda x: x.__setitem__(0, 8.0),
+        lambda x: torch.mul(x, 3, out=x),
+        lambda x: torch._foreach_mul_([x], 0.5),
+        lambda x: x.numpy().fill(9.0) or x.mul_(1),
+        doubled,
+    ],
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_what_is_written_to_a_promise_counts(write, derived):
+    value = torch.randn(2, 3)
+    a = Source(torch.full((2, 3), 7.0), value.clone())
+    x, expected = (0.5 * a.promise, 0.5 * value) if derived else (a.promise, value)
+    assert x.planned(False) is not None
+    write(x)
+    write(expected)
+    assert x.planned(False) is None and x.planned(True) is None
+    assert torch.equal(x.fresh(), expected)
+    assert torch.equal((x + torch.ones(2, 3)).fresh(), expected + 1)
+    assert torch.equal(total((2 * x).planned(False)), 2 * expected)
+
+
+@pytest.mark.parametrize("add", [lambda x, y: x.add_(y), lambda x, y: x.__iadd__(y)])
+def test_what_is_added_in_place_counts_for_everybody(add):
+    promises = promise_set(5)
+    (x, *_, y), more = promises.hand_out(), torch.ones(2, 3)
+    before = 2 * x
+    assert add(x, more) is x
+    assert torch.equal(x.fresh(), torch.full((2, 3), 6.0))
+    assert torch.equal(before.fresh(), torch.full((2, 3), 10.0))
+    assert add(y, 0.5 * y) is y and add(y, y) is y
+    assert torch.equal(y.fresh(), torch.full((2, 3), 24.0))
+    assert promises.is_touched
+    assert torch.equal(promises.hand_out()[0].fresh(), torch.full((2, 3), 5.0))
+
+
+def test_a_copy_is_another_tensor():
+    a = Source(torch.ones(2), torch.ones(2))
+    a.promise.to("cpu", copy=True).zero_()
+    assert torch.equal(a.promise.fresh(), torch.ones(2))
+    assert a.promise.planned(False) is not None
 
 
 # -- what features depend on -------------------------------------------------------------------

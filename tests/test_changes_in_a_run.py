@@ -537,3 +537,119 @@ def test_a_controlnet_outside_of_autocast():
                     mid_block_additional_residual=mid,
                 ).sample  # fmt: skip
             assert out.isfinite().all()
+
+
+# -- residuals ---------------------------------------------------------------------------------
+
+
+def halved(down, mid):
+    for x in (*down, mid):
+        x.mul_(0.5)
+
+
+def halved_by_views(down, mid):
+    for x in (*down, mid):
+        x.view(-1)[:] *= 0.5
+
+
+def raised(down, mid):
+    for x in (*down, mid):
+        x += torch.ones(tuple(x.shape))
+
+
+def as_new(edit):
+    """What ``edit`` does in place, done to copies."""
+
+    def made(down, mid):
+        copies = [x.clone() for x in (*down, mid)]
+        edit(copies[:-1], copies[-1])
+        return copies[:-1], copies[-1]
+
+    return made
+
+
+def raised_anew(down, mid):
+    *down, mid = (x + torch.ones(tuple(x.shape)) for x in (*down, mid))
+    return down, mid
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("edit", "anew"),
+    [
+        (halved, as_new(halved)),
+        (halved_by_views, as_new(halved_by_views)),
+        (raised, raised_anew),
+    ],
+)
+@pytest.mark.parametrize("guidance", ["both", "reuse"])
+def test_residuals_are_written_to_in_place(edit, anew, guidance, scale):
+    """A loop of one's own that edits what the ControlNet gave, in place, at some evaluations."""
+    config = SOME.replace(guidance=guidance)
+    text = torch.cat([models.text(500), models.text(1)])
+    cond = torch.cat([models.picture(1)] * 2)
+
+    def drawn(change):
+        unet, net = models.small_unet(), models.small_controlnet()
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with hgc.install(unet, net, config=config), torch.no_grad():
+            for i, t in enumerate(torch.linspace(900, 10, 8).long()):
+                both = torch.cat([x] * 2)
+                down, mid = net(both, t, text, cond, scale, return_dict=False)
+                if i in (2, 3, 5):
+                    down, mid = change(down, mid) or (down, mid)
+                out = unet(
+                    both, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid, return_dict=False,
+                )[0]  # fmt: skip
+                del down, mid
+                x = x - 0.1 * out[1:]
+        return x
+
+    found = drawn(edit)
+    assert torch.equal(found, drawn(anew))
+    assert torch.equal(found, drawn(lambda down, mid: None)) == (scale == 0 and edit is not raised)
+
+
+# -- blocks ------------------------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """A block in another module, which passes calls and attributes on to it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+    def __getattr__(self, name):
+        if name == "block":
+            return super().__getattr__(name)
+        return getattr(self.block, name)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("freeu", [False, True])
+@pytest.mark.parametrize("unet", [models.small_unet, models.small_xl_unet])
+def test_blocks_are_wrapped_after_hgc_is_installed(unet, freeu, depth):
+    """A wrapper stands where the block was: what it says of itself is what the block says."""
+
+    def drawn(*, wrapped):
+        if unet is models.small_unet:
+            pipe = models.sd15_pipeline(unet(), models.small_controlnet())
+        else:
+            pipe = models.sdxl_pipeline(unet(), models.small_xl_controlnet())
+        if freeu:
+            pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+        with hgc.install(pipe.unet, pipe.controlnet, config=SOME.replace(depth=depth)):
+            for model in (pipe.unet, pipe.controlnet) if wrapped else ():
+                model.mid_block = Wrapped(model.mid_block)
+                blocks = [model.down_blocks, getattr(model, "up_blocks", ())]
+                for found in blocks:
+                    for i, block in enumerate(found):
+                        found[i] = Wrapped(block)
+            return models.draw(pipe, steps=8)
+
+    assert torch.equal(drawn(wrapped=True), drawn(wrapped=False))

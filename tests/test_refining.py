@@ -146,6 +146,19 @@ def test_what_gains_nothing_is_given_back():
     assert refine(exact, lambda plan: [torch.zeros(3)]) is exact
 
 
+@pytest.mark.parametrize("slope", [1e-4, float("nan")])
+def test_steps_that_no_plan_can_take_are_not_tried(slope):
+    """Runs that hardly depend on their coefficients, and runs that end in no number."""
+    config = widened(Config(num_evaluations=4, key_steps=(0, 2), guidance="both"))
+
+    def errors(plan):
+        moved = plan is not config and plan.steps != config.steps
+        total = sum(sum(step.output_forecast[1:]) for step in plan.steps)
+        return [torch.tensor([1.0 + (slope * total if moved else 0.0), 0.3])] * 2
+
+    assert refine(config, errors) is config
+
+
 def test_real_runs_come_nearer_on_their_inputs_and_on_others():
     pipe = models.sd15_pipeline()
     items = [

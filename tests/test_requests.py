@@ -46,6 +46,34 @@ def live_bytes() -> int:
     return sum(found.values())
 
 
+# -- two at once -------------------------------------------------------------------------------
+
+
+def test_a_text_that_another_run_under_way_has_is_a_change_of_text():
+    """Two loops in turns on one UNet. The second goes over to the text object of the first, whose
+    evaluation came just before: what was made from its own text must go."""
+    first, second = (torch.cat([models.text(500), models.text(i)]) for i in (1, 2))
+
+    def drawn(*, alone):
+        unet = models.small_unet()
+        times = torch.linspace(900, 10, 8).long()
+        others = times.clone()
+        x = y = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with hgc.install(unet, config=SOME) as installed, torch.no_grad():
+            for i in range(8):
+                if not alone and i < 7:
+                    y = y - 0.1 * unet(torch.cat([y] * 2), others[i], first)[0][1:]
+                text = second if i < 2 else first
+                x = x - 0.1 * unet(torch.cat([x] * 2), times[i], text)[0][1:]
+            # the other's evaluation 7 never came, so this is the report of the second
+            return x, [row.why for row in installed.report().rows]
+
+    expected, why = drawn(alone=True)
+    found, also = drawn(alone=False)
+    assert why[2] == also[2] == "the text changed"
+    assert torch.equal(found, expected)
+
+
 # -- faults ------------------------------------------------------------------------------------
 
 
