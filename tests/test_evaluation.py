@@ -616,7 +616,9 @@ def test_the_plot_has_a_line_a_method_and_two_panels_a_condition(tmp_path, monke
         drawn.append((named["label"], list(x), list(y)))
         return plain(self, x, y, *arguments, **named)
 
+    titles = []
     monkeypatch.setattr(Axes, "errorbar", errorbar)
+    monkeypatch.setattr(Axes, "set_title", lambda self, label: titles.append(label))
     rows = [
         _row(name="uncached", method="fewer steps", cached=False, distance=0.0, distance_worst=0.0),
         _row(name="slow", sd15_macs_paper=8 * 10**12, distance=0.01),
@@ -628,6 +630,7 @@ def test_the_plot_has_a_line_a_method_and_two_panels_a_condition(tmp_path, monke
         ("hgc", [5.0, 8.0], [0.03, 0.01]), ("hgc", [5.0, 8.0], [-1.2, -1.2]),
         ("fewer steps", [5.0], [0.04]), ("fewer steps", [5.0], [2.0]),
     ]  # fmt: skip
+    assert titles == [f"{rows[0].condition}, {rows[0].scenes} scenes"]
     assert Image.open(tmp_path / "pareto.png").width > 300
 
 

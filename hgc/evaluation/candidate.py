@@ -66,7 +66,8 @@ class Candidate:
         if self.config is None:
             return f"fewer steps, {self.scheduler}" if self.scheduler else "fewer steps"
         name, _, scheduler = self.name.partition("@")
-        method = method_of(name) or "hgc"
+        own = "hgc" if self.config.calibration is None else "hgc, calibrated"
+        method = method_of(name) or own
         return f"{method}, {scheduler}" if self.scheduler else method
 
     @property

@@ -194,12 +194,16 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(row.condition for row in rows))
+    conditions = list(dict.fromkeys(row.condition for row in rows))
     figure, axes = pyplot.subplots(
-        2, len(names), figsize=(5.2 * len(names), 8.0), squeeze=False, layout="constrained"
+        2,
+        len(conditions),
+        figsize=(5.2 * len(conditions), 8.0),
+        squeeze=False,
+        layout="constrained",
     )
-    for column, name in enumerate(names):
-        part = [row for row in rows if row.condition == name]
+    for column, condition in enumerate(conditions):
+        part = [row for row in rows if row.condition == condition]
         points = [(row, work) for row in part if (work := _work(row)) is not None]
         methods = list(dict.fromkeys(row.method for row, _ in points if row.distance > 0))
         for method, colour in zip(methods, itertools.cycle(_COLOURS), strict=False):
@@ -220,16 +224,16 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
                     if not row.shown:
                         continue
                     # the line's colour names the scheduler
-                    name = row.name.partition("@")[0]
                     axis.annotate(
-                        name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
-                    )
+                        row.name.partition("@")[0], (x, y), textcoords="offset points",
+                        xytext=(6, 4), fontsize=8,
+                    )  # fmt: skip
         unit = "SD1.5 TMACs" if part[0].sd15_macs is not None else "TMACs a picture"
         for axis in axes[:, column]:
             axis.set_xlabel(f"{unit} (attention matmuls left out)")
             axis.grid(alpha=0.3)
             axis.margins(x=0.15)
-        axes[0][column].set_title(f"{name}, {part[0].scenes} scenes")
+        axes[0][column].set_title(f"{condition}, {part[0].scenes} scenes")
         axes[0][column].set_ylabel("relative L2 to the uncached picture")
         axes[0][column].set_ylim(bottom=0)
         axes[1][column].set_ylabel(f"loss of fidelity ({part[0].measure}), %")
