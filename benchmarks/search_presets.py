@@ -15,7 +15,6 @@ distance of the pictures to those of 20 uncached steps, plus a tenth of the wors
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from pathlib import Path
@@ -26,11 +25,12 @@ import hgc
 from hgc import Config, testbed
 from hgc.calibration import Costs, Search, Trial
 from hgc.config import Calibration, model_name
+from hgc.evaluation.candidate import equal_steps
+from hgc.evaluation.candidate import testbed as testbed_subject
 from hgc.evaluation.models import load_shapes
 from hgc.refining import coefficients, refine
 
 SEARCHED, CHECKED = 10_000, 11_000
-TESTBED_TOTAL = 2  # the third of a budget's counts
 
 
 class Budget:
@@ -153,7 +153,12 @@ def main() -> None:
             print(f"{name} {condition} {sum(found) / len(found):.4f} worst {max(found):.4f}")
     # the nearest where it was not refined
     best = min((config for _, config in named), key=lambda config: sum(every[config]))
-    fewer = math.ceil(budget.of(rule))
+    # of the plan itself, whose depths may differ from its rule's
+    share = (
+        testbed_subject().macs(best, best.num_evaluations).total
+        / testbed_subject().macs(None, 20).total
+    )
+    fewer = equal_steps(best, best.num_evaluations)
     plain = check.distances(None, fewer, which)
     pipe = check.items[0][0]
     check.distances(best, best.num_evaluations, [0])  # of its timesteps
@@ -162,7 +167,7 @@ def main() -> None:
         scheduler=type(pipe.scheduler).__name__,
         steps=best.num_evaluations,
         uncached_steps=20,
-        macs_share=round(budget.costs[TESTBED_TOTAL].of(rule) / 20, 6),
+        macs_share=round(share, 6),
         distance=round(sum(every[best]) / len(every[best]), 6),
         distance_worst=round(max(every[best]), 6),
         fewer_steps=fewer,

@@ -146,7 +146,7 @@ def refine(
     config: Config,
     errors: Callable[[Config], list[Tensor]],
     *,
-    rounds: int = 2,
+    rounds: int = 1,
     on_run: Callable[[float], None] = lambda distance: None,
 ) -> Config:
     """``config`` with coefficients of outputs that bring whole runs nearer to the uncached ones.
