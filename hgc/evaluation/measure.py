@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -214,20 +215,28 @@ def _environment(subject: Subject) -> dict[str, Any]:
     import hgc
     import hgc_kernels
 
-    # The engine, the judges and the measures of a picture; not the command line, the tables or
-    # what is made of the measures, which change no number that is recorded.
+    # The judges and the measures of a picture; not the command line, the tables or what is made of
+    # the measures, which change no number that is recorded.
     package = Path(hgc.__file__).parent
     return {
         "versions": _versions(),
         "threads": torch.get_num_threads(),
         "code": fingerprint(
-            package,
-            "*.py",
-            "testbed/*.py",
-            *(f"evaluation/{name}.py" for name in _MEASURING),
+            package, "testbed/*.py", *(f"evaluation/{name}.py" for name in _MEASURING)
         ),
-        "kernels": fingerprint(Path(hgc_kernels.__file__).parent, "**/*.py"),
         **subject.identity(),
+    }
+
+
+@functools.cache
+def _engine() -> dict[str, str]:
+    """What rows with hgc depend on besides; the others are kept when it changes."""
+    import hgc
+    import hgc_kernels
+
+    return {
+        "engine": fingerprint(Path(hgc.__file__).parent, "*.py"),
+        "kernels": fingerprint(Path(hgc_kernels.__file__).parent, "**/*.py"),
     }
 
 
@@ -242,6 +251,7 @@ def _key(environment: dict[str, Any], settings: Settings, condition: str, one: C
     return settings_key(
         {
             **environment,
+            **({} if one.config is None else _engine()),
             **made_with,
             "condition": condition,
             "steps": one.steps,
