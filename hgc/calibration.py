@@ -394,9 +394,9 @@ def calibrate(
         on_progress: Called with (label, done, total) after each trial.
 
     Returns:
-        A :class:`Config` whose ``calibration`` says what it was measured on. Installing it on a
-        model of another shape, or running it for another number of evaluations, warns; the latter
-        follows the rule it was fitted from.
+        A :class:`Config` whose ``calibration`` says what it was measured on. Installed on a model
+        of another shape, or run for another number of evaluations or at other timesteps, it warns
+        and follows the rule it was fitted from (``Config.rule``).
 
     Raises:
         TypeError: ``inputs`` is not a sequence of mappings.

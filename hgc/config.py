@@ -338,6 +338,14 @@ class Config:
         )
 
     @property
+    def rule(self) -> Config | None:
+        """The rule that ``steps`` were fitted from, without them and their calibration: what is
+        followed where they do not apply. None where there is none."""
+        if self.key_steps is None:
+            return None
+        return self.replace(steps=None, calibration=None)
+
+    @property
     def depths(self) -> set[int]:
         """Depths of the evaluations that are not key ones."""
         found = {s.depth for s in self.steps or () if isinstance(s.depth, int)}

@@ -718,14 +718,30 @@ class Installation:
             warnings.warn(message, HgcWarning, stacklevel=2)
 
     def _check_calibration(self) -> None:
-        """Warn where the configuration was calibrated on another model."""
+        """Warn where the configuration was calibrated on another model, and follow its rule."""
         known = self._config.calibration
         if known is not None and model_name(self.unet) != known.model:
             self._say(
                 "calibration of the model",
                 f"{self._config.name!r} was calibrated on {known.model}; this model is "
-                f"{model_name(self.unet)}. Its distance is not measured here: run hgc.calibrate",
+                f"{model_name(self.unet)}. {self._instead()}",
             )
+            if self._by_rule is not None:
+                self._schedules = self._by_rule
+
+    @functools.cached_property
+    def _by_rule(self) -> Schedules | None:
+        """Those of the rule, where the plan is one of fitted steps with a rule."""
+        rule = self._config.rule
+        if self._config.steps is None or rule is None:
+            return None
+        return Schedules(rule, self._structure.num_layers)
+
+    def _instead(self) -> str:
+        """What is done where fitted steps do not apply."""
+        if self._by_rule is None:
+            return "Its distance is not measured here: run hgc.calibrate"
+        return "It follows key_steps and the fields after it instead of steps: run hgc.calibrate"
 
     def _check_length(self, run: Run) -> None:
         """Warn where a run is not the one that the configuration was made for."""
@@ -752,12 +768,18 @@ class Installation:
             )
 
     def _check_timesteps(self, run: Run) -> None:
-        """Warn, as soon as they are on the host, where a run's timesteps are not those that the
-        configuration was calibrated at: another scheduler, or other spacing."""
+        """Warn where a run's timesteps are not those that the configuration was calibrated at,
+        another scheduler's or spaced otherwise, and follow its rule.
+
+        On a GPU this is found at the second evaluation: the copy was asked for before the first
+        one, most of which the device has still to do, so that waiting for the copy does not leave
+        it idle."""
         assert run.timesteps is not None
         values, event = run.timesteps
-        if event is not None and not event.query():
-            return
+        if event is not None:
+            if not run.report:
+                return
+            event.synchronize()
         run.timesteps = None
         known = self._config.calibration
         assert known is not None
@@ -766,9 +788,10 @@ class Installation:
                 "timesteps",
                 f"{self._config.name!r} was calibrated at other timesteps, those of "
                 f"{known.scheduler}: from {known.timesteps[0]:g} to {known.timesteps[-1]:g}; this "
-                f"run's are from {float(values[0]):g} to {float(values[-1]):g}. Its distance is "
-                "not measured here: run hgc.calibrate",
+                f"run's are from {float(values[0]):g} to {float(values[-1]):g}. {self._instead()}",
             )
+            if self._by_rule is not None:
+                run.follow(self._by_rule)
 
     # -- runs -------------------------------------------------------------------------------
 

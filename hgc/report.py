@@ -55,12 +55,14 @@ class Report:
         rows: One an evaluation.
         full_evaluation: MACs of one evaluation without hgc.
         peak_bytes: The most bytes the run held at once.
+        meant_for: Evaluations that the configuration is meant for; None: any number.
     """
 
     config: str
     rows: tuple[Row, ...]
     full_evaluation: Macs
     peak_bytes: int
+    meant_for: int | None = None
 
     @property
     def macs(self) -> Macs:
@@ -102,6 +104,11 @@ class Report:
             f"of {full.paper / 1e12:.4g}T ({done.paper / max(full.paper, 1):.1%}); "
             f"at most {self.peak_bytes / 2**20:.1f} MiB held"
         )
+        if self.meant_for not in (None, len(self.rows)):
+            lines.append(
+                f"{self.config} is meant for {self.meant_for} evaluations, and this run made "
+                f"{len(self.rows)}: `hgc plan` shows what it costs at several numbers"
+            )
         return "\n".join(lines)
 
     @classmethod
@@ -137,7 +144,11 @@ class Report:
             )
             for row, counted in zip(run.report, macs, strict=True)
         )
-        return cls(installation.config.name, rows, full, run.cache.peak_bytes)
+        config = installation.config
+        return cls(
+            config.name, rows, full, run.cache.peak_bytes,
+            meant_for=None if config.is_exact else config.num_evaluations,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Report(config={self.config!r}, evaluations={len(self.rows)})"

@@ -483,6 +483,13 @@ class Run:
         if self.now is not None:
             self.promote(why)
 
+    def follow(self, schedules: Schedules) -> None:
+        """Go on by another configuration's schedule. What it needs and the cache lacks is computed
+        in full."""
+        self._schedules = schedules
+        if self.broken is None:
+            self.schedule = schedules.of(len(self.schedule.plan))
+
     def change(self, why: str, *, keep_maps: bool = False) -> None:
         """Something that features depend on has changed: drop them and compute in full."""
         assert self.now is not None

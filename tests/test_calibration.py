@@ -92,15 +92,29 @@ def test_a_distance_is_kept_to_with_fewer_macs():
         hgc.calibrate(pipe, inputs(1), max_distance=1e-9, steps=6, trials=4)
 
 
-def test_use_on_something_else_warns():
-    pipe, config, _ = found()
-    other = models.sd15_pipeline(unet=models.sd15_unet(sample_size=8))
-    with pytest.warns(HgcWarning, match="was calibrated on UNet2DConditionModel"):
-        hgc.install(other.unet, other.controlnet, config=config).uninstall()
+def drawn(pipe, config, steps):
     with hgc.install(pipe.unet, pipe.controlnet, config=config):
-        models.draw(pipe, steps=config.calibration.steps)
-        with pytest.warns(HgcWarning, match=r"evaluations; this run has 9, and follows key_steps"):
-            models.draw(pipe, steps=9)
+        return models.draw(pipe, steps=steps)
+
+
+def test_on_another_model_the_rule_is_followed_with_a_warning():
+    _, config, _ = found()
+    steps = config.calibration.steps
+    other = models.sd15_pipeline(unet=models.sd15_unet(sample_size=8))
+    with pytest.warns(HgcWarning, match="was calibrated on UNet2DConditionModel.* follows key_"):
+        images = drawn(other, config, steps)
+    assert torch.equal(images, drawn(other, config.rule, steps))
+    assert not torch.equal(images, drawn(other, config.replace(calibration=None), steps))
+    with pytest.warns(HgcWarning, match="Its distance is not measured here"):  # no rule
+        written = config.replace(key_steps=None, control_key_steps=None, conditional_key_steps=())
+        hgc.install(other.unet, other.controlnet, config=written).uninstall()
+
+
+def test_at_another_length_the_rule_is_followed_with_a_warning():
+    pipe, config, _ = found()
+    with pytest.warns(HgcWarning, match=r"evaluations; this run has 9, and follows key_steps"):
+        images = drawn(pipe, config, 9)
+    assert torch.equal(images, drawn(pipe, config.rule, 9))
 
 
 def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
@@ -122,7 +136,7 @@ def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
     assert config.calibration.macs_share <= 0.7
 
 
-def test_other_timesteps_warn_and_the_same_do_not(recwarn):
+def test_at_other_timesteps_the_rule_is_followed_with_a_warning(recwarn):
     _, config, _ = found()
     steps = config.calibration.steps
     for scheduler, warns in (("trailing", True), ("linspace", False)):
@@ -131,10 +145,33 @@ def test_other_timesteps_warn_and_the_same_do_not(recwarn):
             pipe.scheduler.config, timestep_spacing=scheduler
         )
         recwarn.clear()
-        with hgc.install(pipe.unet, pipe.controlnet, config=config):
-            models.draw(pipe, steps=steps)
+        images = drawn(pipe, config, steps)
         said = [str(w.message) for w in recwarn if w.category is HgcWarning]
         assert [("at other timesteps, those of UniPC" in s) for s in said] == [True] * warns, said
+        assert torch.equal(images, drawn(pipe, config.rule, steps)) is warns
+
+
+def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkeypatch):
+    """As on a GPU: the copy has an event, and what follows does not hang on when it is there."""
+    from hgc import engine
+
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            waited.append(len(installed._runs.last.report))
+
+    monkeypatch.setattr(engine, "to_host", lambda value: (value.clone(), Event()))
+    pipe, config, _ = found()
+    steps = config.calibration.steps
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, timestep_spacing="trailing"
+    )
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        with pytest.warns(HgcWarning, match="at other timesteps"):
+            images = models.draw(pipe, steps=steps)
+    assert waited == [1]
+    assert torch.equal(images, drawn(pipe, config.rule, steps))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from commands import refused, run
 import hgc
 import hgc_kernels
 from hgc.config import Config, StepPlan
+from hgc.evaluation.models import load_shapes
 from hgc.presets import PRESETS
 
 _EXTRA = ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
@@ -59,8 +60,8 @@ def test_a_wrong_use_ends_the_process_with_code_2_and_one_line():
 
 
 def test_plan_of_sd15_compares_the_presets():
-    lines = run("plan", "--model", "sd15").splitlines()
-    table = [re.findall(r"[^│┃]+", line) for line in lines if line.startswith("│")]
+    first, second = run("plan", "--model", "sd15").split("At another number of steps")
+    table = [re.findall(r"[^│┃]+", line) for line in first.splitlines() if line.startswith("│")]
     rows = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in table}
     assert next(iter(rows)) == "uncached, 20 steps"
     assert rows["uncached, 20 steps"] == ["20", "18.20T", "100.0%", "21.73T", "100.0%"]
@@ -70,6 +71,20 @@ def test_plan_of_sd15_compares_the_presets():
         assert int(steps) == PRESETS[name].num_evaluations
         assert float(paper[:-1]) <= limit < float(total[:-1]) * 1.5
         assert float(share[:-1]) == pytest.approx(100 * float(paper[:-1]) / 18.20, abs=0.1)
+    shapes = load_shapes("sd15")
+    elsewhere = {
+        cells[0]: cells[1:]
+        for line in second.splitlines()
+        if line.startswith("│")
+        for cells in [[cell.strip() for cell in line.strip("│").split("│")]]
+    }
+    assert elsewhere["uncached"] == ["", "9.10T", "18.20T", "27.30T", "45.50T"]
+    assert elsewhere["exact"][0] == "any" and elsewhere["turbo"][0] == "8"
+    for name, column, steps in (("fast", 2, 20), ("paper", 4, 50), ("turbo", 1, 10)):
+        count = hgc.count_macs(
+            shapes.unet, list(shapes.controlnets), name, num_evaluations=steps, height=512
+        )
+        assert elsewhere[name][column].startswith(f"{count.paper / 1e12:.2f}T ("), elsewhere[name]
 
 
 def test_plan_of_a_folder_is_drawn_a_row_an_evaluation(tiny):

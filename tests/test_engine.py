@@ -967,6 +967,14 @@ def test_report(sd15):
     assert "milliseconds" in report.to_json()
 
 
+def test_the_report_says_how_many_steps_a_plan_is_meant_for(sd15):
+    for config, steps, said in ((SOME, 6, False), (SOME, 8, True), ("exact", 8, False)):
+        with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+            models.draw(sd15, steps=steps)
+            text = str(installed.report())
+        assert ("some is meant for 6 evaluations, and this run made 8" in text) is said
+
+
 # -- what an adversarial reading found ----------------------------------------------------------
 
 

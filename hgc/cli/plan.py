@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,11 +12,12 @@ from rich.text import Text
 
 from hgc.cli.console import as_usage, console, parse_size, tera
 from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning import plan as hgc_plan
 from hgc.presets import PRESETS
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
-    from hgc.macs import MacCount
+    from hgc.macs import MacCount, Macs
 
 __all__ = ["run"]
 
@@ -26,6 +27,8 @@ _COLOURS = {
 }  # fmt: skip
 _HEIGHTS = "▁▂▃▄▅▆▇"
 _UNCACHED_STEPS = 20
+# Numbers of steps a plan's costs are shown at.
+_OTHER_STEPS = (10, 20, 30, 50)
 
 
 def run(
@@ -47,7 +50,8 @@ def run(
     with as_usage(FileNotFoundError):
         shapes = load_shapes(model, controlnet)
     counts = {}
-    for one in [chosen] if chosen is not None else PRESETS.values():
+    configs = {one.name: one for one in ([chosen] if chosen is not None else PRESETS.values())}
+    for one in configs.values():
         with out.status(f"counting {one.name}"):
             counts[one.name] = _count(shapes, one, steps, height, width, guidance)
     where = _where(shapes, height, width, guidance)
@@ -60,6 +64,13 @@ def run(
             if chosen is None:
                 out.print()
             _draw(out, count, where, first, reference)
+    with out.status("counting other numbers of steps"):
+        others = {
+            name: {n: _at(shapes, config, counts[name], n, height, width, guidance)
+                   for n in _OTHER_STEPS}
+            for name, config in configs.items()
+        }  # fmt: skip
+    _elsewhere(out, configs, others, first.full_evaluation)
 
 
 def _read(config: str) -> Config:
@@ -91,6 +102,40 @@ def _count(
             width=width,
             guidance=guidance,
         )
+
+
+def _kind(i: int, step: StepPlan) -> tuple[Any, ...]:
+    """What the MACs of evaluation ``i`` depend on. The first two also find out about the pair."""
+    kind = (step.control, step.depth, step.encoder, step.attention, step.guidance)
+    return min(i, 2), *kind
+
+
+def _at(
+    shapes: ModelShapes,
+    config: Config,
+    known: MacCount,
+    steps: int,
+    height: int | None,
+    width: int | None,
+    guidance: bool,
+) -> Macs | None:
+    """What ``config`` costs at ``steps`` steps, from the count ``known`` where that has each kind
+    of evaluation; None where it is for one number of steps only."""
+    from hgc.macs import Macs
+
+    try:
+        wanted = hgc_plan(config, steps)
+    except ConfigError:
+        return None
+    costs = {
+        _kind(i, step): done
+        for i, (step, done) in enumerate(zip(known.plan, known.evaluations, strict=True))
+    }
+    kinds = [_kind(i, step) for i, step in enumerate(wanted)]
+    if not costs.keys() >= set(kinds):
+        count = _count(shapes, config, steps, height, width, guidance)
+        return Macs(count.total, count.paper)
+    return sum((costs[kind] for kind in kinds), Macs())
 
 
 def _where(shapes: ModelShapes, height: int | None, width: int | None, guidance: bool) -> str:
@@ -129,6 +174,35 @@ def _compare(out: Console, counts: dict[str, MacCount], where: str, reference: i
         "matmuls of attention.",
         style="bright_black",
     )
+
+
+def _elsewhere(
+    out: Console,
+    configs: dict[str, Config],
+    others: dict[str, dict[int, Macs | None]],
+    full: Macs,
+) -> None:
+    """A row a plan: the number of steps it is meant for, and what it costs at others."""
+    table = Table(title="At another number of steps, in the paper's convention")
+    table.add_column("plan")
+    table.add_column("meant for", justify="right")
+    for steps in _OTHER_STEPS:
+        table.add_column(f"{steps} steps", justify="right")
+    table.add_row("uncached", "", *(tera(full.paper * steps) for steps in _OTHER_STEPS))
+    for name, at in others.items():
+        config = configs[name]
+        meant = "any" if config.is_exact else str(config.num_evaluations)
+        table.add_row(name, meant, *(_cost(done, full, n) for n, done in at.items()))
+    out.print(table)
+    out.print(
+        "Share: of the uncached run of that number of steps. A longer run keeps the share of key "
+        "steps, a shorter one their number.",
+        style="bright_black",
+    )
+
+
+def _cost(done: Macs | None, full: Macs, steps: int) -> str:
+    return "-" if done is None else f"{tera(done.paper)} ({done.paper / (full.paper * steps):.1%})"
 
 
 def _glyph(step: StepPlan, layers: int) -> tuple[str, str]:
