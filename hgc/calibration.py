@@ -31,6 +31,8 @@ _ORDERS = (2, 3, 1)
 _SHARES_OF_STEPS = (1.0, 0.85, 0.7, 0.6, 0.5)
 # Inputs that are kept out of the search, to measure what it found.
 _KEPT_OUT = 4
+# Uncached steps that presets' budgets are shares of.
+_PRESET_STEPS = 20
 # Presets that are tried first, and that a plan must beat.
 _HAND_MADE = 3
 
@@ -358,11 +360,12 @@ def calibrate(
     *,
     max_macs: float | None = None,
     max_distance: float | None = None,
+    preset: str | None = None,
     steps: int = 20,
     trials: int = 60,
     rounds: int = 1,
     seed: int = 0,
-    name: str = "calibrated",
+    name: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Config:
     """Find the number of steps and the plan that come nearest to the uncached latents.
@@ -385,12 +388,15 @@ def calibrate(
             ``generator``, input ``i`` gets one seeded with ``seed + i``.
         max_macs: Budget: share of the uncached run's MACs, between 0 and 1.
         max_distance: Instead of it: the largest mean distance allowed; the plan with the fewest
-            MACs that keeps to it is sought. Give one of the two.
+            MACs that keeps to it is sought.
+        preset: Instead of both: the name of a preset, whose share of the MACs of 20 uncached steps
+            on this pipeline is the budget. Give one of the three.
         steps: Steps of the uncached run.
         trials: Plans to try. Each runs the pipeline once for every input of the search.
         rounds: Of the refinement; 0 leaves it out.
         seed: Of the search and of the generators.
-        name: Name of the configuration.
+        name: Name of the configuration; default: "calibrated", after the preset's where one is
+            given ("fast-calibrated").
         on_progress: Called with (label, done, total) after each trial.
 
     Returns:
@@ -407,12 +413,17 @@ def calibrate(
         raise TypeError(f"inputs: expected a list of mappings, got {type(inputs).__name__}")
     if not inputs or not all(isinstance(one, Mapping) for one in inputs):
         raise ValueError("inputs: expected at least one mapping of arguments of the pipeline")
-    if (max_macs is None) == (max_distance is None):
-        raise ValueError("give max_macs or max_distance, one of the two")
+    if [max_macs, max_distance, preset].count(None) != 2:
+        raise ValueError("give max_macs, max_distance or preset, one of the three")
     if max_macs is not None:
         _check("max_macs", max_macs, 0.0, 1.0)
-    else:
+    elif max_distance is not None:
         _check("max_distance", max_distance, 0.0, 10.0)
+    chosen = None if preset is None else Config.preset(preset)
+    if chosen is not None and chosen.is_exact:
+        raise ValueError(f"preset: {preset!r} has nothing to calibrate; it computes every step")
+    if name is None:
+        name = "calibrated" if preset is None else f"{preset}-calibrated"
     for what, value, low in (("steps", steps, 3), ("trials", trials, 4), ("rounds", rounds, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{what}: expected an integer of at least {low}, got {value!r}")
@@ -462,6 +473,9 @@ def calibrate(
         distances = measured(rule)
         return sum(distances) / len(distances)
 
+    if chosen is not None:
+        done = count(chosen)
+        max_macs = done.total / (done.full_evaluation.total * _PRESET_STEPS)
     if max_macs is not None:
         hand_made = _hand_made(max_macs * full, costs.of, list(lengths), facts.guidance)[
             :_HAND_MADE

@@ -55,6 +55,17 @@ def test_the_budget_is_kept_and_the_models_are_left_as_they_were():
     assert record.uncached_steps == 6 and record.inputs == 4
 
 
+def test_a_preset_is_a_budget():
+    """The plan that is found costs at most what the preset does, at any number of steps."""
+    pipe = models.sd15_pipeline()
+    size = {"height": 32, "width": 32, "tokens": models.text(0).shape[1]}
+    preset = hgc.count_macs(pipe.unet, pipe.controlnet, "paper", **size)
+    config = hgc.calibrate(pipe, inputs(2), preset="paper", steps=10, trials=4, rounds=0)
+    found = hgc.count_macs(pipe.unet, pipe.controlnet, config, **size)
+    assert config.name == "paper-calibrated"
+    assert found.total / (10 * found.full_evaluation.total) <= preset.total / preset.full.total
+
+
 def test_the_distance_is_that_of_the_input_kept_out():
     pipe, config, _ = found()
     record = config.calibration
@@ -167,9 +178,11 @@ def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkey
     pipe.scheduler = type(pipe.scheduler).from_config(
         pipe.scheduler.config, timestep_spacing="trailing"
     )
-    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
-        with pytest.warns(HgcWarning, match="at other timesteps"):
-            images = models.draw(pipe, steps=steps)
+    with (
+        hgc.install(pipe.unet, pipe.controlnet, config=config) as installed,
+        pytest.warns(HgcWarning, match="at other timesteps"),
+    ):
+        images = models.draw(pipe, steps=steps)
     assert waited == [1]
     assert torch.equal(images, drawn(pipe, config.rule, steps))
 
@@ -179,8 +192,11 @@ def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkey
     [
         ({"inputs": {"prompt": "a"}}, TypeError, "inputs: expected a list of mappings, got dict"),
         ({"inputs": []}, ValueError, "inputs: expected at least one mapping"),
-        ({"max_distance": 0.1}, ValueError, "one of the two"),
-        ({"max_macs": None}, ValueError, "one of the two"),
+        ({"max_distance": 0.1}, ValueError, "one of the three"),
+        ({"max_macs": None}, ValueError, "one of the three"),
+        ({"preset": "fast"}, ValueError, "one of the three"),
+        ({"max_macs": None, "preset": "fsat"}, ValueError, "no preset named 'fsat'"),
+        ({"max_macs": None, "preset": "exact"}, ValueError, "preset: 'exact' has nothing to calib"),
         ({"max_macs": 1.5}, ValueError, "max_macs: expected a number between 0.0 and 1.0, got 1.5"),
         ({"trials": 1}, ValueError, "trials: expected an integer of at least 4, got 1"),
         ({"steps": 2}, ValueError, "steps: expected an integer of at least 3, got 2"),

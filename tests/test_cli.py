@@ -322,7 +322,10 @@ def test_calibrate_writes_a_plan_that_install_takes(tmp_path, extra):
 
 def test_wrong_calibrations_are_refused(tmp_path, tiny, extra):
     out = tmp_path / "plan.json"
-    assert "one of the two" in refused("calibrate", "--out", out)
+    assert "one of the three" in refused("calibrate", "--out", out)
+    both = ("--max-macs", 0.5, "--preset", "fast")
+    assert "one of the three" in refused("calibrate", "--out", out, *both)
+    assert "did you mean 'fast'" in refused("calibrate", "--out", out, "--preset", "fsat").lower()
     common = ("calibrate", "--out", out, "--max-macs", 0.5)
     assert "no model_index.json" in refused(*common, "--model", tmp_path)
     assert "--data" in refused(*common, "--model", tiny)

@@ -232,6 +232,9 @@ def calibrate(
     max_distance: Annotated[
         float | None, typer.Option(help="Or: largest relative L2 of the latents, mean")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Or: a preset, whose MACs are the budget")
+    ] = None,
     steps: Annotated[int, typer.Option(min=3, help="Steps of the uncached run")] = 20,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; default: the pipeline's")
@@ -246,6 +249,6 @@ def calibrate(
     from hgc.cli.calibrate import run
 
     run(
-        out, model, controlnet or [], data, condition, max_macs, max_distance, steps, guidance,
-        inputs, trials, rounds, seed, device,
+        out, model, controlnet or [], data, condition, max_macs, max_distance, preset, steps,
+        guidance, inputs, trials, rounds, seed, device,
     )  # fmt: skip

@@ -23,6 +23,7 @@ def run(
     condition: str,
     max_macs: float | None,
     max_distance: float | None,
+    preset: str | None,
     steps: int,
     guidance: float | None,
     count: int,
@@ -32,8 +33,8 @@ def run(
     device: str,
 ) -> None:
     """Search a plan and write it to ``out``."""
-    if (max_macs is None) == (max_distance is None):
-        raise CliError("give --max-macs or --max-distance, one of the two")
+    if [max_macs, max_distance, preset].count(None) != 2:
+        raise CliError("give --max-macs, --max-distance or --preset, one of the three")
     needs("calibrate", "transformers", "PIL")
     quiet_libraries()
     writable(out)
@@ -52,7 +53,7 @@ def run(
         pipe.to(device)
     with progress() as bar, as_usage(ValueError, TypeError):
         config = hgc.calibrate(
-            pipe, inputs, max_macs=max_macs, max_distance=max_distance, steps=steps,
+            pipe, inputs, max_macs=max_macs, max_distance=max_distance, preset=preset, steps=steps,
             trials=trials, rounds=rounds, seed=seed, name=out.stem, on_progress=bar,
         )  # fmt: skip
     with as_usage(OSError):
