@@ -2,7 +2,7 @@
 
     python benchmarks/search_presets.py --budget 6 --trials 60 --rounds 1 --out plan.json
     python benchmarks/search_presets.py --budget 5 --trials 0 --start rule.json --rounds 2 \\
-        --scenes 16 --steps 9 --out hgc/testbed/plans/calibrated-5.json
+        --scenes 16 --steps 9 --out hgc/testbed/plans/fast-calibrated.json
 
 What `hgc.calibrate` does, on pictures instead of latents, for the testbed's four conditions at
 once, and with a budget in uncached steps. Scenes are held out from training and from the tables:

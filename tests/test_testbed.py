@@ -20,6 +20,7 @@ import hgc  # noqa: E402
 from hgc import Config, testbed  # noqa: E402
 from hgc.engine import HgcWarning  # noqa: E402
 from hgc.evaluation.candidate import candidates, equal_steps  # noqa: E402
+from hgc.evaluation.models import sd15_macs  # noqa: E402
 from hgc.testbed import judges  # noqa: E402
 from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
 
@@ -316,10 +317,13 @@ def test_training_resumes_from_its_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("name", testbed.plans())
-def test_a_calibrated_plan_costs_what_its_name_says(name):
+def test_a_calibrated_plan_keeps_to_the_budget_of_its_preset(name):
     config = Config.of(testbed.plans()[name])
     assert config.name == name
-    assert equal_steps(config, config.num_evaluations) == int(name.removeprefix("calibrated-"))
+    steps = equal_steps(config, config.num_evaluations)
+    assert steps == dict(zip(testbed.plans(), (7, 6, 5, 4), strict=True))[name]
+    limit = dict(zip(testbed.plans(), (6.70e12, 5.6e12, 4.6e12, 4.0e12), strict=True))[name]
+    assert sd15_macs(config, config.num_evaluations).paper <= limit
 
 
 @pytest.mark.parametrize("name", testbed.plans())
