@@ -483,6 +483,16 @@ class Installation:
     each with pipelines of its own on the shared models.
     """
 
+    # more attributes than Python looks up quickly in a dictionary
+    __slots__ = (
+        "__weakref__", "_active", "_assume_pair", "_at_depth", "_attentions", "_blocks_compiled",
+        "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch", "_epochs",
+        "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
+        "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
+        "_said", "_scaled_processors", "_schedules", "_seen", "_stateful", "_structure",
+        "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
+    )  # fmt: skip
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -502,6 +512,7 @@ class Installation:
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
+        self._without_lora = False  # as far as known, nor processors with scales
         self._rewritten = 0  # how often a LoRA was fused or unfused
         self._scaled_processors: list[Any] = []
         self._weights: dict[int, _Weights] = {}
@@ -731,6 +742,8 @@ class Installation:
             for processor in processors
             if isinstance(getattr(processor, "scale", None), (list, tuple))
         ]
+        if self._scaled_processors:
+            self._without_lora = False
         keeping = filter(prompt_grain.may_keep_what_it_sees, processors)
         found = next(map(prompt_grain.unwrapped, keeping), None)
         self._stateful = "" if found is None else type(found).__name__
@@ -842,16 +855,14 @@ class Installation:
         """The run that a call of a model belongs to, with its evaluation begun."""
         run = runs.last
         known = run is not None and run.text.value is text and run.text.is_(text)
-        if run is None or not known or run.now is None or run.position is not position:
+        begun = known and run is not None and run.now is not None and run.position is position
+        if not begun and (run is None or not known or runs.short or not run.advance(position)):
             if run is None or not known or not run.is_next(position):
                 run, known = runs.find(text, position, batch, cond), False
-            if known and run is not None and run.is_under_way and not runs.short:
-                run.begin(position)
-            else:
-                run = self._begin(runs, run, text, position)
-                # the run that was found may be one with another text
-                known = known or run.text.is_(text) or _is_part(text, run.text)
-        assert run.now is not None
+            run = self._begin(runs, run, text, position)
+            # the run that was found may be one with another text
+            known = known or run.text.is_(text) or _is_part(text, run.text)
+        assert run is not None and run.now is not None
         if self._processors_set:
             self._adopt_processors()
         if run.placing != self._placing or self._stateful or run.broken is not None:
@@ -1086,6 +1097,8 @@ class Installation:
         for model in self._networks():
             config = model.__dict__.get("peft_config")
             self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
+        found = any(config is not None for config, _ in self._lora.values())
+        self._without_lora = not found and not self._scaled_processors
 
     def _lora_now(self, model: torch.nn.Module) -> Any:
         """What adapters add to ``model`` now, and the scales of processors that have some."""
@@ -1212,7 +1225,9 @@ class Installation:
             slot.text = run.text if run.text.value is text else Held(text)
             found = (
                 *call.asked.values(), *call.arguments.values(), shape, sample.dtype, device,
-                self._lora_now(net), _autocast(device) if _any_autocast() else None,
+                self._rewritten if self._without_lora and "peft_config" not in net.__dict__
+                else self._lora_now(net),
+                _autocast(device) if _any_autocast() else None,
             )  # fmt: skip
             if slot.signature is None or not slot.signature.same(found):
                 if slot.signature is not None:
@@ -1222,6 +1237,7 @@ class Installation:
                 slot.signature = Signature(found)
                 slot.shapes = self._residual_shapes(net, sample)
                 slot.names = _residual_names(len(slot.shapes))
+                slot.entries = tuple([slot.prefix + name for name in slot.names])
                 slot.zeros, slot.promises = None, []
                 slot.pooled = bool(net.config.global_pool_conditions)
                 run.factor = call.conditions[0].shape[-1] // shape[-1]
@@ -1517,7 +1533,9 @@ class Installation:
             found = (
                 shape, sample.dtype, sample.device, *arguments.values(),
                 with_residuals, down_intrablock_additional_residuals is not None,
-                self._lora_now(unet), len(called), *called,
+                self._rewritten if self._without_lora and "peft_config" not in unet.__dict__
+                else self._lora_now(unet),
+                len(called), *called,
                 _autocast(sample.device) if _any_autocast() else None,
                 *[fuser.enabled for fuser in self._fusers],
             )  # fmt: skip
@@ -1598,7 +1616,7 @@ class Installation:
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            if run.freeu[str(self._structure.boundary(depth)[0])]:
+            if any(run.freeu.values()) and run.freeu[str(self._structure.boundary(depth)[0])]:
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
@@ -1616,13 +1634,19 @@ class Installation:
                 intrablock = _cut(intrablock, batch)
         if not plain:
             arguments, lora_scale = _take_lora_scale(arguments)
-        with _lora_scaled(self.unet, lora_scale):
+        with_scale = USE_PEFT_BACKEND and lora_scale != 1.0
+        if with_scale:
+            scale_lora_layers(self.unet, lora_scale)
+        try:
             out, captured = self._function(self.unet, half)(
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
                 intrablock_residuals=intrablock, **arguments,
             )  # fmt: skip
+        finally:
+            if with_scale:
+                unscale_lora_layers(self.unet, lora_scale)
         if not half:
             whole = out
         elif step.guidance == "off":
@@ -1731,16 +1755,16 @@ class _Turn:
 
     def planned(self, j: int, half: bool) -> Terms | None:
         """What the plan means by residual ``j``."""
-        names = self.slot.names
+        slot, plan, cache = self.slot, self.now.plan, self.run.cache
         if self.values:
-            return [(self.values[names[j]], 1.0)] if half else None
-        entry, plan, cache = self.slot.prefix + names[j], self.now.plan, self.run.cache
+            return [(self.values[slot.names[j]], 1.0)] if half else None
+        entry = slot.entries[j]
         # promoted after the ControlNet's turn: what was reused then is not wanted any more
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
         value, call = cache.read(entry, plan.of_residuals, half=half), self.call
-        pooled = self.slot.pooled
-        return [_scaled(pooled, value, j, len(names), call.scale, call.guess_mode)]
+        count = len(slot.entries)
+        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
 
 
 def _scaled(

@@ -61,6 +61,9 @@ def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     """``x`` plus the sum of ``terms``, rounded as diffusers rounds: terms, their sum, then x."""
     if not terms:
         return x
+    if len(terms) == 1:
+        value, scale = terms[0]
+        return x + value if scale == 1.0 else x + value * scale
     total: Tensor | None = None
     for value, scale in terms:
         term = value if scale == 1.0 else value * scale
@@ -186,9 +189,7 @@ def run_unet(
     count = structure.num_layers if depth is None else depth
     captured: dict[str, Tensor] = {}
 
-    config, up_factor = unet.config, 2**unet.num_upsamplers
-    height, width = sample.shape[-2:]
-    forward_size = height % up_factor != 0 or width % up_factor != 0
+    config, size = unet.config, sample.shape
     if attention_mask is not None:
         attention_mask = _bias(attention_mask, sample.dtype)
     if encoder_attention_mask is not None:
@@ -249,7 +250,7 @@ def run_unet(
         hidden = _add(sample, residuals.mid) if residuals is not None else sample
     assert hidden is not None
     out = _decode(
-        unet, structure, hidden, skips, down, emb, attention, count, forward_size, capture, captured
+        unet, structure, hidden, skips, down, emb, attention, count, size, capture, captured
     )
     conv_norm_out = part("conv_norm_out")
     if conv_norm_out is not None:
@@ -330,7 +331,7 @@ def _decode(
     emb: Tensor,
     attention: dict[str, Any],
     count: int,
-    forward_size: bool,
+    latent_size: torch.Size,
     capture: tuple[str, ...],
     captured: dict[str, Tensor],
 ) -> Tensor:
@@ -342,6 +343,7 @@ def _decode(
             wanted[structure.boundary(int(index))] = name
     first_block, first_layer = structure.boundary(count)
     remaining = count
+    up_factor = 2**unet.num_upsamplers
     blocks = _named_parts(unet, "up_blocks")
     for b in range(first_block, len(blocks)):
         block = blocks[_NAMES[b]]
@@ -352,7 +354,7 @@ def _decode(
         terms = residuals[remaining - (layers - start) : remaining]
         remaining -= layers - start
         size = None
-        if forward_size and remaining > 0:
+        if remaining > 0 and any(length % up_factor for length in latent_size[-2:]):
             size = skips[remaining - 1].shape[2:]
         freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)

@@ -148,11 +148,13 @@ def position_of(timestep: Any, last: Position | None = None) -> Position | None:
 
     ``last``: that of an evaluation before, of which ``timestep`` may be a neighbour.
     """
-    if not isinstance(timestep, Tensor) or timestep.dim() != 0 or timestep.is_meta:
+    if not isinstance(timestep, Tensor) or timestep.dim() != 0:
         return None
     base = timestep._base
-    if last is not None and base is not None and base is last.base:
+    if base is not None and last is not None and base is last.base:
         return Position(timestep, timestep.storage_offset(), last.total, last.storage, base)  # type: ignore[arg-type]
+    if timestep.is_meta:
+        return None
     storage = timestep.untyped_storage()
     total = storage.nbytes() // timestep.element_size()
     if total < 2:
@@ -204,22 +206,24 @@ class PairCheck:
     def compare(self, sample: Tensor, text: Tensor) -> Sequence[Tensor] | None:
         """Start the comparison of the halves of ``sample`` and of ``text``. Returns the halves of
         ``sample``, where it has two."""
-        halves = None
-        if sample.shape[0] % 2 or text.shape[0] != sample.shape[0]:
+        halves, batch = None, sample.shape[0]
+        if batch % 2 or text.shape[0] != batch:
             self._refuted = True
         elif self._assume is not None:
             self._pending.append((self._assume, None))
         elif sample.is_cpu:
             halves = sample.chunk(2)
-            pair = bool(self._differs(text)) and _equal(*halves)
-            if not pair:
+            differs = self._texts_differ
+            if differs is None:
+                differs = self._differs(text)
+            if not differs or not _equal(*halves):
                 self._refuted = True
-            elif sample.shape[0] == 2 or not self._all_alike(sample):
+            elif batch == 2 or not self._all_alike(sample):
                 self._agreed += 1
         else:
             halves = sample.chunk(2)
             equal = torch.eq(*halves).all() & self._differs(text)
-            if sample.shape[0] > 2:
+            if batch > 2:
                 equal = torch.stack([equal, torch.eq(sample[1:], sample[:1]).all()])
             self._pending.append(to_host(equal))
         return halves
@@ -271,6 +275,7 @@ class ControlSlot:
     prefix: str = ""  # before the names of its cache entries
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
     names: tuple[str, ...] = ()  # of them in the cache, after the prefix
+    entries: tuple[str, ...] = ()  # the same with the prefix
     pooled: bool = False  # the network hands out the means of its residuals
     zeros: PromiseSet[Any] | None = None  # in place of them
     promises: list[PromiseSet[Any]] = dataclasses.field(
@@ -420,6 +425,15 @@ class Schedules:
 class Run:
     """The evaluations of one pipeline call, and everything kept for them."""
 
+    # more attributes than Python looks up quickly in a dictionary
+    __slots__ = (
+        "__weakref__", "_assume", "_changed_at", "_schedules", "broken", "cache",
+        "changes_in_a_row", "completed", "config", "factor", "finished", "first", "freeu",
+        "latent_size", "looked", "maps", "may_keep", "mean_maps", "now", "pair", "placing",
+        "plain_text", "position", "report", "schedule", "slots", "text", "timesteps", "tokens",
+        "trains", "unet_signature", "warned", "was_pair", "weights",
+    )  # fmt: skip
+
     def __init__(
         self, schedules: Schedules, text: Tensor, position: Position, assume: bool | None
     ) -> None:
@@ -469,17 +483,28 @@ class Run:
 
     # -- what an evaluation does ------------------------------------------------------------
 
+    def advance(self, position: Position) -> bool:
+        """Start the evaluation at ``position`` where it is the next of a run that goes by its plan;
+        False where there is more to be seen to, see :meth:`begin`."""
+        index, before = position.index, self.position
+        if (
+            self.now is not None
+            or not 0 < index == self.completed + 1 == before.index + 1
+            or position.storage != before.storage
+            or before.timestep is None
+            or self.finished
+            or self.broken is not None
+            or self.changes_in_a_row > 2
+            or self.timesteps is not None
+        ):
+            return False
+        self.position = position
+        self.now = Evaluation(index, self.schedule.plan[index])
+        self._settle()
+        return True
+
     def begin(self, position: Position) -> Evaluation:
         """Start the evaluation at ``position``, or return it where it is under way."""
-        index = position.index
-        if self.now is None and index == self.completed + 1 == self.position.index + 1 > 0:
-            self.position = position
-            if self.broken is None:
-                self.now = Evaluation(index, self.schedule.plan[index])
-                self._settle()
-            else:
-                self.now = Evaluation(index, _FULL_STEP, self.broken)
-            return self.now
         if self.now is not None and self.now.index == position.index:
             self.position = position
             return self.now
@@ -569,11 +594,6 @@ class Run:
         if self.maps is None:
             return self.mean_maps
         return self.maps.mean(self.latent_size, self.was_pair or self.pair.confirmed())
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether nothing is to be seen to before an evaluation begins."""
-        return self.changes_in_a_row <= 2 and self.timesteps is None
 
     def free(self) -> None:
         """Give back every tensor, the pipeline's own too. What is left of a finished run are its
