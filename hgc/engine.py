@@ -999,7 +999,7 @@ class Installation:
     def _freeu_places(self, depth: Any) -> list[tuple[dict[str, Any], str, Any]] | None:
         """Where FreeU is enabled in the up blocks that an evaluation of ``depth`` runs, and what
         is there; None where a block may have it elsewhere."""
-        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules  # type: ignore[union-attr]
+        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules
         places = []
         for key in self._blocks_at(depth):
             block = blocks[key]
@@ -1010,7 +1010,7 @@ class Installation:
         return places
 
     def _look_for_freeu(self, run: Run, depth: Any) -> None:
-        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules  # type: ignore[union-attr]
+        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules
         known, changed = run.freeu, False
         for key in self._blocks_at(depth):
             block = blocks[key]
@@ -1400,10 +1400,10 @@ class Installation:
             return None
         step = now.plan
         if half and not step.is_key and step.attention == "compute":
-            wrap = run.plain_text.get(prefix)
-            if wrap is None:
-                wrap = run.plain_text[prefix] = _PlainText(run.cache, prefix, run.may_keep)
-            return wrap
+            plain = run.plain_text.get(prefix)
+            if plain is None:
+                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix, run.may_keep)
+            return plain
         mode, store, map_format = "compute", None, None
         if step.attention == "reuse":
             held = run.cache.names()
