@@ -1005,8 +1005,9 @@ class Installation:
             block = blocks[key]
             if type(block) not in UP_BLOCKS:
                 return None
-            places.append((blocks, key, block))
-            places += [(block.__dict__, n, block.__dict__.get(n)) for n in ("s1", "s2", "b1", "b2")]
+            own = block.__dict__
+            names = ("s1",) if own.get("s1") is None else ("s1", "s2", "b1", "b2")
+            places += [(blocks, key, block), *((own, name, own.get(name)) for name in names)]
         return places
 
     def _look_for_freeu(self, run: Run, depth: Any) -> None:
