@@ -424,6 +424,22 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, (Tensor, bool, int, float, str, type(None)))
 
 
+# Arguments of the networks of which none was given; not to be written to.
+_NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(
+    (
+        "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
+        "added_cond_kwargs", "encoder_attention_mask",
+    )
+)  # fmt: skip
+_NOTHING_GIVEN_TO_CONTROL: dict[str, Any] = dict.fromkeys(
+    (
+        "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
+        "cross_attention_kwargs",
+    )
+)  # fmt: skip
+_NO_CONSTANTS: dict[str, Any] = {}
+_THE_ONE = [0]  # the only slot of a run
+
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
 _SETTINGS = (bool, int, float, str, type(None))
 
@@ -1142,19 +1158,25 @@ class Installation:
         guess_mode: bool = False,
         return_dict: bool = True,
     ) -> Any:
-        arguments = {
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "added_cond_kwargs": added_cond_kwargs,
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
+        if (
+            class_labels is timestep_cond is attention_mask is added_cond_kwargs
+            is cross_attention_kwargs is None
+        ):  # fmt: skip
+            arguments = _NOTHING_GIVEN_TO_CONTROL
+        else:
+            arguments = {
+                "class_labels": class_labels,
+                "timestep_cond": timestep_cond,
+                "attention_mask": attention_mask,
+                "added_cond_kwargs": added_cond_kwargs,
+                "cross_attention_kwargs": cross_attention_kwargs,
+            }
         call = _ControlCall(
             net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
             guess_mode, arguments,
             asked={"conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
             conditions=(controlnet_cond,),
-            constants={},
+            constants=_NO_CONSTANTS,
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)
 
@@ -1504,18 +1526,28 @@ class Installation:
                 return_dict=return_dict,
             )
         start = runs.clock()
-        arguments = {
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "added_cond_kwargs": added_cond_kwargs,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
+        if (
+            class_labels is timestep_cond is attention_mask is cross_attention_kwargs
+            is added_cond_kwargs is encoder_attention_mask is None
+        ):  # fmt: skip
+            arguments = _NOTHING_GIVEN
+        else:
+            arguments = {
+                "class_labels": class_labels,
+                "timestep_cond": timestep_cond,
+                "attention_mask": attention_mask,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "added_cond_kwargs": added_cond_kwargs,
+                "encoder_attention_mask": encoder_attention_mask,
+            }
         shape = sample.shape
         run, now = self._run_of(runs, encoder_hidden_states, position, shape[0])
         # the ControlNets that were called
-        called = [slot.index for slot in run.slots if slot.called_at == now.index]
+        slots = run.slots
+        if len(slots) == 1 and slots[0].called_at == now.index:
+            called = _THE_ONE
+        else:
+            called = [slot.index for slot in slots if slot.called_at == now.index]
         with_residuals = down_block_additional_residuals is not None
         if with_residuals and not called and not self._config.is_exact:
             self._say(
@@ -1538,7 +1570,7 @@ class Installation:
                 else self._lora_now(unet),
                 len(called), *called,
                 _autocast(sample.device) if _any_autocast() else None,
-                *[fuser.enabled for fuser in self._fusers],
+                *([fuser.enabled for fuser in self._fusers] if self._fusers else ()),
             )  # fmt: skip
             if run.unet_signature is None or not run.unet_signature.same(found):
                 if run.unet_signature is not None:
@@ -1611,7 +1643,9 @@ class Installation:
         residuals = None
         if down is not None:
             residuals = Residuals(
-                [self._terms(value, half) for value in down[:count]],
+                [self._terms(down[0], half)]
+                if count == 1 and len(down)
+                else [self._terms(value, half) for value in down[:count]],
                 self._terms(mid, half) if depth is None else [],
             )
         hidden = skips = None
@@ -1635,6 +1669,8 @@ class Installation:
                 intrablock = _cut(intrablock, batch)
         if not plain:
             arguments, lora_scale = _take_lora_scale(arguments)
+        elif arguments is _NOTHING_GIVEN and self._compiled is None:
+            arguments = {}
         with_scale = USE_PEFT_BACKEND and lora_scale != 1.0
         if with_scale:
             scale_lora_layers(self.unet, lora_scale)
