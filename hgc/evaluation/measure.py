@@ -213,6 +213,7 @@ def _environment(subject: Subject) -> dict[str, Any]:
     import torch
 
     import hgc
+    import hgc_kernels
 
     # The judges and the measures of a picture; not the command line, the tables or what is made of
     # the measures, which change no number that is recorded.
