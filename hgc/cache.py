@@ -10,6 +10,7 @@ import torch
 __all__ = ["Cache", "conditional_half"]
 
 Tensor = torch.Tensor
+_lerp = torch.lerp
 
 
 def conditional_half(x: Tensor) -> Tensor:
@@ -42,6 +43,7 @@ class Cache:
     def __init__(self, max_bytes: int | None = None) -> None:
         self._entries: dict[str, list[_Value]] = {}
         self._kept: dict[str, Tensor] = {}
+        self._prepared: dict[str, dict[tuple[float, ...], Tensor]] = {}
         self._max_bytes = max_bytes
         self.bytes = 0
         self.peak_bytes = 0
@@ -66,6 +68,8 @@ class Cache:
     ) -> None:
         """Copy ``tensor`` in as the newest of at most ``history`` values of ``name``."""
         values = self._entries.setdefault(name, [])
+        if name in self._prepared:
+            self._drop_prepared(name)
         buffer = None
         while len(values) >= history:
             old = values.pop().tensor
@@ -95,21 +99,43 @@ class Cache:
         Where fewer values are held than coefficients are given, the newest alone is returned.
         """
         values = self._entries[name]
-        if values[0].half and not half:
+        first, count = values[0], len(coefficients)
+        if first.half and not half:
             raise KeyError(f"{name} holds the conditional half only")
-        count = len(coefficients)
-        newest = values[0].rows(half)
+        newest = first.rows(half)
         if count == 1 and coefficients[0] == 1.0:
             return newest
         if len(values) < count or not (half or all(not v.half for v in values[:count])):
             return newest
         if count == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-6:
             # one rounding, in float32 inside the kernel
-            return torch.lerp(newest, values[1].rows(half), float(coefficients[1]))
+            return _lerp(newest, values[1].rows(half), coefficients[1])
         total = newest.float() * coefficients[0]
         for value, coefficient in zip(values[1:], coefficients[1:], strict=False):
             total = torch.add(total, value.rows(half).float(), alpha=coefficient)
         return total.to(newest.dtype)
+
+    def prepare(self, name: str, coefficients: Sequence[float]) -> None:
+        """Hold what :meth:`read` returns with ``coefficients``, for :meth:`subtract`, until another
+        value of ``name`` is written or it is dropped."""
+        value = self.read(name, coefficients)
+        prepared = self._prepared.setdefault(name, {})
+        # one image: `out - [value, 0]` is both halves in one pass
+        fits = value.shape[0] == 1 and tuple(coefficients) not in prepared
+        if fits and self._grow(2 * value.nbytes):
+            prepared[tuple(coefficients)] = torch.cat([value, torch.zeros_like(value)])
+
+    def subtract(self, name: str, coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+        """``cat([x - read(name, coefficients), x])``, new."""
+        prepared = self._prepared.get(name)
+        value = None if prepared is None else prepared.get(coefficients)
+        if value is None or x.shape[0] != 1:
+            return torch.cat([x - self.read(name, coefficients), x])
+        return x - value
+
+    def _drop_prepared(self, name: str) -> None:
+        for value in self._prepared.pop(name, {}).values():
+            self.bytes -= value.nbytes
 
     def blend(self, fresh: Tensor, name: str, coefficients: Sequence[float]) -> Tensor:
         """``coefficients[0] * fresh + sum_i coefficients[1 + i] * value[i]``, newest first; new.
@@ -145,6 +171,7 @@ class Cache:
     def drop(self, names: Iterable[str]) -> None:
         """Forget the histories of ``names``."""
         for name in names:
+            self._drop_prepared(name)
             for value in self._entries.pop(name, ()):
                 self.bytes -= value.tensor.nbytes
 
@@ -165,12 +192,15 @@ class Cache:
         """Forget everything."""
         self._entries.clear()
         self._kept.clear()
+        self._prepared.clear()
         self.bytes = 0
 
     def checksums(self) -> dict[str, list[float]]:
         """A float64 checksum of each tensor held, by name; it changes when somebody writes."""
         sums = {n: [_checksum(v.tensor) for v in values] for n, values in self._entries.items()}
         sums.update({n: [_checksum(t)] for n, t in self._kept.items()})
+        for name, prepared in self._prepared.items():
+            sums[f"{name} prepared"] = [_checksum(t) for t in prepared.values()]
         return sums
 
 

@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 from hgc import attention as prompt_grain
-from hgc.cache import conditional_half
+from hgc.cache import Cache, conditional_half
 from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
 from hgc.networks import (
@@ -72,6 +72,10 @@ class HgcWarning(UserWarning):
 
 _MARK = "_hgc_installation"
 
+# torch's own namespaces are large: a look-up in one misses the processor's caches
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_grad_enabled = torch.is_grad_enabled
+
 
 class _Forward:
     """Stands in a module's ``forward`` slot while hgc is installed."""
@@ -85,7 +89,7 @@ class _Forward:
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if _is_dynamo_compiling():
             _refuse_tracing(type(self.module).__name__)
         return self._run(self.module, *args, **kwargs)
 
@@ -153,9 +157,10 @@ class _EndOfCall:
 class _Noticed:
     """Stands for a method of a model that writes to its weights where no tensor's version shows
     it: peft fuses a LoRA, and swaps one for another (``hotswap=True``), through ``.data``; and it
-    may be unloaded before the next evaluation."""
+    may be unloaded before the next evaluation. And for ``set_attn_processor``: an evaluation looks
+    at the processors of the layers that it computes, and after this at all."""
 
-    METHODS = ("fuse_lora", "unfuse_lora", "load_lora_adapter")
+    METHODS = ("fuse_lora", "unfuse_lora", "load_lora_adapter", "set_attn_processor")
 
     def __init__(self, installation: Installation, module: torch.nn.Module, name: str) -> None:
         self.module = module
@@ -164,8 +169,14 @@ class _Noticed:
         functools.update_wrapper(self, getattr(module, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._installation._rewritten += 1
-        return _class_method(self.module, self.name)(*args, **kwargs)
+        call = _class_method(self.module, self.name)
+        if self.name != "set_attn_processor":
+            self._installation._rewritten += 1
+            return call(*args, **kwargs)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._installation._processors_set = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _class_method(memo.get(id(self.module), self.module), self.name)
@@ -231,6 +242,7 @@ def _lora_state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
 _to_k, _to_v, _weight = map(operator.methodcaller, ("get",) * 3, ("to_k", "to_v", "weight"))
 _processor = operator.itemgetter("processor")
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_is, _get = operator.is_, dict.get
 
 
 def _all_are(found: Iterable[Any], known: list[Any]) -> bool:
@@ -279,11 +291,24 @@ class _Weights:
 
     def same(self, depth: Any) -> bool:
         """Whether those in the layers that are computed at ``depth`` are what they were."""
-        if depth not in self._parts:
-            self._parts[depth] = self._part(self._computed(depth))
-        modules, holders, known, counted, versions = self._parts[depth]
+        modules, holders, known, counted, versions = self._at(depth)
         found = itertools.chain(map(_to_k, modules), map(_to_v, modules), map(_weight, holders))
         return _all_are(found, known) and [*map(_version, counted)] == versions
+
+    def places(self, depth: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """Where they are: a dictionary and a key in it each, and what is there."""
+        modules, holders, known, _, _ = self._at(depth)
+        kinds = ["to_k"] * len(modules) + ["to_v"] * len(modules) + ["weight"] * len(holders)
+        return zip([*modules, *modules, *holders], kinds, known, strict=True)
+
+    def versions(self, depth: Any) -> tuple[list[Any], list[int]]:
+        """Those whose writes are counted, and how often each was written to."""
+        return self._at(depth)[3:]  # type: ignore[return-value]
+
+    def _at(self, depth: Any) -> tuple[list[Any], ...]:
+        if depth not in self._parts:
+            self._parts[depth] = self._part(self._computed(depth))
+        return self._parts[depth]
 
     def _part(self, which: Sequence[int]) -> tuple[list[Any], ...]:
         at = [j for i in which for j in (2 * i, 2 * i + 1)]
@@ -301,6 +326,36 @@ class _Weights:
         )
 
 
+class _Seen:
+    """What an evaluation that computes certain layers finds in them, to be compared in one pass.
+
+    Attributes:
+        epoch: Of the installation, when it was seen.
+    """
+
+    __slots__ = ("_counted", "_dicts", "_keys", "_values", "_versions", "epoch")
+
+    def __init__(
+        self,
+        epoch: int,
+        places: list[tuple[dict[str, Any], str, Any]],
+        counted: list[Any],
+        versions: list[int],
+    ) -> None:
+        self.epoch = epoch
+        self._dicts = [each for each, _, _ in places]
+        self._keys = [key for _, key, _ in places]
+        self._values = [value for _, _, value in places]
+        self._counted, self._versions = counted, versions
+
+    def is_same(self) -> bool:
+        """Whether everything is where it was, none of the weights written to."""
+        return (
+            all(map(_is, map(_get, self._dicts, self._keys), self._values))
+            and [*map(_version, self._counted)] == self._versions
+        )
+
+
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -314,7 +369,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 def _may_be_kept(source: Tensor) -> bool:
     """Whether what is computed from ``source`` may stand for the run: a write to it would be seen,
     and no graph of autograd hangs on it."""
-    return not source.is_inference() and not torch.is_grad_enabled()
+    return not source.is_inference() and not _grad_enabled()
 
 
 def _take_lora_scale(arguments: dict[str, Any]) -> tuple[dict[str, Any], float]:
@@ -368,6 +423,22 @@ def _is_data(value: Any) -> bool:
         return all(map(_is_data, value))
     return isinstance(value, (Tensor, bool, int, float, str, type(None)))
 
+
+# Arguments of the networks of which none was given; not to be written to.
+_NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(
+    (
+        "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
+        "added_cond_kwargs", "encoder_attention_mask",
+    )
+)  # fmt: skip
+_NOTHING_GIVEN_TO_CONTROL: dict[str, Any] = dict.fromkeys(
+    (
+        "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
+        "cross_attention_kwargs",
+    )
+)  # fmt: skip
+_NO_CONSTANTS: dict[str, Any] = {}
+_THE_ONE = [0]  # the only slot of a run
 
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
 _SETTINGS = (bool, int, float, str, type(None))
@@ -428,6 +499,16 @@ class Installation:
     each with pipelines of its own on the shared models.
     """
 
+    # more attributes than Python looks up quickly in a dictionary
+    __slots__ = (
+        "__weakref__", "_active", "_assume_pair", "_at_depth", "_attentions", "_blocks_compiled",
+        "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch", "_epochs",
+        "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
+        "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
+        "_said", "_scaled_processors", "_schedules", "_seen", "_stateful", "_structure",
+        "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
+    )  # fmt: skip
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -447,6 +528,7 @@ class Installation:
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
+        self._without_lora = False  # as far as known, nor processors with scales
         self._rewritten = 0  # how often a LoRA was fused or unfused
         self._scaled_processors: list[Any] = []
         self._weights: dict[int, _Weights] = {}
@@ -455,12 +537,18 @@ class Installation:
             for model in (unet, *nets)
         }
         self._attentions = {
-            id(model): [m for m in model.modules() if isinstance(m, Attention)]
+            id(model): [(n, m) for n, m in model.named_modules() if isinstance(m, Attention)]
             for model in (unet, *nets)
         }
-        # of all attentions of a model, where their processors are and what they must be
-        self._placed: dict[int, tuple[list[dict[str, Any]], list[Any]]] = {}
+        # of all attentions of a model, and of those computed at a depth, where their processors are
+        # and what they must be
+        self._placed: dict[int, dict[Any, tuple[list[dict[str, Any]], list[Any]]]] = {}
+        self._processors_set = False  # some were, by diffusers' method
         self._placing = 0  # goes up where others are in place
+        # what `_look` saw of a model at a depth, and which state that was of all it looks at
+        self._seen: dict[tuple[int, Any], _Seen] = {}
+        self._epochs = itertools.count(1)
+        self._epoch = 0
         self._stateful = ""  # the class of a processor that may keep what it sees
         self._blocks_compiled = False
         self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
@@ -471,6 +559,7 @@ class Installation:
         self._compiled: CompiledNetworks | None = None
         self._layers: dict[int, frozenset[str]] = {}
         self._at_depth: dict[int, list[int]] = {}
+        self._up_blocks: dict[Any, list[str]] = {}
 
     @property
     def _runs(self) -> Runs:
@@ -648,6 +737,7 @@ class Installation:
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
         compiled = any(has_compiled_parts(model) for model in self._networks())
         known = self._placed and compiled == self._blocks_compiled
+        self._processors_set = False
         if not known or not all(map(self._processors_in_place, self._networks())):
             self._blocks_compiled = compiled
             self._wrap_processors()
@@ -655,11 +745,12 @@ class Installation:
                 # a processor with weights is a submodule
                 holders = [
                     attn._modules if "processor" in attn._modules else attn.__dict__
-                    for attn in attentions
+                    for _, attn in attentions
                 ]
-                self._placed[model] = (holders, [*map(_processor, holders)])
+                self._placed[model] = {"full": (holders, [*map(_processor, holders)])}
             self._placing += 1
-        processors = [each for _, placed in self._placed.values() for each in placed]
+            self._epoch = next(self._epochs)
+        processors = [each for placed in self._placed.values() for each in placed["full"][1]]
         # Perturbed-attention guidance puts more than samples into the rows of a batch.
         self._rows_are_samples = all(map(prompt_grain.treats_rows_alike, processors))
         self._scaled_processors = [
@@ -667,6 +758,8 @@ class Installation:
             for processor in processors
             if isinstance(getattr(processor, "scale", None), (list, tuple))
         ]
+        if self._scaled_processors:
+            self._without_lora = False
         keeping = filter(prompt_grain.may_keep_what_it_sees, processors)
         found = next(map(prompt_grain.unwrapped, keeping), None)
         self._stateful = "" if found is None else type(found).__name__
@@ -796,21 +889,34 @@ class Installation:
     # -- runs -------------------------------------------------------------------------------
 
     def _run_of(
-        self, model: Any, text: Tensor, position: Position, batch: int, cond: Any = None
+        self, runs: Runs, text: Tensor, position: Position, batch: int, cond: Any = None
     ) -> tuple[Run, Evaluation]:
-        """The run that a call of ``model`` belongs to, with its evaluation begun."""
-        runs = self._of_thread.runs
+        """The run that a call of a model belongs to, with its evaluation begun."""
         run = runs.last
         known = run is not None and run.text.value is text and run.text.is_(text)
-        if run is None or not known or run.now is None or run.position is not position:
+        begun = known and run is not None and run.now is not None and run.position is position
+        if not begun and (run is None or not known or runs.short or not run.advance(position)):
             if run is None or not known or not run.is_next(position):
                 run, known = runs.find(text, position, batch, cond), False
             run = self._begin(runs, run, text, position)
             # the run that was found may be one with another text
             known = known or run.text.is_(text) or _is_part(text, run.text)
-        assert run.now is not None
-        if not self._processors_in_place(model):
+        assert run is not None and run.now is not None
+        if self._processors_set:
             self._adopt_processors()
+        if run.placing != self._placing or self._stateful or run.broken is not None:
+            self._obey_processors(run)
+        if not known:
+            # a ControlNet may have a text of its own
+            slots = [] if cond is None else [slot for slot in run.slots if slot.cond.is_(cond)]
+            if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
+                if not _is_part(run.text.value, Held(text)):
+                    self._text_changed(run, run.now, text)
+                run.text = Held(text)
+        return run, run.now
+
+    def _obey_processors(self, run: Run) -> None:
+        """Go on with the processors that are in place, and say where a run was given up."""
         if run.placing != self._placing:
             # by this run or by another on the same models
             run.placing = self._placing
@@ -823,14 +929,6 @@ class Installation:
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
-        if not known:
-            # a ControlNet may have a text of its own
-            slots = [] if cond is None else [slot for slot in run.slots if slot.cond.is_(cond)]
-            if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
-                if not _is_part(run.text.value, Held(text)):
-                    self._text_changed(run, run.now, text)
-                run.text = Held(text)
-        return run, run.now
 
     def _begin(self, runs: Runs, run: Run | None, text: Tensor, position: Position) -> Run:
         """Begin an evaluation of ``run``, or of a new one."""
@@ -903,23 +1001,88 @@ class Installation:
         return True
 
     def _look(self, run: Run, model: torch.nn.Module, depth: Any = "full") -> None:
-        """See whether the weights that make keys and values in the layers to be computed are what
-        they were; they change when a LoRA is fused or swapped. What an evaluation does not compute
-        is looked at when one does."""
+        """See whether the layers to be computed are what they were: the processors of attentions,
+        the weights that make keys and values, which change when a LoRA is fused or swapped, and
+        FreeU. What an evaluation does not compute is looked at when one does."""
+        key, epoch = (id(model), depth), self._epoch
+        seen = self._seen.get(key)
+        if seen is not None and seen.epoch == epoch == run.looked.get(key) and seen.is_same():
+            return
+        # read before it is compared: what changes in between is seen the next time
+        freeu = self._freeu_places(depth) if model is self.unet else ()
+        if not self._processors_in_place(model, depth):
+            self._adopt_processors()
+            self._obey_processors(run)
+        if model is self.unet:
+            self._look_for_freeu(run, depth)
         known = self._weights.get(id(model))
         if known is None or not known.same(depth):
             computed = functools.partial(self._computed, model)
             known = _Weights(self._cross_attentions[id(model)], computed, known)
             self._weights[id(model)] = known
+            self._epoch = next(self._epochs)
         value = (known.generation, known.total)
         if run.weights.setdefault(id(model), value) != value:
             run.weights[id(model)] = value
             run.change("the weights changed")
+        placed = self._placed.get(id(model), {}).get(depth)
+        if freeu is not None and placed is not None and epoch == self._epoch:
+            places = [
+                *((holder, "processor", p) for holder, p in zip(*placed, strict=True)),
+                *known.places(depth),
+                *freeu,
+            ]
+            self._seen[key] = _Seen(epoch, places, *known.versions(depth))
+            run.looked[key] = epoch
 
-    def _processors_in_place(self, model: torch.nn.Module) -> bool:
-        found = self._placed.get(id(model))
+    def _freeu_places(self, depth: Any) -> list[tuple[dict[str, Any], str, Any]] | None:
+        """Where FreeU is enabled in the up blocks that an evaluation of ``depth`` runs, and what
+        is there; None where a block may have it elsewhere."""
+        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules
+        places = []
+        for key in self._blocks_at(depth):
+            block = blocks[key]
+            if type(block) not in UP_BLOCKS:
+                return None
+            own = block.__dict__
+            names = ("s1",) if own.get("s1") is None else ("s1", "s2", "b1", "b2")
+            places += [(blocks, key, block), *((own, name, own.get(name)) for name in names)]
+        return places
+
+    def _look_for_freeu(self, run: Run, depth: Any) -> None:
+        blocks: dict[str, Any] = self.unet._modules["up_blocks"]._modules
+        known, changed = run.freeu, False
+        for key in self._blocks_at(depth):
+            block = blocks[key]
+            plain = type(block) in UP_BLOCKS and "s1" not in block.__dict__
+            found = None if plain else freeu_of(block)
+            changed = known.setdefault(key, found) != found or changed
+            known[key] = found
+        if changed:
+            self._epoch = next(self._epochs)
+            run.change("the UNet's arguments changed")
+
+    def _blocks_at(self, depth: Any) -> Sequence[str]:
+        """The up blocks, by their names in the list, that an evaluation of ``depth`` runs."""
+        if depth not in self._up_blocks:
+            decoder = self._structure.decoder
+            layers = decoder if depth == "full" else decoder[len(decoder) - depth :]
+            self._up_blocks[depth] = [*dict.fromkeys(str(block) for block, _ in layers)]
+        return self._up_blocks[depth]
+
+    def _processors_in_place(self, model: torch.nn.Module, depth: Any = "full") -> bool:
+        placed = self._placed.get(id(model))
+        if placed is None:
+            return False
+        found = placed.get(depth)
+        if found is None:
+            begin = self._structure.attention_blocks(depth)
+            names = [name for name, _ in self._attentions[id(model)]]
+            both = [*zip(*placed["full"], strict=True)]
+            part = [each for name, each in zip(names, both, strict=True) if name.startswith(begin)]
+            found = placed[depth] = ([holder for holder, _ in part], [p for _, p in part])
         try:
-            return found is not None and _all_are(map(_processor, found[0]), found[1])
+            return _all_are(map(_processor, found[0]), found[1])
         except KeyError:  # one with weights took the place of one without, or the reverse
             return False
 
@@ -951,7 +1114,7 @@ class Installation:
 
     def _look_for_gradients(self, run: Run, *inputs: Any) -> None:
         """Compute in full where gradients are recorded: those of a cached value are lost."""
-        if not torch.is_grad_enabled() or self._config.is_exact or run.broken is not None:
+        if not _grad_enabled() or self._config.is_exact or run.broken is not None:
             return
         if run.trains is None:
             run.trains = any(p.requires_grad for m in self._networks() for p in m.parameters())
@@ -974,11 +1137,14 @@ class Installation:
         for model in self._networks():
             config = model.__dict__.get("peft_config")
             self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
+        found = any(config is not None for config, _ in self._lora.values())
+        self._without_lora = not found and not self._scaled_processors
 
     def _lora_now(self, model: torch.nn.Module) -> Any:
         """What adapters add to ``model`` now, and the scales of processors that have some."""
         config = model.__dict__.get("peft_config")
-        known, layers = self._lora.get(id(model), (None, []))
+        collected = self._lora.get(id(model))
+        known, layers = (None, []) if collected is None else collected
         if config is None and known is None and not self._scaled_processors:
             return self._rewritten
         now = config and tuple(config.values())
@@ -1015,19 +1181,25 @@ class Installation:
         guess_mode: bool = False,
         return_dict: bool = True,
     ) -> Any:
-        arguments = {
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "added_cond_kwargs": added_cond_kwargs,
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
+        if (
+            class_labels is timestep_cond is attention_mask is added_cond_kwargs
+            is cross_attention_kwargs is None
+        ):  # fmt: skip
+            arguments = _NOTHING_GIVEN_TO_CONTROL
+        else:
+            arguments = {
+                "class_labels": class_labels,
+                "timestep_cond": timestep_cond,
+                "attention_mask": attention_mask,
+                "added_cond_kwargs": added_cond_kwargs,
+                "cross_attention_kwargs": cross_attention_kwargs,
+            }
         call = _ControlCall(
             net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
             guess_mode, arguments,
             asked={"conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
             conditions=(controlnet_cond,),
-            constants={},
+            constants=_NO_CONSTANTS,
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)
 
@@ -1087,9 +1259,9 @@ class Installation:
             return call.by(self._original(net), return_dict)
         start = runs.clock()
         shape, device = sample.shape, sample.device
-        run, now = self._run_of(net, text, position, shape[0], call.cond)
+        run, now = self._run_of(runs, text, position, shape[0], call.cond)
         try:
-            if torch.is_grad_enabled():
+            if _grad_enabled():
                 self._look_for_gradients(run, sample, text, *call.conditions)
             slot = run.slot(net, call.cond)
             if slot.called_at == position.index:
@@ -1099,7 +1271,9 @@ class Installation:
             slot.text = run.text if run.text.value is text else Held(text)
             found = (
                 *call.asked.values(), *call.arguments.values(), shape, sample.dtype, device,
-                self._lora_now(net), _autocast(device) if _any_autocast() else None,
+                self._rewritten if self._without_lora and "peft_config" not in net.__dict__
+                else self._lora_now(net),
+                _autocast(device) if _any_autocast() else None,
             )  # fmt: skip
             if slot.signature is None or not slot.signature.same(found):
                 if slot.signature is not None:
@@ -1109,7 +1283,9 @@ class Installation:
                 slot.signature = Signature(found)
                 slot.shapes = self._residual_shapes(net, sample)
                 slot.names = _residual_names(len(slot.shapes))
+                slot.entries = tuple([slot.prefix + name for name in slot.names])
                 slot.zeros, slot.promises = None, []
+                slot.pooled = bool(net.config.global_pool_conditions)
                 run.factor = call.conditions[0].shape[-1] // shape[-1]
             residuals = self._control_residuals(run, now, slot, call)
         except BaseException:
@@ -1139,7 +1315,7 @@ class Installation:
         last = runs.last
         if last is not None and timestep is not None and last.position.timestep is timestep:
             return last.position
-        position = position_of(timestep)
+        position = position_of(timestep, None if last is None else last.position)
         if position is None and not runs.is_one_step(timestep, text):
             self._say(
                 "timestep",
@@ -1176,12 +1352,13 @@ class Installation:
             return slot.zeros.hand_out()
 
         # guess_mode hands over the conditional half itself: there is nothing to cut
-        half = now.half and not _is_part(text, run.text)
+        half = now.half and (text is run.text.value or not _is_part(text, run.text))
         if now.plan.control == "reuse":
-            needed = run.schedule.residuals[now.index]
-            if not all(run.cache.has(slot.prefix + name, half=half) for name in needed):
-                run.promote("residuals are not cached")
-                half = False
+            for name in run.schedule.residuals[now.index]:
+                if not run.cache.has(slot.prefix + name, half=half):
+                    run.promote("residuals are not cached")
+                    half = False
+                    break
         if now.plan.control == "reuse":
             now.control[slot.index] = "reused"
             return self._promises(run, now, slot, call)
@@ -1268,6 +1445,11 @@ class Installation:
         if not self._prompt_grain or now is None:
             return None
         step = now.plan
+        if half and not step.is_key and step.attention == "compute":
+            plain = run.plain_text.get(prefix)
+            if plain is None:
+                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix, run.may_keep)
+            return plain
         mode, store, map_format = "compute", None, None
         if step.attention == "reuse":
             held = run.cache.names()
@@ -1367,18 +1549,28 @@ class Installation:
                 return_dict=return_dict,
             )
         start = runs.clock()
-        arguments = {
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "added_cond_kwargs": added_cond_kwargs,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
+        if (
+            class_labels is timestep_cond is attention_mask is cross_attention_kwargs
+            is added_cond_kwargs is encoder_attention_mask is None
+        ):  # fmt: skip
+            arguments = _NOTHING_GIVEN
+        else:
+            arguments = {
+                "class_labels": class_labels,
+                "timestep_cond": timestep_cond,
+                "attention_mask": attention_mask,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "added_cond_kwargs": added_cond_kwargs,
+                "encoder_attention_mask": encoder_attention_mask,
+            }
         shape = sample.shape
-        run, now = self._run_of(unet, encoder_hidden_states, position, shape[0])
+        run, now = self._run_of(runs, encoder_hidden_states, position, shape[0])
         # the ControlNets that were called
-        called = [slot.index for slot in run.slots if slot.called_at == now.index]
+        slots = run.slots
+        if len(slots) == 1 and slots[0].called_at == now.index:
+            called = _THE_ONE
+        else:
+            called = [slot.index for slot in slots if slot.called_at == now.index]
         with_residuals = down_block_additional_residuals is not None
         if with_residuals and not called and not self._config.is_exact:
             self._say(
@@ -1388,33 +1580,30 @@ class Installation:
                 "hgc.install(pipe.unet, pipe.controlnet)",
             )
         try:
-            if torch.is_grad_enabled():
+            if _grad_enabled():
                 self._look_for_gradients(run, sample, encoder_hidden_states)
             if cross_attention_kwargs and run.broken is None and not self._config.is_exact:
                 for name, value in cross_attention_kwargs.items():
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
-            blocks: Any = unet._modules["up_blocks"]._modules.values()
-            freeu = [
-                None if type(b) in UP_BLOCKS and "s1" not in b.__dict__ else freeu_of(b)
-                for b in blocks
-            ]
             found = (
-                shape, sample.dtype, sample.device, *arguments.values(), *freeu,
+                shape, sample.dtype, sample.device, *arguments.values(),
                 with_residuals, down_intrablock_additional_residuals is not None,
-                self._lora_now(unet), len(called), *called,
+                self._rewritten if self._without_lora and "peft_config" not in unet.__dict__
+                else self._lora_now(unet),
+                len(called), *called,
                 _autocast(sample.device) if _any_autocast() else None,
-                *[fuser.enabled for fuser in self._fusers],
+                *([fuser.enabled for fuser in self._fusers] if self._fusers else ()),
             )  # fmt: skip
             if run.unet_signature is None or not run.unet_signature.same(found):
                 if run.unet_signature is not None:
                     run.change("the UNet's arguments changed")
                 run.unet_signature = Signature(found)
                 run.latent_size = (shape[-2], shape[-1])
-            looked = now.plan.depth
+            looked, halves = now.plan.depth, None
             self._look(run, unet, looked)
             if run.schedule.halves or run.maps is not None:
-                self._look_for_pair(run, now, sample, encoder_hidden_states, arguments)
+                halves = self._look_for_pair(run, now, sample, encoder_hidden_states, arguments)
             if now.plan.depth != looked:
                 self._look(run, unet, now.plan.depth)
             now.batch = shape[0]
@@ -1425,7 +1614,7 @@ class Installation:
                 out = self._compute_unet(
                     run, now, sample, timestep, encoder_hidden_states, arguments,
                     down_block_additional_residuals, mid_block_additional_residual,
-                    down_intrablock_additional_residuals, freeu,
+                    down_intrablock_additional_residuals, halves,
                 )  # fmt: skip
         except BaseException:
             self._fail(run)
@@ -1435,14 +1624,19 @@ class Installation:
 
     def _look_for_pair(
         self, run: Run, now: Evaluation, sample: Tensor, text: Tensor, arguments: dict[str, Any]
-    ) -> None:
-        """See whether the batch is one sample twice, and can be cut into halves."""
-        if not self._rows_are_samples or not _can_be_halved(arguments, text, sample.shape[0]):
+    ) -> Sequence[Tensor] | None:
+        """See whether the batch is one sample twice, and can be cut into halves. Returns the halves
+        of ``sample`` where it was cut to be compared."""
+        assert run.unet_signature is not None
+        batch = sample.shape[0]
+        plain = run.unet_signature.is_plain and text.shape[0] == batch
+        if not self._rows_are_samples or not (plain or _can_be_halved(arguments, text, batch)):
             run.pair.refute()
             if now.half:
                 run.promote("an argument cannot be cut into halves")
         elif run.pair.wants:
-            run.pair.compare(sample, text)
+            return run.pair.compare(sample, text)
+        return None
 
     def _terms(self, value: Any, half: bool) -> Terms:
         """What to add to a skip for the residual ``value``."""
@@ -1464,7 +1658,7 @@ class Installation:
         down: Any,
         mid: Any,
         intrablock: Any,
-        freeu: list[Any],
+        halves: Sequence[Tensor] | None,
     ) -> Tensor:
         step, half, batch = now.plan, now.half, sample.shape[0]
         depth = step.depth if isinstance(step.depth, int) else None
@@ -1472,37 +1666,53 @@ class Installation:
         residuals = None
         if down is not None:
             residuals = Residuals(
-                [self._terms(value, half) for value in down[:count]],
+                [self._terms(down[0], half)]
+                if count == 1 and len(down)
+                else [self._terms(value, half) for value in down[:count]],
                 self._terms(mid, half) if depth is None else [],
             )
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            if freeu[self._structure.boundary(depth)[0]]:
+            if any(run.freeu.values()) and run.freeu[str(self._structure.boundary(depth)[0])]:
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
                     run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
                 ]
         capture = run.schedule.captures if step.is_key else ()
+        assert run.unet_signature is not None
+        plain, lora_scale = run.unet_signature.is_plain, 1.0
         if half:
-            sample, text = conditional_half(sample), conditional_half(text)
-            arguments = _cut(arguments, batch)
-            intrablock = _cut(intrablock, batch)
-        arguments, lora_scale = _take_lora_scale(arguments)
-        with _lora_scaled(self.unet, lora_scale):
+            sample = conditional_half(sample) if halves is None else halves[1]
+            text = run.text.half() if run.text.value is text else conditional_half(text)
+            if not plain:
+                arguments = _cut(arguments, batch)
+            if intrablock is not None:
+                intrablock = _cut(intrablock, batch)
+        if not plain:
+            arguments, lora_scale = _take_lora_scale(arguments)
+        elif arguments is _NOTHING_GIVEN and self._compiled is None:
+            arguments = {}
+        with_scale = USE_PEFT_BACKEND and lora_scale != 1.0
+        if with_scale:
+            scale_lora_layers(self.unet, lora_scale)
+        try:
             out, captured = self._function(self.unet, half)(
                 self.unet, self._structure, sample, timestep, text,
                 self._text_wrapper(run, "unet/", half, now),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
                 intrablock_residuals=intrablock, **arguments,
             )  # fmt: skip
+        finally:
+            if with_scale:
+                unscale_lora_layers(self.unet, lora_scale)
         if not half:
             whole = out
         elif step.guidance == "off":
             whole = torch.cat([out, out])
         else:
-            whole = torch.cat([out - run.cache.read("guidance", step.guidance_forecast), out])
+            whole = run.cache.subtract("guidance", step.guidance_forecast, out)
         if step.output_forecast == (1.0,):
             blend = whole
         else:
@@ -1535,6 +1745,9 @@ class Installation:
                 "guidance", conditional - unconditional, evaluation=index, history=history,
                 half=False,
             )  # fmt: skip
+            if run.cache.has("guidance", half=False):
+                for coefficients in run.schedule.guidance_read(after=index):
+                    run.cache.prepare("guidance", coefficients)
         stale = [
             n
             for n in run.cache.names()
@@ -1547,6 +1760,25 @@ class Installation:
                 f"Config.max_cache_bytes={self._config.max_cache_bytes} is too small for this "
                 "plan: evaluations are computed instead of reused",
             )
+
+
+class _PlainText:
+    """What makes the conditional half of a text carry the projections that a run keeps, and nothing
+    else: the same for every evaluation that neither stores nor reuses cross-attention."""
+
+    def __init__(self, cache: Cache, prefix: str, may_keep: bool) -> None:
+        self._cache, self._prefix, self._may_keep = cache, prefix, may_keep
+        self._last: prompt_grain.Text | None = None
+
+    def __call__(self, text: Any) -> Any:
+        if not isinstance(text, Tensor):
+            return text
+        keep, last = self._may_keep and _may_be_kept(text), self._last
+        if last is None or last.hidden is not text or last.keep_projections is not keep:
+            last = self._last = prompt_grain.Text(
+                text, self._cache, self._prefix, evaluation=-1, half=True, keep_projections=keep
+            )
+        return last
 
 
 def _residual_names(count: int) -> tuple[str, ...]:
@@ -1583,19 +1815,20 @@ class _Turn:
 
     def planned(self, j: int, half: bool) -> Terms | None:
         """What the plan means by residual ``j``."""
-        names = self.slot.names
+        slot, plan, cache = self.slot, self.now.plan, self.run.cache
         if self.values:
-            return [(self.values[names[j]], 1.0)] if half else None
-        entry, plan, cache = self.slot.prefix + names[j], self.now.plan, self.run.cache
+            return [(self.values[slot.names[j]], 1.0)] if half else None
+        entry = slot.entries[j]
         # promoted after the ControlNet's turn: what was reused then is not wanted any more
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
         value, call = cache.read(entry, plan.of_residuals, half=half), self.call
-        return [_scaled(call.net, value, j, len(names), call.scale, call.guess_mode)]
+        count = len(slot.entries)
+        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
 
 
 def _scaled(
-    net: ControlNetModel | ControlNetUnionModel,
+    pooled: bool,
     value: Tensor,
     j: int,
     count: int,
@@ -1603,7 +1836,7 @@ def _scaled(
     guess_mode: bool,
 ) -> tuple[Tensor, float]:
     """A cached residual with its scale, as :func:`hgc.networks.scale_residuals` scales it."""
-    if net.config.global_pool_conditions:
+    if pooled:
         return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
     factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0
     if isinstance(scale, (int, float)):

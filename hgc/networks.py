@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import apply_freeu
 
 import hgc_kernels
 from hgc.structure import UNetStructure
+from hgc_kernels import get_backend
 
 __all__ = [
     "UP_BLOCKS",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+# torch's own namespaces are large: a look-up in one misses the processor's caches
+_is_compiling = torch.compiler.is_compiling
+_cat = torch.cat
 
 
 @dataclasses.dataclass
@@ -57,6 +61,9 @@ def _add(x: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     """``x`` plus the sum of ``terms``, rounded as diffusers rounds: terms, their sum, then x."""
     if not terms:
         return x
+    if len(terms) == 1:
+        value, scale = terms[0]
+        return x + value if scale == 1.0 else x + value * scale
     total: Tensor | None = None
     for value, scale in terms:
         term = value if scale == 1.0 else value * scale
@@ -71,17 +78,17 @@ _WORTH_AN_OP = 1 << 21
 
 def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
     """A decoder layer's input: ``cat([hidden, skip + terms])``, in one pass where it pays."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         # the compiler fuses this with the norm that follows; an opaque op would stand between
         return torch.cat([hidden, _add(skip, terms)], dim=1)
+    small = hidden.is_cpu and hidden.nbytes + skip.nbytes < _WORTH_AN_OP
+    if small and get_backend("gather_blocks") == "auto":
+        return _cat([hidden, _add(skip, terms)], 1)
     if len(terms) > 1 or (terms and terms[0][0].shape != skip.shape):
         skip, terms = _add(skip, terms), []
     residual, scale = terms[0] if terms else (None, 1.0)
     if skip.dtype != hidden.dtype or (residual is not None and residual.dtype != skip.dtype):
         # autocast around the UNet and not around the ControlNet
-        return torch.cat([hidden, _add(skip, terms)], dim=1)
-    small = hidden.is_cpu and hidden.nbytes + skip.nbytes < _WORTH_AN_OP
-    if small and hgc_kernels.get_backend("gather_blocks") == "auto":
         return torch.cat([hidden, _add(skip, terms)], dim=1)
     if torch.is_grad_enabled():
         return hgc_kernels.gather_blocks(hidden, skip, residual, scale=scale)
@@ -105,6 +112,16 @@ def _parts(module: torch.nn.Module, name: str) -> list[Any]:
         found = getattr(module, name)
     return [] if found is None else list(found._modules.values())
 
+
+def _named_parts(module: torch.nn.Module, name: str) -> dict[str, Any]:
+    """As :func:`_parts`, by their names in the list, which are :data:`_NAMES`."""
+    found: Any = module._modules.get(name)
+    if found is None:
+        found = getattr(module, name)
+    return {} if found is None else found._modules
+
+
+_NAMES = tuple(map(str, range(100)))
 
 # What diffusers does not say it of.
 _WITHOUT_ATTENTION = {DownBlock2D, UpBlock2D, UNetMidBlock2D}
@@ -172,11 +189,11 @@ def run_unet(
     count = structure.num_layers if depth is None else depth
     captured: dict[str, Tensor] = {}
 
-    config, up_factor = unet.config, 2**unet.num_upsamplers
-    height, width = sample.shape[-2:]
-    forward_size = height % up_factor != 0 or width % up_factor != 0
-    attention_mask = _bias(attention_mask, sample.dtype)
-    encoder_attention_mask = _bias(encoder_attention_mask, sample.dtype)
+    config, size = unet.config, sample.shape
+    if attention_mask is not None:
+        attention_mask = _bias(attention_mask, sample.dtype)
+    if encoder_attention_mask is not None:
+        encoder_attention_mask = _bias(encoder_attention_mask, sample.dtype)
     if config.center_input_sample:
         sample = 2 * sample - 1.0
 
@@ -233,7 +250,7 @@ def run_unet(
         hidden = _add(sample, residuals.mid) if residuals is not None else sample
     assert hidden is not None
     out = _decode(
-        unet, structure, hidden, skips, down, emb, attention, count, forward_size, capture, captured
+        unet, structure, hidden, skips, down, emb, attention, count, size, capture, captured
     )
     conv_norm_out = part("conv_norm_out")
     if conv_norm_out is not None:
@@ -314,7 +331,7 @@ def _decode(
     emb: Tensor,
     attention: dict[str, Any],
     count: int,
-    forward_size: bool,
+    latent_size: torch.Size,
     capture: tuple[str, ...],
     captured: dict[str, Tensor],
 ) -> Tensor:
@@ -326,20 +343,22 @@ def _decode(
             wanted[structure.boundary(int(index))] = name
     first_block, first_layer = structure.boundary(count)
     remaining = count
-    blocks = _parts(unet, "up_blocks")
-    for b, block in enumerate(blocks[first_block:], first_block):
-        resnets = _parts(block, "resnets")
+    up_factor = 2**unet.num_upsamplers
+    blocks = _named_parts(unet, "up_blocks")
+    for b in range(first_block, len(blocks)):
+        block = blocks[_NAMES[b]]
+        resnets = _named_parts(block, "resnets")
         layers = len(resnets)
         start = first_layer if b == first_block else 0
         here = skips[remaining - (layers - start) : remaining]
         terms = residuals[remaining - (layers - start) : remaining]
         remaining -= layers - start
         size = None
-        if forward_size and remaining > 0:
+        if remaining > 0 and any(length % up_factor for length in latent_size[-2:]):
             size = skips[remaining - 1].shape[2:]
         freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)
-        inside = any(pb == b and layer > 0 for pb, layer in wanted)
+        inside = bool(wanted) and any(pb == b and layer > 0 for pb, layer in wanted)
         if (b, start) in wanted:
             # FreeU writes into the block's input, which is the tensor we are asked for
             captured[wanted[(b, start)]] = hidden.clone() if freeu else hidden
@@ -350,7 +369,7 @@ def _decode(
             else:
                 hidden = block(hidden, summed, temb=emb, upsample_size=size)
             continue
-        attentions = _parts(block, "attentions") if with_attention else []
+        attentions = _named_parts(block, "attentions") if with_attention else {}
         for layer in range(start, layers):
             if layer > start and (b, layer) in wanted:
                 captured[wanted[(b, layer)]] = hidden.clone() if freeu else hidden
@@ -367,7 +386,9 @@ def _decode(
                 )
                 added = []
             joined = _join(hidden, skip, added)
-            hidden = _layer(attentions, layer, resnets[layer](joined, emb), attention)
+            hidden = resnets[_NAMES[layer]](joined, emb)
+            if attentions:
+                hidden = attentions[_NAMES[layer]](hidden, **attention, return_dict=False)[0]
         for upsampler in _parts(block, "upsamplers"):
             hidden = upsampler(hidden, size)
     return hidden

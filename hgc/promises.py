@@ -123,6 +123,9 @@ class Turn(Protocol):
 T = TypeVar("T", bound=Turn)
 
 
+_strong, _weak = sys.getrefcount, weakref.getweakrefcount
+
+
 class PromiseSet(Generic[T]):
     """Promises of tensors of ``shapes`` that ask ``turn`` for their values.
 
@@ -150,15 +153,14 @@ class PromiseSet(Generic[T]):
         for promise in self.promises:
             promise._touched = self._touched
         del promise
-        self._unheld = self._references()
-
-    def _references(self) -> list[int]:
-        return [*map(sys.getrefcount, self.promises), *map(weakref.getweakrefcount, self.promises)]
+        self._unheld = [*map(_strong, self.promises), *map(_weak, self.promises)]
 
     @property
     def is_held(self) -> bool:
         """Whether anybody else holds a promise, or something that was made from one."""
-        return self._references() != self._unheld
+        promises = self.promises
+        counts = [*map(_strong, promises), *map(_weak, promises)]
+        return counts != self._unheld
 
     @property
     def is_touched(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import sys
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hgc.cache import Cache
+from hgc.cache import Cache, conditional_half
 from hgc.config import Config, StepPlan
 from hgc.maps import MapSums
 from hgc.planning import plan, reads
@@ -27,6 +28,7 @@ from hgc.promises import PromiseSet
 __all__ = ["ControlSlot", "Evaluation", "Position", "Run", "Runs", "position_of", "same_tensor"]
 
 Tensor = torch.Tensor
+_equal = torch.equal
 
 
 def _storage(x: Tensor) -> int:
@@ -60,10 +62,11 @@ _PLAIN = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.devi
 class Held:
     """A value as it was when it was taken: compares unequal once it was written to."""
 
-    __slots__ = ("items", "parts", "value", "version")
+    __slots__ = ("_half", "items", "parts", "value", "version")
 
     def __init__(self, value: Any) -> None:
         self.value = value
+        self._half: Tensor | None = None
         self.version = _version(value) if isinstance(value, Tensor) else None
         # of a container each element is held, not the container: it may be filled with others later
         self.items: dict[Any, Held] | None = None
@@ -72,6 +75,13 @@ class Held:
             self.items = {k: Held(v) for k, v in value.items()}
         elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             self.parts = [Held(v) for v in value]
+
+    def half(self) -> Tensor:
+        """The conditional half of the tensor that is held: the same view each time."""
+        if self._half is None:
+            # detached: a view holds what it is a view of, see `Run.is_abandoned`
+            self._half = conditional_half(self.value).detach()
+        return self._half
 
     def is_(self, other: Any) -> bool:
         """Whether ``other`` is the value, and nobody has written to it since."""
@@ -100,13 +110,15 @@ class Signature:
     held one by one.
     """
 
-    __slots__ = ("held", "types", "values")
+    __slots__ = ("held", "is_plain", "types", "values")
 
     def __init__(self, values: tuple[Any, ...]) -> None:
         self.types = tuple(map(type, values))
         self.values = values
         plain = all(kind in _PLAIN for kind in self.types)
         self.held = None if plain else Held(values)
+        # settings alone: no tensor, and nothing that may hold one
+        self.is_plain = plain
 
     def same(self, values: tuple[Any, ...]) -> bool:
         """Whether ``values`` are the same, none of them written to in between."""
@@ -123,6 +135,7 @@ class Position:
     index: int
     total: int
     storage: int  # of the timesteps; theirs alone while ``timestep`` is held
+    base: Tensor | None = None  # what ``timestep`` is a view of, where torch says so
 
     def same_schedule(self, other: Position) -> bool:
         """Whether both timesteps are views of one tensor."""
@@ -130,15 +143,23 @@ class Position:
         return held and self.storage == other.storage
 
 
-def position_of(timestep: Any) -> Position | None:
-    """The position, or None where ``timestep`` is not an element of a tensor of timesteps."""
-    if not isinstance(timestep, Tensor) or timestep.dim() != 0 or timestep.is_meta:
+def position_of(timestep: Any, last: Position | None = None) -> Position | None:
+    """The position, or None where ``timestep`` is not an element of a tensor of timesteps.
+
+    ``last``: that of an evaluation before, of which ``timestep`` may be a neighbour.
+    """
+    if not isinstance(timestep, Tensor) or timestep.dim() != 0:
+        return None
+    base = timestep._base
+    if base is not None and last is not None and base is last.base:
+        return Position(timestep, timestep.storage_offset(), last.total, last.storage, base)  # type: ignore[arg-type]
+    if timestep.is_meta:
         return None
     storage = timestep.untyped_storage()
     total = storage.nbytes() // timestep.element_size()
     if total < 2:
         return None
-    return Position(timestep, int(timestep.storage_offset()), total, storage._cdata)
+    return Position(timestep, int(timestep.storage_offset()), total, storage._cdata, base)
 
 
 def to_host(value: Tensor) -> tuple[Tensor, Any]:
@@ -160,7 +181,7 @@ class PairCheck:
 
     Two images made from one seed without guidance look like a pair at the first evaluation and
     then part, since their texts differ: two evaluations must agree. Every later one is compared
-    too. The comparison runs on the device and is read an evaluation later.
+    too. On a GPU the comparison runs on the device and is read an evaluation later.
     """
 
     EVALUATIONS = 2
@@ -182,21 +203,30 @@ class PairCheck:
         """The batch is not, or may not be, a pair."""
         self._refuted = True
 
-    def compare(self, sample: Tensor, text: Tensor) -> None:
-        """Start the comparison of the halves of ``sample`` and of ``text``."""
-        if sample.shape[0] % 2 or text.shape[0] != sample.shape[0]:
+    def compare(self, sample: Tensor, text: Tensor) -> Sequence[Tensor] | None:
+        """Start the comparison of the halves of ``sample`` and of ``text``. Returns the halves of
+        ``sample``, where it has two."""
+        halves, batch = None, sample.shape[0]
+        if batch % 2 or text.shape[0] != batch:
             self._refuted = True
         elif self._assume is not None:
             self._pending.append((self._assume, None))
         elif sample.is_cpu:
-            pair = bool(self._differs(text)) and torch.equal(*sample.chunk(2))
-            if not pair or not self._all_alike(sample):
-                self._pending.append((pair, None))
+            halves = sample.chunk(2)
+            differs = self._texts_differ
+            if differs is None:
+                differs = self._differs(text)
+            if not differs or not _equal(*halves):
+                self._refuted = True
+            elif batch == 2 or not self._all_alike(sample):
+                self._agreed += 1
         else:
-            equal = torch.eq(*sample.chunk(2)).all() & self._differs(text)
-            if sample.shape[0] > 2:
+            halves = sample.chunk(2)
+            equal = torch.eq(*halves).all() & self._differs(text)
+            if batch > 2:
                 equal = torch.stack([equal, torch.eq(sample[1:], sample[:1]).all()])
             self._pending.append(to_host(equal))
+        return halves
 
     def _differs(self, text: Tensor) -> Tensor | bool:
         """Whether the halves of ``text`` differ."""
@@ -215,6 +245,11 @@ class PairCheck:
 
     def confirmed(self) -> bool:
         """Whether enough evaluations agreed. Waits for a copy started an evaluation ago."""
+        if self._pending:
+            self._read()
+        return not self._refuted and self._agreed >= self.EVALUATIONS
+
+    def _read(self) -> None:
         for flag, event in self._pending:
             if event is not None:
                 event.synchronize()
@@ -225,7 +260,6 @@ class PairCheck:
             elif not alike:
                 self._agreed += 1
         self._pending.clear()
-        return not self._refuted and self._agreed >= self.EVALUATIONS
 
 
 @dataclasses.dataclass(slots=True)
@@ -241,6 +275,8 @@ class ControlSlot:
     prefix: str = ""  # before the names of its cache entries
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
     names: tuple[str, ...] = ()  # of them in the cache, after the prefix
+    entries: tuple[str, ...] = ()  # the same with the prefix
+    pooled: bool = False  # the network hands out the means of its residuals
     zeros: PromiseSet[Any] | None = None  # in place of them
     promises: list[PromiseSet[Any]] = dataclasses.field(
         default_factory=list
@@ -316,6 +352,7 @@ class Schedule:
         self.keeps_attention = [bool(later) and i < later[-1] for i in range(len(steps))]
         self._whole: dict[int, StepPlan] = {}
         self._will_read: dict[int, tuple[frozenset[str], bool]] = {}
+        self._guidance_read: dict[int, tuple[tuple[float, ...], ...]] = {}
 
     def whole(self, index: int) -> StepPlan:
         """The step of evaluation ``index`` with both halves of the batch computed."""
@@ -331,6 +368,16 @@ class Schedule:
         if after not in self._will_read:
             self._will_read[after] = self._find_will_read(after)
         return self._will_read[after]
+
+    def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
+        """With which coefficients evaluations read the guidance difference that ``after`` writes,
+        before another is written."""
+        if after not in self._guidance_read:
+            rest = self.plan[after + 1 :]
+            until = itertools.takewhile(lambda s: not (s.is_key and s.guidance == "both"), rest)
+            found = (step.guidance_forecast for step in until if step.guidance == "reuse")
+            self._guidance_read[after] = tuple(dict.fromkeys(found))
+        return self._guidance_read[after]
 
     def _find_will_read(self, after: int) -> tuple[frozenset[str], bool]:
         names: set[str] = set()
@@ -378,6 +425,15 @@ class Schedules:
 class Run:
     """The evaluations of one pipeline call, and everything kept for them."""
 
+    # more attributes than Python looks up quickly in a dictionary
+    __slots__ = (
+        "__weakref__", "_assume", "_changed_at", "_schedules", "broken", "cache",
+        "changes_in_a_row", "completed", "config", "factor", "finished", "first", "freeu",
+        "latent_size", "looked", "maps", "may_keep", "mean_maps", "now", "pair", "placing",
+        "plain_text", "position", "report", "schedule", "slots", "text", "timesteps", "tokens",
+        "trains", "unet_signature", "warned", "was_pair", "weights",
+    )  # fmt: skip
+
     def __init__(
         self, schedules: Schedules, text: Tensor, position: Position, assume: bool | None
     ) -> None:
@@ -398,6 +454,9 @@ class Run:
         self.unet_signature: Signature | None = None
         self.weights: dict[int, tuple[int, int]] = {}  # of each model: what they were last
         self.placing = 0  # which attention processors it knows
+        self.looked: dict[tuple[int, Any], int] = {}  # at which state of the models, by what
+        self.freeu: dict[str, tuple[float, ...] | None] = {}  # of each up block
+        self.plain_text: dict[str, Any] = {}  # by the prefix of the network
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
@@ -423,6 +482,26 @@ class Run:
             self.schedule = schedules.of(position.total)
 
     # -- what an evaluation does ------------------------------------------------------------
+
+    def advance(self, position: Position) -> bool:
+        """Start the evaluation at ``position`` where it is the next of a run that goes by its plan;
+        False where there is more to be seen to, see :meth:`begin`."""
+        index, before = position.index, self.position
+        if (
+            self.now is not None
+            or not 0 < index == self.completed + 1 == before.index + 1
+            or position.storage != before.storage
+            or before.timestep is None
+            or self.finished
+            or self.broken is not None
+            or self.changes_in_a_row > 2
+            or self.timesteps is not None
+        ):
+            return False
+        self.position = position
+        self.now = Evaluation(index, self.schedule.plan[index])
+        self._settle()
+        return True
 
     def begin(self, position: Position) -> Evaluation:
         """Start the evaluation at ``position``, or return it where it is under way."""
@@ -530,7 +609,8 @@ class Run:
             self.mean_maps = self.attention_maps()
         self.maps = None
         self.pair = PairCheck(self._assume)
-        self.position = dataclasses.replace(self.position, timestep=None)
+        self.position = dataclasses.replace(self.position, timestep=None, base=None)
+        self.plain_text.clear()
         self.cache.clear()
         self.unet_signature = None
         self.timesteps = None

@@ -50,7 +50,13 @@ _implementations: dict[tuple[str, str, str], Implementation] = {}
 _ops: list[str] = []
 _lock = threading.Lock()
 _default: Mapping[str, str] = MappingProxyType({})  # replaced whole, so readers need no lock
-_local = threading.local()
+
+
+class _OfThread(threading.local):
+    choice: Mapping[str, str] = MappingProxyType({})
+
+
+_local = _OfThread()
 _resolved: dict[tuple[str, str, str], tuple[str, Callable[..., Any]]] = {}
 _said: set[tuple[str, str, str]] = set()
 
@@ -121,7 +127,7 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
     `set_backend`.
     """
     _validate(backend, ops)
-    before: Mapping[str, str] = getattr(_local, "choice", MappingProxyType({}))
+    before = _local.choice
     _local.choice = MappingProxyType({**before, **dict.fromkeys(ops or _ops, backend)})
     try:
         yield
@@ -137,8 +143,8 @@ def get_backend(op: str) -> str:
 
 
 def _choice(op: str) -> str:
-    local = getattr(_local, "choice", None)
-    if local and op in local:
+    local = _local.choice
+    if op in local:
         return local[op]
     return _default.get(op, "auto")
 

@@ -80,6 +80,11 @@ def gpu_parts(wheels: Path | None, peers: str) -> list[Part]:
     ]
     memory = ("env", f"PYTHON={sys.executable}", "sh", "scripts/check_memory.sh")
     parts.append(Part("memory", memory, "compute-sanitizer"))
+    for op in ("attend_and_store", "apply_map", "apply_map_project"):
+        # before anything is timed; writes hgc_kernels/launch/<gpu>.json, which is to be committed
+        tune = (sys.executable, "benchmarks/ops/tune.py", "--ops", op, "--json", "{out}")
+        parts.append(Part(f"tune-{op}", tune))
+    parts.append(pytest_part("tests-tuned", "-m", "gpu", "tests/kernels/test_gpu.py"))
     for op in ("gather_blocks", "scatter_rows", "attend_and_store", "apply_map"):
         parts.append(
             pytest_part(
@@ -217,6 +222,8 @@ def markdown(results: dict) -> str:
         lines += ["", f"## {name}", ""]
         if "rows" in data:
             lines += bench_table(data)
+        elif "tuned" in data:
+            lines += tuned_table(data)
         else:
             lines += ops_table(data)
     return "\n".join(lines) + "\n"
@@ -241,6 +248,15 @@ def bench_table(data: dict) -> list[str]:
             "" if launches is None else f"{launches:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def tuned_table(data: dict) -> list[str]:
+    lines = ["| op | calls | configuration | time over the heuristic's |", "|---|---|---|---:|"]
+    for op, buckets in data["tuned"].items():
+        for bucket, one in buckets.items():
+            fields = ", ".join(f"{name} {value}" for name, value in one["fields"].items())
+            lines.append(f"| {op} | {bucket} | {fields} | {one['over_heuristic']:.2f} |")
     return lines
 
 

@@ -478,6 +478,59 @@ def test_exchanged_processors_are_seen_by_every_run_under_way(others):
     assert all(map(torch.equal, alone, among))
 
 
+INNER = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
+
+
+@pytest.mark.parametrize("how", ["method", "attribute"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_processor_exchanged_where_a_shallow_evaluation_does_not_look(how, back):
+    """`set_attn_processor` is obeyed at once, an assignment at the next key evaluation; and so is
+    putting the old one back in between."""
+    unet = models.small_unet()
+    inner = unet.get_submodule(INNER.removesuffix(".processor"))
+
+    def put(processor):
+        if how == "method":
+            unet.set_attn_processor({**unet.attn_processors, INNER: processor})
+        else:
+            inner.processor = processor
+
+    text, schedule = models.text(1), torch.arange(900, 100, -100).clone()
+    sample, new = models.text(0)[:1].new_ones(1, 4, 16, 16), Louder()
+    config = Config(num_evaluations=8, key_steps=(0, 3, 6), forecast=0.0)
+    with torch.no_grad(), hgc.install(unet, config=config) as installed:
+        old = inner.processor
+        for i, t in enumerate(schedule):
+            if i == 1:
+                put(new)
+            if i == 4 and back:
+                put(old)
+            unet(sample, t, text)
+        rows = installed.report().rows
+    at = [1, *([4] if back else [])] if how == "method" else [3, *([6] if back else [])]
+    changed = [i for i, row in enumerate(rows) if row.why == "the attention processors changed"]
+    assert changed == at
+
+
+def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
+    """What one run has looked at does not stand for what the other was computed with."""
+    unet = models.small_unet()
+    texts = [models.text(1), models.text(2)]
+    schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
+    config, seen = Config(num_evaluations=8, key_steps=(0, 4), forecast=0.0), []
+    with torch.no_grad(), hgc.install(unet, config=config) as installed:
+        for i in range(8):
+            if i == 2:
+                unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+            if i == 6:
+                unet.disable_freeu()
+            for run in (0, 1):
+                unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
+                seen.append((run, i, installed._runs.last.report[-1].why))
+    changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
+    assert sorted(changed) == [(0, 2), (0, 6), (1, 2), (1, 6)]
+
+
 def test_processors_exchanged_between_the_controlnet_and_the_unet(sd15):
     """Within one evaluation: the UNet has others than the ControlNet's call has seen."""
     before, calls = dict(sd15.unet.attn_processors), []

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
     HeadTiles,
     as_bytes,
@@ -43,6 +44,15 @@ def heuristic(
     return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
 
 
+def bucket(
+    dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
+) -> tuple[object, ...]:
+    """What :func:`heuristic` looks at, as launch_table names it."""
+    queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
+    keys = min(next_power_of_two(s_kv), 64)
+    return dtype, f"map {map_dtype}", queries, f"{keys} keys", f"head {head_tiles(size).padded}"
+
+
 def apply_map(
     map: torch.Tensor,  # [B, S_q, H, S_kv padded to 16]
     v: torch.Tensor,  # [B, S_kv, H, D]
@@ -50,7 +60,9 @@ def apply_map(
 ) -> torch.Tensor:
     batch, s_kv, heads, size = v.shape
     s_q = map.shape[1]
-    config = config or heuristic(v.dtype, map.dtype, s_q, s_kv, size)
+    if config is None:
+        call = (v.dtype, map.dtype, s_q, s_kv, size)
+        config = launch_table.measured("apply_map", v.device, bucket(*call), heuristic(*call))
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hgc_kernels import counts
+from hgc_kernels import counts, launch_table
 from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, on_device_of
 from hgc_kernels.map_format import FORMATS
 from hgc_kernels.ops.apply_map.launch import E4M3_UNIT
@@ -90,6 +90,14 @@ def heuristic(
     return LaunchConfig(form, head, block_m, block_n, 32, 4, 3, 16, 64)
 
 
+def bucket(
+    config: LaunchConfig, dtype: torch.dtype, map_dtype: torch.dtype, s_q: int
+) -> tuple[object, ...]:
+    """What :func:`heuristic` looks at, as launch_table names it, with the form that it chose."""
+    queries = "over 512 queries" if s_q > 512 else "up to 512 queries"
+    return config.form, dtype, f"map {map_dtype}", queries, f"head {config.head.padded}"
+
+
 def _main(
     left: torch.Tensor,  # [B, M, K], last dimension contiguous
     right: torch.Tensor,  # [B, K, C]
@@ -127,7 +135,10 @@ def apply_map_project(
     batch, s_kv, heads, size = v.shape
     s_q, padded_s_kv = map.shape[1], map.shape[3]
     channels = weight.shape[0]
-    config = config or heuristic(v.dtype, map.dtype, batch, s_q, s_kv, heads, size, channels)
+    if config is None:
+        config = heuristic(v.dtype, map.dtype, batch, s_q, s_kv, heads, size, channels)
+        name = bucket(config, v.dtype, map.dtype, s_q)
+        config = launch_table.measured("apply_map_project", v.device, name, config)
     out = v.new_empty((batch, s_q, channels))
     if out.numel() == 0:
         return out

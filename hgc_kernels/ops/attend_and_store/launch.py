@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
     HeadTiles,
     as_bytes,
@@ -41,6 +42,14 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
     return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
 
 
+def bucket(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> tuple[object, ...]:
+    """What :func:`heuristic` looks at, as launch_table names it."""
+    queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
+    keys = next_power_of_two(s_kv)
+    named = f"{keys} keys" if keys <= 128 else "over 128 keys"
+    return dtype, queries, named, f"head {head_tiles(size).padded}"
+
+
 def attend_and_store(
     q: torch.Tensor,  # [B, S_q, H, D]
     k: torch.Tensor,  # [B, S_kv, H, D]
@@ -51,7 +60,10 @@ def attend_and_store(
 ) -> torch.Tensor:
     batch, s_q, heads, size = q.shape
     s_kv = k.shape[1]
-    config = config or heuristic(q.dtype, s_q, s_kv, size)
+    if config is None:
+        call = (q.dtype, s_q, s_kv, size)
+        chosen, name = heuristic(*call), bucket(*call)
+        config = launch_table.measured("attend_and_store", q.device, name, chosen)
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
