@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hgc.cli.console import as_usage, console, parse_size, tera
 from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning import bounds, longest_gap
 from hgc.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def run(
     with as_usage(FileNotFoundError):
         shapes = load_shapes(model, controlnet)
     counts = {}
+    adaptive = chosen if chosen is not None and chosen.adaptive else None
+    if adaptive is not None:
+        label = f"{adaptive.name} (the rule without adaptive)"
+        chosen = adaptive.replace(name=label, adaptive=None, max_gap=None)
     for one in [chosen] if chosen is not None else PRESETS.values():
         with out.status(f"counting {one.name}"):
             counts[one.name] = _count(shapes, one, steps, height, width, guidance)
@@ -60,6 +65,17 @@ def run(
             if chosen is None:
                 out.print()
             _draw(out, count, where, first, reference)
+    if adaptive is not None:
+        total = first.num_evaluations
+        least, most = (
+            _count(shapes, config, steps, height, width, guidance)
+            for config in bounds(adaptive, total)
+        )
+        out.print(
+            f"{adaptive.name}: each run places its key evaluations, at most "
+            f"{longest_gap(adaptive, total)} apart, so that the cache errs by {adaptive.adaptive:g}"
+            f": {tera(least.paper)} to {tera(most.paper)} in the paper's convention"
+        )
 
 
 def _read(config: str) -> Config:
