@@ -140,6 +140,7 @@ def test_where_nothing_is_ever_too_far_distances_double(pipe):
     why = [report.rows[i].why for i in (0, 2, 6, 11, 16)]
     assert why[:2] == ["plan"] * 2 and why[3:] == ["max_gap"] * 2
     assert why[2].startswith("error ") and why[2].endswith(" over 2")
+    assert report.rows[8].why.endswith(" over 4")
 
 
 def test_decisions_are_one_step_late(pipe):
@@ -162,6 +163,7 @@ VARIATIONS = {
     "encoder": ({"encoder": "reuse"}, {}),
     "control computed": ({"control": "compute"}, {}),
     "attention": ({"attention": "reuse"}, {}),
+    "gate": ({"attention": "reuse", "attention_gate": 0.5}, {}),
     "output": ({"depth": 0, "control": "reuse", "guidance": "both"}, {}),
     "maps": ({"fresh_values": True}, {}),
 }
@@ -214,6 +216,20 @@ def test_what_a_key_evaluation_computes_is_the_nearest_ones_of_the_rule(pipe):
         like = min(RULE.key_steps, key=lambda key: abs(key - row.index))
         assert row.guidance == ("reuse" if like == 10 else "both")
         assert row.control == (("reused",) if like == 6 else ("computed",))
+
+
+def test_forecasts_go_by_the_evaluations_that_wrote_what_they_read(pipe):
+    """ControlNets and both halves are computed at some of the key evaluations only."""
+    config = ADAPTIVE.replace(conditional_key_steps=(10,), control_key_steps=(0, 2, 10))
+    latents, report = draw(pipe, config)
+    placed = keys_of(report)
+    controls = tuple(row.index for row in report.rows if row.control == ("computed",))
+    halves = tuple(i for i in placed if report.rows[i].guidance == "reuse")
+    assert set(placed) > set(controls) and halves
+    fixed = config.replace(
+        adaptive=None, key_steps=placed, control_key_steps=controls, conditional_key_steps=halves
+    )
+    assert torch.equal(latents, draw(pipe, fixed)[0])
 
 
 def test_image_to_image_starts_with_a_key_evaluation():
@@ -305,13 +321,16 @@ def test_kinds_of_evaluations_are_those_of_the_rule(pipe, monkeypatch):
 # -- what is measured -----------------------------------------------------------------------
 
 
-def measured(new, olds, *, half=False, is_pair=False, forecast=(1.0,), guidance="reuse"):
-    """The error that a schedule reads two evaluations later."""
-    schedule = AdaptiveSchedule(ADAPTIVE.replace(guidance=guidance), 4, STEPS)
-    cache = Cache()
+def measured(new, olds, *, half=False, is_pair=False, forecast=0.0, guidance="reuse"):
+    """The error that a schedule reads two evaluations later, of key evaluation 4 after those at 0,
+    and at 2 where there are two ``olds``."""
+    config = ADAPTIVE.replace(guidance=guidance, forecast=forecast)
+    schedule = AdaptiveSchedule(config, 4, STEPS)
+    cache, made = Cache(), []
     for i, (old, cut) in enumerate(olds):
-        cache.write("feature/2", old, evaluation=i, history=2, half=cut)
-    schedule._forecast = forecast
+        cache.write("feature/2", old, evaluation=2 * i, history=2, half=cut)
+        made.append(Evaluation(2 * i, StepPlan()))
+    schedule.decide(4, made)
     now = Evaluation(4, StepPlan(), half=half)
     schedule.measure(now, {"feature/2": new, "output": new}, cache, is_pair=is_pair)
     assert schedule._read(3) == {}
@@ -334,7 +353,8 @@ def test_the_error_is_that_of_the_forecast():
     first, second = torch.ones(1, 2, 4, 4), torch.full((1, 2, 4, 4), 2.0)
     new = torch.full((1, 2, 4, 4), 3.0)
     olds = [(first, False), (second, False)]
-    assert measured(new, olds, forecast=(2.0, -1.0)) == pytest.approx(0.0, abs=1e-6)
+    # as far ahead as the two are apart
+    assert measured(new, olds, forecast=1.0) == pytest.approx(0.0, abs=1e-6)
     assert measured(new, olds) == pytest.approx(1 / 3)
 
 
