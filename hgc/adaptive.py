@@ -114,10 +114,9 @@ class AdaptiveSchedule:
     def _is_key(self, index: int, keys: Sequence[int]) -> tuple[bool, str]:
         if not keys:
             return True, "plan"
-        since = index - keys[-1]
+        since, errors = index - keys[-1], self._read(index - _LATE)
         if since >= self._longest:
             return True, "max_gap"
-        errors = self._read(index - _LATE)
         if not errors:
             return index in self._by_rule, "plan"
         newest = max(errors)
@@ -152,6 +151,8 @@ class AdaptiveSchedule:
         """
         from hgc.runs import to_host
 
+        if now.index + _LATE >= len(self.plan):
+            return  # nobody would read it
         new = computed[self._entry]
         half = now.half or (is_pair and self.halves and len(new) % 2 == 0)
         if not cache.has(self._entry, half=half):

@@ -151,6 +151,36 @@ def test_decisions_are_one_step_late(pipe):
     assert report.rows[3].why == "plan"
 
 
+def test_errors_are_read_after_their_event_and_two_evaluations_later(pipe, monkeypatch):
+    """A device that copies at the last moment: when somebody waits for the copy."""
+    expected, report = draw(pipe, ADAPTIVE)
+    waits = []
+
+    class Event:
+        def __init__(self, copy, value, at):
+            self.copy, self.value, self.at = copy, value, at
+
+        def synchronize(self):
+            self.copy.copy_(self.value)
+            waits.append((self.at, evaluation[0]))
+
+    def to_host(value):
+        copy = torch.full_like(value, 1e9)
+        return copy, Event(copy, value, evaluation[0])
+
+    evaluation = [-1]
+    hook = pipe.controlnet.register_forward_pre_hook(
+        lambda *_: evaluation.__setitem__(0, evaluation[0] + 1)
+    )
+    monkeypatch.setattr("hgc.runs.to_host", to_host)
+    try:
+        latents, slow = draw(pipe, ADAPTIVE)
+    finally:
+        hook.remove()
+    assert torch.equal(latents, expected) and keys_of(slow) == keys_of(report)
+    assert waits == [(k, k + 2) for k in keys_of(report) if 0 < k < STEPS - 2]
+
+
 VARIATIONS = {
     "plain": ({}, {}),
     "no guidance": ({}, {"guidance_scale": 1.0}),
@@ -287,6 +317,7 @@ def test_after_an_exception_the_next_request_is_right(pipe, at):
             models.draw(pipe, steps=STEPS, callback_on_step_end=fail)
         assert torch.equal(models.draw(pipe, steps=STEPS, seed=1), expected)
         assert installed._runs.last.cache.bytes == 0
+        assert not installed._runs.last.schedule._under_way
 
 
 def test_a_changed_text_is_computed_in_full(pipe):
