@@ -232,6 +232,14 @@ class Config:
             after the last key, the keys before it ``g`` apart, reads
             ``(1 + a d/g) last - (a d/g) previous``. 0.0 is plain reuse.
         guidance_forecast: The same for the cached guidance difference.
+        adaptive: Each run places its key evaluations itself. At every key evaluation it measures
+            how far the cached feature's forecast was from what was computed, in relative L2 (that
+            of the row of the batch where it is largest), and sets the distance to the next one so
+            that this error becomes ``adaptive``. ``key_steps`` says where key evaluations are until
+            something was measured, and the nearest of them what one computes. 0.0: all evaluations
+            are key ones. ``None``: ``key_steps`` decides.
+        max_gap: With ``adaptive``, the largest distance of two key evaluations. ``None``: twice the
+            largest of the rule's.
         fresh_values: Keep the cross-attention maps, so that a prompt that changes within a run
             keeps its layout: a cached map is applied to the fresh values.
         map_format: Storage of those maps: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"e4m3"``.
@@ -256,6 +264,8 @@ class Config:
     control_key_steps: tuple[int, ...] | None = None
     forecast: float = 0.0
     guidance_forecast: float = 0.0
+    adaptive: float | None = None
+    max_gap: int | None = None
     fresh_values: bool = False
     map_format: str = "fp16"
     max_cache_bytes: int | None = None
@@ -285,6 +295,7 @@ class Config:
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise ConfigError(f"Config.calibration must be a Calibration; got {self.calibration!r}")
         self._check_keys()
+        self._check_adaptive()
         if self.steps is not None:
             if not isinstance(self.steps, tuple) or not all(
                 isinstance(s, StepPlan) for s in self.steps
@@ -322,6 +333,25 @@ class Config:
             if stray:
                 raise ConfigError(f"Config.{name} must be key steps; {stray[0]} is not in {keys!r}")
 
+    def _check_adaptive(self) -> None:
+        if self.max_gap is not None:
+            _integer("Config", "max_gap", self.max_gap, 1)
+        if self.adaptive is None:
+            if self.max_gap is not None:
+                raise ConfigError("Config.max_gap bounds what Config.adaptive decides: set both")
+            return
+        _number("Config", "adaptive", self.adaptive, 0.0, 1000.0)
+        for name, why in (
+            ("steps", "is a plan that is fixed"),
+            ("calibration", "was measured on a plan that is fixed"),
+        ):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"Config.adaptive cannot be used where Config.{name} {why}")
+        if self.key_steps is None:
+            raise ConfigError(
+                "Config.adaptive needs Config.key_steps, which decides until something was measured"
+            )
+
     @property
     def is_exact(self) -> bool:
         """True where only loss-free reuse is left: the images are bit-identical."""
@@ -329,7 +359,10 @@ class Config:
             return False
         if self.steps is not None and self.key_steps is None:
             return True  # and a run of another length is computed in full
+        if self.adaptive:
+            return False
         every = self.key_steps is None or len(self.key_steps) == self.num_evaluations
+        every = every or self.adaptive == 0.0
         all_control = self.control_key_steps is None or len(self.control_key_steps) == len(
             self.key_steps or range(self.num_evaluations)
         )

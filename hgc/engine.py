@@ -23,6 +23,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 from hgc import attention as prompt_grain
+from hgc.adaptive import AdaptiveSchedule
 from hgc.cache import Cache, conditional_half
 from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
@@ -1729,6 +1730,9 @@ class Installation:
         out: Tensor,
     ) -> None:
         half = now.half
+        if isinstance(run.schedule, AdaptiveSchedule):
+            computed = {**captured, "output": out}
+            run.schedule.measure(now, computed, run.cache, is_pair=run.pair.wants)
         wanted, half_only = run.schedule.will_read(after=now.index)
         cut = half_only and not half and run.pair.confirmed()
         index, history = now.index, run.schedule.history

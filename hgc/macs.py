@@ -354,7 +354,8 @@ def count_macs(
 
     Raises:
         TypeError: a model is not supported.
-        ValueError: ``config`` does not fit, or the size is no multiple of the latents' pixel.
+        ValueError: ``config`` does not fit, or the size is no multiple of the latents' pixel; or
+            ``config.adaptive`` leaves the plan to each run, whose report counts what it did.
     """
     config = Config.of(config)
     check_unet(unet)

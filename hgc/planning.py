@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 from hgc.config import Config, ConfigError, StepPlan
 
-__all__ = ["check_plan", "plan", "scaled_key_steps"]
+__all__ = ["Past", "Rule", "bounds", "check_plan", "longest_gap", "plan", "scaled_key_steps"]
 
 
 def scaled_key_steps(
@@ -66,13 +68,20 @@ def plan(config: Config | str, num_evaluations: int) -> list[StepPlan]:
 
     Raises:
         ConfigError: ``num_evaluations`` is not a positive integer; ``config.steps`` is a plan for
-            another number; or the plan computes what nothing reads or reads what nothing wrote.
+            another number; the plan computes what nothing reads or reads what nothing wrote; or
+            ``config.adaptive`` leaves the plan to the run.
     """
     config = Config.of(config)
     if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int):
         raise ConfigError(f"num_evaluations must be an integer; got {num_evaluations!r}")
     if num_evaluations < 1:
         raise ConfigError(f"num_evaluations must be at least 1; got {num_evaluations}")
+    if config.adaptive:
+        raise ConfigError(
+            f"Config.adaptive={config.adaptive:g} leaves the plan to each run: "
+            "Installation.report() says what one did; replace(adaptive=None) is the rule's plan, "
+            "replace(adaptive=0.0) computes the most"
+        )
     if config.steps is not None and (
         num_evaluations == config.num_evaluations or config.key_steps is None
     ):
@@ -88,58 +97,118 @@ def plan(config: Config | str, num_evaluations: int) -> list[StepPlan]:
     return steps
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What forecasts can read: the evaluations, rising, that wrote it.
+
+    Attributes:
+        keys: Those that computed everything, or everything of the conditional half.
+        controls: Those that computed the ControlNets.
+        differences: Those that computed everything of both halves.
+    """
+
+    keys: Sequence[int] = ()
+    controls: Sequence[int] = ()
+    differences: Sequence[int] = ()
+
+
+class Rule:
+    """The rule of a :class:`~hgc.Config`, for runs of one length.
+
+    Attributes:
+        keys: The evaluations that it makes key ones.
+        past: What forecasts can read where it is followed.
+    """
+
+    def __init__(self, config: Config, num_evaluations: int) -> None:
+        reference = config.num_evaluations
+        every = config.key_steps is None or config.adaptive == 0.0
+        self.keys: tuple[int, ...] = tuple(range(num_evaluations))
+        if not every:
+            self.keys = scaled_key_steps(config.key_steps or (), reference, num_evaluations)
+        keys = self.keys
+        conditional = carried_over(config, config.conditional_key_steps, keys, num_evaluations)
+        if config.guidance == "both" and config.depth > 0:
+            # what follows reads both halves of the features
+            conditional = {k for k in conditional if k + 1 in keys or k + 1 == num_evaluations}
+            if config.adaptive is not None:  # what follows is not known
+                conditional = set()
+        control = set(keys)
+        if config.control_key_steps is not None:
+            reference_keys = range(reference) if config.key_steps is None else config.key_steps
+            without = set(reference_keys) - set(config.control_key_steps)
+            control -= carried_over(config, tuple(sorted(without)), keys, num_evaluations)
+        # a ControlNet computed between keys writes its residuals too
+        computes = config.control == "compute" and config.depth > 0
+        between = range(num_evaluations) if computes else ()
+        self._config, self._conditional, self._control = config, conditional, control
+        self._gate = config.attention_gate * num_evaluations
+        self.past = Past(
+            keys,
+            sorted(control | (set(between) - set(keys))),
+            [k for k in keys if k not in conditional],
+        )
+
+    def step(self, at: int, *, is_key: bool, past: Past) -> StepPlan:
+        """Evaluation ``at`` as a key one, or as one of the others. A key evaluation where the rule
+        has none is as the nearest one of the rule's."""
+        config = self._config
+        forecast = _first_order(config.forecast, past.keys, at)
+        of_residuals = _first_order(config.forecast, past.controls, at)
+        of_guidance = _first_order(config.guidance_forecast, past.differences, at)
+        if is_key:
+            like = min(self.keys, key=lambda key: abs(key - at))
+            half, computes = like in self._conditional, like in self._control
+            return StepPlan(
+                control="compute" if computes else "reuse",
+                attention="reuse" if at >= self._gate and at > 0 else "compute",
+                guidance="reuse" if half else "both",
+                guidance_forecast=of_guidance if half else (1.0,),
+                control_forecast=None if computes else of_residuals,
+            )
+        if config.depth == 0:
+            return StepPlan(control="off", depth=0, forecast=forecast)
+        return StepPlan(
+            control=config.control,
+            depth=config.depth,
+            encoder=config.encoder,
+            attention=config.attention,
+            guidance=config.guidance,
+            forecast=forecast,
+            guidance_forecast=of_guidance if config.guidance == "reuse" else (1.0,),
+            control_forecast=None if of_residuals == forecast else of_residuals,
+        )
+
+
 def _from_rule(config: Config, num_evaluations: int) -> list[StepPlan]:
-    reference = config.num_evaluations
-    if config.key_steps is None:
-        keys: tuple[int, ...] = tuple(range(num_evaluations))
-    else:
-        keys = scaled_key_steps(config.key_steps, reference, num_evaluations)
-    conditional = carried_over(config, config.conditional_key_steps, keys, num_evaluations)
-    if config.guidance == "both" and config.depth > 0:
-        # what follows reads both halves of the features
-        conditional = {k for k in conditional if k + 1 in keys or k + 1 == num_evaluations}
-    control = set(keys)
-    if config.control_key_steps is not None:
-        reference_keys = range(reference) if config.key_steps is None else config.key_steps
-        without = set(reference_keys) - set(config.control_key_steps)
-        control -= carried_over(config, tuple(sorted(without)), keys, num_evaluations)
-    gate = config.attention_gate * num_evaluations
-    both = [k for k in keys if k not in conditional]
-    # a ControlNet computed between keys writes its residuals too
-    between = range(num_evaluations) if config.control == "compute" and config.depth > 0 else ()
-    computed = sorted(control | (set(between) - set(keys)))
-    steps = []
-    for i in range(num_evaluations):
-        forecast = _first_order(config.forecast, keys, i)
-        of_residuals = _first_order(config.forecast, computed, i)
-        of_guidance = _first_order(config.guidance_forecast, both, i)
-        if i in keys:
-            half = i in conditional
-            steps.append(
-                StepPlan(
-                    control="compute" if i in control else "reuse",
-                    attention="reuse" if i >= gate and i > 0 else "compute",
-                    guidance="reuse" if half else "both",
-                    guidance_forecast=of_guidance if half else (1.0,),
-                    control_forecast=None if i in control else of_residuals,
-                )
-            )
-        elif config.depth == 0:
-            steps.append(StepPlan(control="off", depth=0, forecast=forecast))
-        else:
-            steps.append(
-                StepPlan(
-                    control=config.control,
-                    depth=config.depth,
-                    encoder=config.encoder,
-                    attention=config.attention,
-                    guidance=config.guidance,
-                    forecast=forecast,
-                    guidance_forecast=of_guidance if config.guidance == "reuse" else (1.0,),
-                    control_forecast=None if of_residuals == forecast else of_residuals,
-                )
-            )
-    return steps
+    rule = Rule(config, num_evaluations)
+    keys = set(rule.keys)
+    return [rule.step(i, is_key=i in keys, past=rule.past) for i in range(num_evaluations)]
+
+
+def bounds(config: Config, num_evaluations: int) -> tuple[Config, Config]:
+    """Configurations that cost the least and the most that a run of an adaptive one can: a key
+    evaluation every ``max_gap``, and all."""
+    keys = tuple(range(0, num_evaluations, longest_gap(config, num_evaluations)))
+    half = bool(config.conditional_key_steps) and config.guidance != "both"
+    least = config.replace(
+        num_evaluations=num_evaluations, key_steps=keys, adaptive=None, max_gap=None,
+        conditional_key_steps=keys[1:] if half else (),
+        control_key_steps=None if config.control_key_steps is None else (0,),
+    )  # fmt: skip
+    most = least.replace(
+        key_steps=tuple(range(num_evaluations)), conditional_key_steps=(), control_key_steps=None
+    )
+    return least, most
+
+
+def longest_gap(config: Config, num_evaluations: int) -> int:
+    """The largest distance of two key evaluations in an adaptive run: ``max_gap``, or twice the
+    largest of the rule's."""
+    if config.max_gap is not None:
+        return config.max_gap
+    keys = (*Rule(config, num_evaluations).keys, num_evaluations)
+    return 2 * max(b - a for a, b in itertools.pairwise(keys))
 
 
 def carried_over(

@@ -21,7 +21,8 @@ class Row:
 
     Attributes:
         index: Position in the run's schedule.
-        why: ``"plan"``, or why the plan was not followed.
+        why: ``"plan"``, or why the plan was not followed; under ``Config.adaptive`` what it was
+            decided by: the newest error that was known, and over how many evaluations it grew.
         control: What each ControlNet called did: ``"computed"``, ``"reused"`` or ``"off"``.
         depth: Decoder layers computed, ``"full"`` for everything.
         encoder: ``"needed"`` or ``"reuse"``.
@@ -118,7 +119,11 @@ class Report:
         shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
         steps = [row.plan for row in run.report]
         off = [
-            [row.control.get(slot.index, "off") == "off" for slot in run.slots]
+            # by its scale; one that the plan leaves out is not called with another
+            [
+                row.plan.control != "off" and row.control.get(slot.index, "off") == "off"
+                for slot in run.slots
+            ]
             for row in run.report
         ]
         nets = [slot.net for slot in run.slots]

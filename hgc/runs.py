@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hgc.adaptive import AdaptiveSchedule
 from hgc.cache import Cache, conditional_half
 from hgc.config import Config, StepPlan
 from hgc.maps import MapSums
@@ -171,7 +172,7 @@ def to_host(value: Tensor) -> tuple[Tensor, Any]:
     event = None
     if value.is_cuda:
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(value.device))
     return copy, event
 
 
@@ -407,8 +408,10 @@ class Schedules:
         self._num_layers = num_layers
         self._known: dict[tuple[int, bool], Schedule] = {}
 
-    def of(self, total: int) -> Schedule:
-        """What the configuration plans for ``total`` evaluations."""
+    def of(self, total: int) -> Schedule | AdaptiveSchedule:
+        """What the configuration plans for ``total`` evaluations, or what plans them in one run."""
+        if self.config.adaptive:
+            return AdaptiveSchedule(self.config, self._num_layers, total)
         return self._of(total, full=False)
 
     def full(self, total: int) -> Schedule:
@@ -473,7 +476,7 @@ class Run:
         self.factor = 8
         other_length = config.num_evaluations != position.total
         if config.steps is not None and config.key_steps is None and other_length:
-            self.schedule = schedules.full(position.total)
+            self.schedule: Schedule | AdaptiveSchedule = schedules.full(position.total)
             self.broken = (
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
                 f"run has {position.total}"
@@ -510,7 +513,10 @@ class Run:
             return self.now
         previous = self.position.index if self.now is not None or self.completed >= 0 else None
         self.position = position
-        step, why = self.schedule.plan[position.index], "plan"
+        why = "plan"
+        if isinstance(self.schedule, AdaptiveSchedule):
+            why = self.schedule.decide(position.index, self.report)
+        step = self.schedule.plan[position.index]
         if self.broken is not None:
             step, why = _FULL_STEP, self.broken
         elif previous is None:

@@ -770,7 +770,8 @@ def test_freeu_is_obeyed(sd15):
 # -- no sync in the loop ----------------------------------------------------------------------
 
 
-def test_no_sync_in_the_loop(sd15, monkeypatch):
+@pytest.mark.parametrize("config", [SOME, SOME.replace(adaptive=0.3)], ids=["rule", "adaptive"])
+def test_no_sync_in_the_loop(sd15, monkeypatch, config):
     """`.item()`, `bool(tensor)`, `.cpu()` and their like may not be called by the engine."""
     inside = []
 
@@ -785,7 +786,7 @@ def test_no_sync_in_the_loop(sd15, monkeypatch):
 
     for name in ("item", "__bool__", "cpu", "tolist", "numpy", "__int__", "__float__", "__index__"):
         forbid(name)
-    with hgc.install(sd15.unet, sd15.controlnet, config=SOME):
+    with hgc.install(sd15.unet, sd15.controlnet, config=config):
         installed = {module: module.forward for module in (sd15.unet, sd15.controlnet)}
         for module, forward in installed.items():
 

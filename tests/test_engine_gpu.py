@@ -68,9 +68,10 @@ def test_halves_are_taken_on_a_gpu_too(pipe):
     assert {row.why for row in rows} == {"plan"}
 
 
-def test_nothing_waits_for_the_gpu(pipe):
+@pytest.mark.parametrize("config", [SOME, SOME.replace(adaptive=0.3)], ids=["rule", "adaptive"])
+def test_nothing_waits_for_the_gpu(pipe, config):
     """Under torch's sync debug mode no call of the engine may synchronise."""
-    with hgc.install(pipe.unet, pipe.controlnet, config=SOME):
+    with hgc.install(pipe.unet, pipe.controlnet, config=config):
         draw(pipe, steps=10)  # warm-up: libraries may synchronise when they load
         installed = {module: module.forward for module in (pipe.unet, pipe.controlnet)}
         for module, forward in installed.items():
@@ -88,6 +89,27 @@ def test_nothing_waits_for_the_gpu(pipe):
         finally:
             for module, forward in installed.items():
                 module.forward = forward
+
+
+def test_key_evaluations_that_a_run_places_do_not_hang_on_timing(pipe):
+    """Whether the device is ahead of the host or far behind, the decisions are the same, and the
+    picture is that of a fixed rule with the key steps that were placed."""
+    config = SOME.replace(adaptive=0.3, num_evaluations=16)
+    found = []
+    for busy in (False, True, True):
+        with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+            if busy:
+                torch.cuda._sleep(500_000_000)
+            latents = draw(pipe, steps=16)
+            rows = installed.report().rows
+        found.append((latents, tuple(row.index for row in rows if row.depth == "full")))
+    placed = found[0][1]
+    assert 2 < len(placed) < 16 and any(row.why.startswith("error ") for row in rows)
+    fixed = config.replace(adaptive=None, key_steps=placed)
+    with hgc.install(pipe.unet, pipe.controlnet, config=fixed):
+        expected = draw(pipe, steps=16)
+    for latents, keys in found:
+        assert keys == placed and torch.equal(latents, expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

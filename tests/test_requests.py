@@ -218,18 +218,19 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+@pytest.mark.parametrize("config", [SOME, SOME.replace(adaptive=0.2)], ids=["rule", "adaptive"])
 @pytest.mark.parametrize("runs", [20, pytest.param(500, marks=pytest.mark.slow)])
-def test_random_requests_equal_those_of_a_fresh_installation(runs):
+def test_random_requests_equal_those_of_a_fresh_installation(runs, config):
     chance = random.Random(7)
     served, twin = compatibility.sd(), compatibility.sd()
-    installed = hgc.install(served.unet, served.controlnet, config=SOME)
+    installed = hgc.install(served.unet, served.controlnet, config=config)
     warm = held = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for k in range(runs):
             request = random_request(chance)
             image = request(served.unet, served.controlnet)
-            with hgc.install(twin.unet, twin.controlnet, config=SOME):
+            with hgc.install(twin.unet, twin.controlnet, config=config):
                 expected = request(twin.unet, twin.controlnet)
             assert torch.equal(image, expected), k
             assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
@@ -253,6 +254,7 @@ CONFIGS = {
     "some": SOME,
     "attention": SOME.replace(attention="reuse", attention_gate=0.4, fresh_values=True),
     "output": SOME.replace(depth=0, guidance="both"),
+    "adaptive": SOME.replace(adaptive=0.2),
 }
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hgc.cli.console import as_usage, console, parse_size, tera
 from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning import bounds, longest_gap
 from hgc.planning import plan as hgc_plan
 from hgc.presets import PRESETS
 
@@ -50,6 +51,10 @@ def run(
     with as_usage(FileNotFoundError):
         shapes = load_shapes(model, controlnet)
     counts = {}
+    adaptive = chosen if chosen is not None and chosen.adaptive else None
+    if adaptive is not None:
+        label = f"{adaptive.name} (the rule without adaptive)"
+        chosen = adaptive.replace(name=label, adaptive=None, max_gap=None)
     configs = {one.name: one for one in ([chosen] if chosen is not None else PRESETS.values())}
     for one in configs.values():
         with out.status(f"counting {one.name}"):
@@ -71,6 +76,17 @@ def run(
             for name, config in configs.items()
         }  # fmt: skip
     _elsewhere(out, configs, others, first.full_evaluation)
+    if adaptive is not None:
+        total = first.num_evaluations
+        least, most = (
+            _count(shapes, config, steps, height, width, guidance)
+            for config in bounds(adaptive, total)
+        )
+        out.print(
+            f"{adaptive.name}: each run places its key evaluations, at most "
+            f"{longest_gap(adaptive, total)} apart, so that the cache errs by {adaptive.adaptive:g}"
+            f": {tera(least.paper)} to {tera(most.paper)} in the paper's convention"
+        )
 
 
 def _read(config: str) -> Config:
