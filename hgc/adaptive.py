@@ -91,6 +91,10 @@ class AdaptiveSchedule:
         """As :meth:`hgc.runs.Schedule.will_read`."""
         return self._will_read[after]
 
+    def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
+        """As :meth:`hgc.runs.Schedule.guidance_read`: not known yet, so none."""
+        return ()
+
     def decide(self, index: int, made: Sequence[Evaluation]) -> str:
         """Plan evaluation ``index`` after those in ``made``; returns why it is as it is."""
         keys = [row.index for row in made if row.plan.is_key]

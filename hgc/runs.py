@@ -355,6 +355,10 @@ class Schedule:
         self._will_read: dict[int, tuple[frozenset[str], bool]] = {}
         self._guidance_read: dict[int, tuple[tuple[float, ...], ...]] = {}
 
+    def decide(self, index: int, made: Sequence[Evaluation]) -> str:
+        """Why evaluation ``index``, after those in ``made``, is as ``plan`` has it."""
+        return "plan"
+
     def whole(self, index: int) -> StepPlan:
         """The step of evaluation ``index`` with both halves of the batch computed."""
         if index not in self._whole:
@@ -502,7 +506,8 @@ class Run:
         ):
             return False
         self.position = position
-        self.now = Evaluation(index, self.schedule.plan[index])
+        why = self.schedule.decide(index, self.report)
+        self.now = Evaluation(index, self.schedule.plan[index], why)
         self._settle()
         return True
 
@@ -513,9 +518,7 @@ class Run:
             return self.now
         previous = self.position.index if self.now is not None or self.completed >= 0 else None
         self.position = position
-        why = "plan"
-        if isinstance(self.schedule, AdaptiveSchedule):
-            why = self.schedule.decide(position.index, self.report)
+        why = self.schedule.decide(position.index, self.report)
         step = self.schedule.plan[position.index]
         if self.broken is not None:
             step, why = _FULL_STEP, self.broken
