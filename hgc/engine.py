@@ -503,8 +503,8 @@ class Installation:
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
         "__weakref__", "_active", "_assume_pair", "_at_depth", "_attentions", "_blocks_compiled",
-        "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch", "_epochs",
-        "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
+        "_by_rule", "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch",
+        "_epochs", "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
         "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
         "_said", "_scaled_processors", "_schedules", "_seen", "_stateful", "_structure",
         "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
@@ -523,6 +523,9 @@ class Installation:
         self._config = config
         self._structure = UNetStructure.of(unet)
         self._schedules = Schedules(config, self._structure.num_layers)
+        # of the rule, where the plan is one of fitted steps with a rule
+        rule = None if config.steps is None else config.rule
+        self._by_rule = None if rule is None else Schedules(rule, self._structure.num_layers)
         self._assume_pair = assume_pair
         self._of_thread = _OfThread()
         self._forwards: list[_Forward] = []
@@ -822,14 +825,6 @@ class Installation:
             )
             if self._by_rule is not None:
                 self._schedules = self._by_rule
-
-    @functools.cached_property
-    def _by_rule(self) -> Schedules | None:
-        """Those of the rule, where the plan is one of fitted steps with a rule."""
-        rule = self._config.rule
-        if self._config.steps is None or rule is None:
-            return None
-        return Schedules(rule, self._structure.num_layers)
 
     def _instead(self) -> str:
         """What is done where fitted steps do not apply."""
