@@ -111,10 +111,20 @@ def has_hooks(module: Any) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
-        or "forward" in module.__dict__
+        or _is_wrapped(module)
         or hasattr(module, "_hf_hook")
         or hasattr(module, "_diffusers_hook")
     )
+
+
+def _is_wrapped(module: Any) -> bool:
+    """Whether ``module`` has a forward of its own. Its class's, put back by hand by whoever wrapped
+    it for a while, is none."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    put_back = getattr(own, "__self__", None) is module
+    return not (put_back and getattr(own, "__func__", None) is type(module).forward)
 
 
 def check_unet(unet: Any) -> None:

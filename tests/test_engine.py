@@ -256,6 +256,22 @@ def test_depth_the_model_does_not_have_is_refused(sdxl):
         hgc.install(sdxl.unet, sdxl.controlnet, config=Config(key_steps=(0,), depth=12))
 
 
+def test_a_block_that_was_wrapped_and_put_back_is_as_it_was():
+    """As DeepCache's package leaves blocks: with their class's forward as an attribute."""
+    pipe = models.sd15_pipeline()
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        reference = models.draw(pipe)
+    up, _ = installed._structure.boundary(SOME.depth)  # run in part
+    block = pipe.unet.up_blocks[up]
+    own = block.forward
+    for forward, followed in ((own, True), (lambda *a, **k: own(*a, **k), False)):
+        block.forward = forward
+        with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+            images = models.draw(pipe)
+            assert (set(whys(installed)) == {"plan"}) is followed
+        assert torch.equal(images, reference) is followed
+
+
 # -- scales, guidance windows, pairs ----------------------------------------------------------
 
 
