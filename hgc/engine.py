@@ -1004,6 +1004,9 @@ class Installation:
         seen = self._seen.get(key)
         if seen is not None and seen.epoch == epoch == run.looked.get(key) and seen.is_same():
             return
+        if seen is not None and seen.epoch == epoch and not seen.is_same():
+            # what other runs looked at by this epoch does not hold for them any more
+            self._epoch = epoch = next(self._epochs)
         # read before it is compared: what changes in between is seen the next time
         freeu = self._freeu_places(depth) if model is self.unet else ()
         if not self._processors_in_place(model, depth):

@@ -531,6 +531,23 @@ def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
     assert sorted(changed) == [(0, 2), (0, 6), (1, 2), (1, 6)]
 
 
+def test_freeu_that_came_before_a_run_in_between_is_seen_by_the_one_around_it():
+    """The run in between never knew another state, so it sees no change itself."""
+    unet = models.small_unet()
+    texts = [models.text(1), models.text(2)]
+    schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
+    config, seen = Config(num_evaluations=8, key_steps=(0, 6), forecast=0.0), []
+    with torch.no_grad(), hgc.install(unet, config=config) as installed:
+        for run, steps in ((0, range(3)), (1, range(3)), (0, range(3, 8))):
+            if run == 1:
+                unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+            for i in steps:
+                unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
+                seen.append((run, i, installed._runs.last.report[-1].why))
+    changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
+    assert changed == [(0, 3)]
+
+
 def test_processors_exchanged_between_the_controlnet_and_the_unet(sd15):
     """Within one evaluation: the UNet has others than the ControlNet's call has seen."""
     before, calls = dict(sd15.unet.attn_processors), []
