@@ -1634,7 +1634,10 @@ class Installation:
             if now.half:
                 run.promote("an argument cannot be cut into halves")
         elif run.pair.wants:
-            return run.pair.compare(sample, text)
+            halves = run.pair.compare(sample, text)
+            if now.half and not run.pair.wants:
+                run.promote("the batch is no pair any more")
+            return halves
         return None
 
     def _terms(self, value: Any, half: bool) -> Terms:

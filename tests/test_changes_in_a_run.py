@@ -443,6 +443,27 @@ def test_four_edits_of_one_sample_are_no_pair():
             assert ("reuse" in {row.guidance for row in installed.report().rows}) == halved
 
 
+def test_a_batch_that_is_no_pair_any_more_is_not_halved():
+    """Another sample in one half, from the sixth evaluation on. On a CPU that is seen at once."""
+    unet = models.small_unet()
+    both = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, text = torch.arange(8).flip(0) * 100, models.text(0, 2)
+
+    def outputs():
+        with torch.no_grad():
+            return [
+                unet(both if i >= 5 else both[:1].expand(2, -1, -1, -1), t, text).sample
+                for i, t in enumerate(schedule)
+            ]
+
+    reference = outputs()
+    with hgc.install(unet, config=SOME) as installed:
+        found, rows = outputs(), installed.report().rows
+    assert rows[3].guidance == "reuse" and rows[5].why == "the batch is no pair any more"
+    assert torch.equal(found[5], reference[5])
+    assert {row.guidance for row in rows[5:]} == {"both"}
+
+
 # -- more than one run -------------------------------------------------------------------------
 
 
