@@ -950,19 +950,23 @@ class Installation:
         self._collect_lora()
         run = runs.add(Run(self._schedules, text, position, self._assume_pair))
         run.placing = self._placing
-        self._check_length(run)
-        if runs.short >= Runs.LIMIT and not self._config.is_exact:
-            self._say(
-                "short",
-                "runs end at once, so nothing is reused: the text or the timesteps "
-                "are built anew for each. Build them once, before the loop",
-            )
-        hooked = self._hooks_inside()
-        run.may_keep = not hooked and not self._projections_replaced()
-        if not self._may_step_through():
-            run.give_up("a block that would be run in part has hooks of its own")
-        elif hooked and not self._config.is_exact:
-            run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+        try:
+            self._check_length(run)
+            if runs.short >= Runs.LIMIT and not self._config.is_exact:
+                self._say(
+                    "short",
+                    "runs end at once, so nothing is reused: the text or the timesteps "
+                    "are built anew for each. Build them once, before the loop",
+                )
+            hooked = self._hooks_inside()
+            run.may_keep = not hooked and not self._projections_replaced()
+            if not self._may_step_through():
+                run.give_up("a block that would be run in part has hooks of its own")
+            elif hooked and not self._config.is_exact:
+                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+        except BaseException:  # a warning that is an error: nobody goes on with half a look
+            self._fail(run)
+            raise
         return run
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:

@@ -464,6 +464,32 @@ def test_a_batch_that_is_no_pair_any_more_is_not_halved():
     assert {row.guidance for row in rows[5:]} == {"both"}
 
 
+def test_a_run_whose_warning_is_an_error_begins_anew():
+    """The same objects again: what the warning had interrupted is looked at then."""
+    calibration = hgc.config.Calibration("another", "DDIM", 4, 20, 0.3, 0.1, 0.1, 5, 0.2, 4)
+    config = Config(num_evaluations=4, key_steps=(0,), calibration=calibration)
+    unet = models.small_unet()
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, text, calls = torch.arange(8).flip(0) * 100, models.text(0), []
+
+    def loop():
+        with torch.no_grad():
+            for t in schedule:
+                unet(sample, t, text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        installed = hgc.install(unet, config=config)
+    unet.mid_block.resnets[0].register_forward_hook(lambda *args: calls.append(1))
+    with installed, warnings.catch_warnings():
+        warnings.simplefilter("error", HgcWarning)
+        for _ in range(2):  # of the length, of the hooks
+            with pytest.raises(HgcWarning):
+                loop()
+        loop()
+    assert len(calls) == 8
+
+
 # -- more than one run -------------------------------------------------------------------------
 
 
