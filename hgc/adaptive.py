@@ -170,4 +170,7 @@ class AdaptiveSchedule:
 
 def _norm(x: Tensor) -> Tensor:
     """L2 norm of each row, [B] in float32."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32)
+    rows = x.flatten(1)
+    if x.dtype == torch.float64:  # which torch does not narrow on the way
+        return torch.linalg.vector_norm(rows, dim=1).float()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)

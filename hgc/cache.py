@@ -49,11 +49,18 @@ class Cache:
         self.peak_bytes = 0
         self.refused = False
 
+    def _fits(self, count: int) -> bool:
+        return self._max_bytes is None or self.bytes + count <= self._max_bytes
+
     def _grow(self, count: int) -> bool:
         """Account for ``count`` more bytes; False, and remembered, where they do not fit."""
-        if self._max_bytes is not None and self.bytes + count > self._max_bytes:
-            self.refused = True
-            return False
+        if not self._fits(count):
+            # what was prepared can be read as well
+            for name in list(self._prepared):
+                self._drop_prepared(name)
+            if not self._fits(count):
+                self.refused = True
+                return False
         self.bytes += count
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return True
@@ -117,12 +124,13 @@ class Cache:
 
     def prepare(self, name: str, coefficients: Sequence[float]) -> None:
         """Hold what :meth:`read` returns with ``coefficients``, for :meth:`subtract`, until another
-        value of ``name`` is written or it is dropped."""
+        value of ``name`` is written, it is dropped or the bytes are wanted for something else."""
         value = self.read(name, coefficients)
         prepared = self._prepared.setdefault(name, {})
         # one image: `out - [value, 0]` is both halves in one pass
-        fits = value.shape[0] == 1 and tuple(coefficients) not in prepared
-        if fits and self._grow(2 * value.nbytes):
+        wanted = value.shape[0] == 1 and tuple(coefficients) not in prepared
+        if wanted and self._fits(2 * value.nbytes):
+            self._grow(2 * value.nbytes)
             prepared[tuple(coefficients)] = torch.cat([value, torch.zeros_like(value)])
 
     def subtract(self, name: str, coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -950,19 +950,23 @@ class Installation:
         self._collect_lora()
         run = runs.add(Run(self._schedules, text, position, self._assume_pair))
         run.placing = self._placing
-        self._check_length(run)
-        if runs.short >= Runs.LIMIT and not self._config.is_exact:
-            self._say(
-                "short",
-                "runs end at once, so nothing is reused: the text or the timesteps "
-                "are built anew for each. Build them once, before the loop",
-            )
-        hooked = self._hooks_inside()
-        run.may_keep = not hooked and not self._projections_replaced()
-        if not self._may_step_through():
-            run.give_up("a block that would be run in part has hooks of its own")
-        elif hooked and not self._config.is_exact:
-            run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+        try:
+            self._check_length(run)
+            if runs.short >= Runs.LIMIT and not self._config.is_exact:
+                self._say(
+                    "short",
+                    "runs end at once, so nothing is reused: the text or the timesteps "
+                    "are built anew for each. Build them once, before the loop",
+                )
+            hooked = self._hooks_inside()
+            run.may_keep = not hooked and not self._projections_replaced()
+            if not self._may_step_through():
+                run.give_up("a block that would be run in part has hooks of its own")
+            elif hooked and not self._config.is_exact:
+                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+        except BaseException:  # a warning that is an error: nobody goes on with half a look
+            self._fail(run)
+            raise
         return run
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
@@ -1004,6 +1008,9 @@ class Installation:
         seen = self._seen.get(key)
         if seen is not None and seen.epoch == epoch == run.looked.get(key) and seen.is_same():
             return
+        if seen is not None and seen.epoch == epoch and not seen.is_same():
+            # what other runs looked at by this epoch does not hold for them any more
+            self._epoch = epoch = next(self._epochs)
         # read before it is compared: what changes in between is seen the next time
         freeu = self._freeu_places(depth) if model is self.unet else ()
         if not self._processors_in_place(model, depth):
@@ -1631,7 +1638,10 @@ class Installation:
             if now.half:
                 run.promote("an argument cannot be cut into halves")
         elif run.pair.wants:
-            return run.pair.compare(sample, text)
+            halves = run.pair.compare(sample, text)
+            if now.half and not run.pair.wants:
+                run.promote("the batch is no pair any more")
+            return halves
         return None
 
     def _terms(self, value: Any, half: bool) -> Terms:

@@ -328,6 +328,14 @@ def test_a_changed_text_is_computed_in_full(pipe):
     assert report.rows[7].why == report.rows[4].why
 
 
+def test_errors_of_float64_are_measured():
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    pipe.to(torch.float64)
+    texts = {f"{n}prompt_embeds": models.text(i).double() for i, n in enumerate(("", "negative_"))}
+    _, report = draw(pipe, ADAPTIVE, **texts)
+    assert any(row.why.startswith("error") for row in report.rows)
+
+
 def test_a_bound_of_bytes_is_kept(pipe):
     with pytest.warns(hgc.HgcWarning, match="max_cache_bytes"):
         _, report = draw(pipe, ADAPTIVE.replace(max_cache_bytes=3000))

@@ -85,7 +85,20 @@ def test_nothing_is_prepared_beyond_the_limit():
     cache = Cache(max_bytes=40)
     write(cache, "guidance", torch.ones(1, 4), evaluation=0)
     cache.prepare("guidance", (1.0,))
-    assert cache.bytes == 16
+    # what is read as well without was not refused
+    assert cache.bytes == 16 and not cache.refused
+    assert torch.equal(
+        cache.subtract("guidance", (1.0,), torch.ones(1, 4)), torch.tensor([[0.0] * 4, [1.0] * 4])
+    )
+
+
+def test_what_was_prepared_makes_room():
+    cache = Cache(max_bytes=48)
+    write(cache, "guidance", torch.ones(1, 4), evaluation=0)
+    cache.prepare("guidance", (1.0,))
+    assert cache.bytes == 48
+    write(cache, "x", torch.ones(1, 4), evaluation=0)
+    assert cache.has("x", half=False) and cache.bytes == 32 and not cache.refused
     assert torch.equal(
         cache.subtract("guidance", (1.0,), torch.ones(1, 4)), torch.tensor([[0.0] * 4, [1.0] * 4])
     )

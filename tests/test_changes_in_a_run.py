@@ -443,6 +443,53 @@ def test_four_edits_of_one_sample_are_no_pair():
             assert ("reuse" in {row.guidance for row in installed.report().rows}) == halved
 
 
+def test_a_batch_that_is_no_pair_any_more_is_not_halved():
+    """Another sample in one half, from the sixth evaluation on. On a CPU that is seen at once."""
+    unet = models.small_unet()
+    both = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, text = torch.arange(8).flip(0) * 100, models.text(0, 2)
+
+    def outputs():
+        with torch.no_grad():
+            return [
+                unet(both if i >= 5 else both[:1].expand(2, -1, -1, -1), t, text).sample
+                for i, t in enumerate(schedule)
+            ]
+
+    reference = outputs()
+    with hgc.install(unet, config=SOME) as installed:
+        found, rows = outputs(), installed.report().rows
+    assert rows[3].guidance == "reuse" and rows[5].why == "the batch is no pair any more"
+    assert torch.equal(found[5], reference[5])
+    assert {row.guidance for row in rows[5:]} == {"both"}
+
+
+def test_a_run_whose_warning_is_an_error_begins_anew():
+    """The same objects again: what the warning had interrupted is looked at then."""
+    calibration = hgc.config.Calibration("another", "DDIM", 4, 20, 0.3, 0.1, 0.1, 5, 0.2, 4)
+    config = Config(num_evaluations=4, key_steps=(0,), calibration=calibration)
+    unet = models.small_unet()
+    sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    schedule, text, calls = torch.arange(8).flip(0) * 100, models.text(0), []
+
+    def loop():
+        with torch.no_grad():
+            for t in schedule:
+                unet(sample, t, text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        installed = hgc.install(unet, config=config)
+    unet.mid_block.resnets[0].register_forward_hook(lambda *args: calls.append(1))
+    with installed, warnings.catch_warnings():
+        warnings.simplefilter("error", HgcWarning)
+        for _ in range(2):  # of the length, of the hooks
+            with pytest.raises(HgcWarning):
+                loop()
+        loop()
+    assert len(calls) == 8
+
+
 # -- more than one run -------------------------------------------------------------------------
 
 
@@ -529,6 +576,23 @@ def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
                 seen.append((run, i, installed._runs.last.report[-1].why))
     changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
     assert sorted(changed) == [(0, 2), (0, 6), (1, 2), (1, 6)]
+
+
+def test_freeu_that_came_before_a_run_in_between_is_seen_by_the_one_around_it():
+    """The run in between never knew another state, so it sees no change itself."""
+    unet = models.small_unet()
+    texts = [models.text(1), models.text(2)]
+    schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
+    config, seen = Config(num_evaluations=8, key_steps=(0, 6), forecast=0.0), []
+    with torch.no_grad(), hgc.install(unet, config=config) as installed:
+        for run, steps in ((0, range(3)), (1, range(3)), (0, range(3, 8))):
+            if run == 1:
+                unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+            for i in steps:
+                unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
+                seen.append((run, i, installed._runs.last.report[-1].why))
+    changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
+    assert changed == [(0, 3)]
 
 
 def test_processors_exchanged_between_the_controlnet_and_the_unet(sd15):
