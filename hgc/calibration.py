@@ -401,8 +401,8 @@ def calibrate(
 
     Returns:
         A :class:`Config` whose ``calibration`` says what it was measured on. Installed on a model
-        of another shape, or run for another number of evaluations or at other timesteps, it warns
-        and follows the rule it was fitted from (``Config.rule``).
+        of another shape, or run for another number of evaluations, with another scheduler or at
+        other timesteps, it warns and follows the rule it was fitted from (``Config.rule``).
 
     Raises:
         TypeError: ``inputs`` is not a sequence of mappings.

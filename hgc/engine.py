@@ -48,6 +48,7 @@ from hgc.runs import (
     Signature,
     _is_part,
     position_of,
+    scheduler_of,
     to_host,
 )
 from hgc.structure import (
@@ -837,6 +838,8 @@ class Installation:
         config, total = self._config, run.position.total
         known = config.calibration
         if total == config.num_evaluations:
+            if known is not None and self._by_another_scheduler(run, known.scheduler):
+                return
             if known is not None and len(known.timesteps) == total:
                 timesteps = run.position.timestep
                 assert timesteps is not None
@@ -855,6 +858,21 @@ class Installation:
                 f"{config.name!r} {made} for {config.num_evaluations} evaluations; this run has "
                 f"{total}{rule}",
             )
+
+    def _by_another_scheduler(self, run: Run, known: str) -> bool:
+        """Whether the run's scheduler is of another class than ``known``: says so, and follows the
+        rule. Schedulers may share their timesteps and still need other coefficients."""
+        scheduler = scheduler_of(run.position)
+        if scheduler is None or type(scheduler).__name__ == known:
+            return False
+        self._say(
+            "scheduler",
+            f"{self._config.name!r} was calibrated with {known}; this run's scheduler is "
+            f"{type(scheduler).__name__}. {self._instead()}",
+        )
+        if self._by_rule is not None:
+            run.follow(self._by_rule)
+        return True
 
     def _check_timesteps(self, run: Run) -> None:
         """Warn where a run's timesteps are not those that the configuration was calibrated at,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import itertools
 import sys
 import time
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from hgc.adaptive import AdaptiveSchedule
 from hgc.cache import Cache, conditional_half
@@ -174,6 +176,23 @@ def to_host(value: Tensor) -> tuple[Tensor, Any]:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(value.device))
     return copy, event
+
+
+def scheduler_of(position: Position) -> SchedulerMixin | None:
+    """The scheduler whose timesteps a run goes by: a local of one of the callers, or an attribute
+    of one, as of a pipeline. None where there is none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        for value in list(frame.f_locals.values()):
+            held = getattr(value, "__dict__", None)
+            found = held.get("scheduler") if isinstance(held, dict) else None
+            for one in (value, found):
+                if isinstance(one, SchedulerMixin):
+                    timesteps = getattr(one, "timesteps", None)
+                    if isinstance(timesteps, Tensor) and _storage(timesteps) == position.storage:
+                        return one
+        frame = frame.f_back
+    return None
 
 
 class PairCheck:

@@ -162,6 +162,36 @@ def test_at_other_timesteps_the_rule_is_followed_with_a_warning(recwarn):
         assert torch.equal(images, drawn(pipe, config.rule, steps)) is warns
 
 
+def test_with_another_scheduler_of_the_same_timesteps_the_rule_is_followed():
+    """In a pipeline, and in a loop of one's own."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    _, config, _ = found()
+    steps = config.calibration.steps
+    pipe = models.sd15_pipeline()
+    own = pipe.scheduler.config
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(own)
+    with pytest.warns(HgcWarning, match="calibrated with UniPC.* is DPMSolverMultistepSch"):
+        images = drawn(pipe, config, steps)
+    assert pipe.scheduler.timesteps.tolist() == list(config.calibration.timesteps)
+    assert torch.equal(images, drawn(pipe, config.rule, steps))
+
+    def loop(scheduler):
+        scheduler.set_timesteps(steps)
+        text, sample = models.text(3), torch.randn(1, pipe.unet.config.in_channels, 16, 16)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(pipe.unet(sample, t, text).sample, t, sample).prev_sample
+        return sample
+
+    scheduler = DPMSolverMultistepScheduler.from_config(own)
+    with (
+        torch.no_grad(),
+        hgc.install(pipe.unet, config=config),
+        pytest.warns(HgcWarning, match="is DPMSolverMultistepScheduler"),
+    ):
+        loop(scheduler)
+
+
 def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkeypatch):
     """As on a GPU: the copy has an event, and what follows does not hang on when it is there."""
     from hgc import engine
