@@ -474,8 +474,8 @@ def calibrate(
         return sum(distances) / len(distances)
 
     if chosen is not None:
-        done = count(chosen)
-        max_macs = done.total / (done.full_evaluation.total * _PRESET_STEPS)
+        counted = count(chosen)
+        max_macs = counted.total / (counted.full_evaluation.total * _PRESET_STEPS)
     if max_macs is not None:
         hand_made = _hand_made(max_macs * full, costs.of, list(lengths), facts.guidance)[
             :_HAND_MADE

@@ -60,7 +60,11 @@ def test_a_preset_is_a_budget():
     pipe = models.sd15_pipeline()
     size = {"height": 32, "width": 32, "tokens": models.text(0).shape[1]}
     preset = hgc.count_macs(pipe.unet, pipe.controlnet, "paper", **size)
-    config = hgc.calibrate(pipe, inputs(2), preset="paper", steps=10, trials=4, rounds=0)
+    said = []
+    config = hgc.calibrate(
+        pipe, inputs(2), preset="paper", steps=10, trials=4, on_progress=lambda *a: said.append(a)
+    )
+    assert said
     found = hgc.count_macs(pipe.unet, pipe.controlnet, config, **size)
     assert config.name == "paper-calibrated"
     assert found.total / (10 * found.full_evaluation.total) <= preset.total / preset.full.total
