@@ -350,3 +350,9 @@ def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
 
 def test_calibrated_plans_are_rows_of_the_testbed_only():
     assert {c.name for c in candidates(["calibrated"])} == {"uncached", *testbed.plans()}
+    rules = {c.name: c.config for c in candidates(["calibrated-rules"])}
+    for name, file in testbed.plans().items():
+        config, rule = Config.of(str(file)), rules[f"{name}-rule"]
+        assert rule.steps is None and rule.calibration is None
+        assert rule.key_steps == config.key_steps
+        assert rule.num_evaluations == config.num_evaluations

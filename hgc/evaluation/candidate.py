@@ -121,7 +121,8 @@ def candidates(
     """The rows that ``names`` stand for, the uncached run first.
 
     names: "presets" (all of them), the name of a preset, "calibrated" (the plans calibrated on the
-    testbed, `hgc.testbed.plans`), the path of a JSON file written by ``Config.to_json``, "peers"
+    testbed, `hgc.testbed.plans`), "calibrated-rules" (the rules they were fitted from, without a
+    fitted coefficient), the path of a JSON file written by ``Config.to_json``, "peers"
     (the schedules of other caches, see `hgc.evaluation.peers`) or one of them ("deepcache-3"),
     "deepcache-pypi-3" (the package DeepCache at that interval), "fewer-steps" (next to each plan
     the uncached pipeline at equal MACs), or "6-steps" (the uncached pipeline at 6 steps); each but
@@ -154,6 +155,12 @@ def candidates(
         elif name == "calibrated":
             for label, file in calibrated_plans().items():
                 plans[_at(label, scheduler)] = _Planned(_config(str(file), subject), scheduler)
+        elif name == "calibrated-rules":
+            for label, file in calibrated_plans().items():
+                rule = _config(str(file), subject).rule
+                assert rule is not None  # all were fitted from one
+                rule = rule.replace(name=f"{label}-rule")
+                plans[_at(rule.name, scheduler)] = _Planned(rule, scheduler)
         elif name == "fewer-steps":
             equal = True
         elif short:
@@ -255,6 +262,6 @@ def _config(name: str, subject: Subject) -> Config:
         return Config.preset(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} A row is also 'presets', 'calibrated', 'peers', "
+            f"{error} A row is also 'presets', 'calibrated', 'calibrated-rules', 'peers', "
             f"{', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps' or a .json file."
         ) from None
