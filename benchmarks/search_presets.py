@@ -7,7 +7,7 @@
 What `hgc.calibrate` does, on pictures instead of latents, for the testbed's four conditions at
 once, and with a budget in uncached steps. Scenes are held out from training and from the tables:
 they start at 10000, those that check the result at 11000. The score is the mean relative L2
-distance of the pictures to those of 20 uncached steps, plus a tenth of the worst one's. Then
+distance of the pictures to those of uncached steps, plus a tenth of the worst one's. Then
 `--rounds` refine the outputs' coefficients on whole runs. With `--trials 0` the first rule of
 `--start` is taken.
 """
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=0, help="of refinement")
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--uncached-steps", type=int, default=20, help="of the pictures to be near")
     parser.add_argument("--conditions", nargs="+", default=list(testbed.CONDITIONS))
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--start", nargs="*", default=[], help="presets or files to start from too")
@@ -106,7 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     budget, since = Budget(), time.monotonic()
-    trial = Reseeded(items(options.conditions, options.scenes, SEARCHED), 20, output="pt")
+    uncached = options.uncached_steps
+    trial = Reseeded(items(options.conditions, options.scenes, SEARCHED), uncached, output="pt")
     which = range(len(trial.items))
     search = Search(
         trial, budget.of, which, {n: n for n in options.steps}, random.Random(options.seed),
@@ -142,7 +144,7 @@ def main() -> None:
         refined.append(refine(refined[-1], errors, rounds=1, on_run=say))
         if options.out:  # in case it is interrupted
             refined[-1].to_json(options.out)
-    check = Reseeded(items(options.conditions, options.scenes, CHECKED), 20, output="pt")
+    check = Reseeded(items(options.conditions, options.scenes, CHECKED), uncached, output="pt")
     named = [(f"refined {n}", config) for n, config in enumerate(refined)]
     every = {}
     for name, config in (("rule", rule), *named):
@@ -156,7 +158,7 @@ def main() -> None:
     # of the plan itself, whose depths may differ from its rule's
     share = (
         testbed_subject().macs(best, best.num_evaluations).total
-        / testbed_subject().macs(None, 20).total
+        / testbed_subject().macs(None, uncached).total
     )
     fewer = equal_steps(best, best.num_evaluations)
     plain = check.distances(None, fewer, which)
@@ -166,7 +168,7 @@ def main() -> None:
         model=model_name(pipe.unet),
         scheduler=type(pipe.scheduler).__name__,
         steps=best.num_evaluations,
-        uncached_steps=20,
+        uncached_steps=uncached,
         macs_share=round(share, 6),
         distance=round(sum(every[best]) / len(every[best]), 6),
         distance_worst=round(max(every[best]), 6),

@@ -19,7 +19,8 @@ def scaled_key_steps(
 
     A longer run keeps the share of key steps; a shorter one keeps their number, since its
     neighbouring evaluations lie further apart and are less alike. Where they lie in the run, as a
-    fraction, is kept by linear interpolation; the first and, where it was one, the last stay.
+    fraction, is kept by linear interpolation. The first stays, and the last where it is the end of
+    the run; where it is not, the end of the run counts as one more that is not made.
     """
     if num_evaluations == reference:
         return tuple(key_steps)
@@ -30,14 +31,18 @@ def scaled_key_steps(
         return tuple(range(num_evaluations))
     if count == 1:
         return (0,)
-    span = max(reference - 1, 1)
+    # what is interpolated ends where the run does: with its last evaluation, or after it
+    ends = key_steps[-1] == reference - 1
+    marks = (*key_steps,) if ends else (*key_steps, reference)
+    intervals = count - 1 if ends else count
+    length = num_evaluations - 1 if ends else num_evaluations
     keys: list[int] = []
     for j in range(count):
-        position = j * (len(key_steps) - 1) / (count - 1)
-        low = min(int(position), len(key_steps) - 1)
-        high = min(low + 1, len(key_steps) - 1)
-        key = key_steps[low] + (position - low) * (key_steps[high] - key_steps[low])
-        keys.append(int(key / span * (num_evaluations - 1) + 0.5))
+        position = j * (len(marks) - 1) / intervals
+        low = min(int(position), len(marks) - 1)
+        high = min(low + 1, len(marks) - 1)
+        key = marks[low] + (position - low) * (marks[high] - marks[low])
+        keys.append(int(key / marks[-1] * length + 0.5))
     # Rounding may let two keys meet: push later ones up, then the last ones back inside the run.
     for j in range(1, count):
         keys[j] = max(keys[j], keys[j - 1] + 1)

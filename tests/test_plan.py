@@ -79,6 +79,15 @@ def test_key_steps_of_longer_runs_keep_their_share():
 
 
 @pytest.mark.parametrize(
+    ("count", "expected"),
+    [(20, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18)), (9, (0, 2, 5, 7)), (5, (0, 1, 3, 4))],
+)
+def test_what_follows_the_last_key_step_scales_too(count, expected):
+    """A rule that ends with one reused evaluation does not end a longer run with three."""
+    assert scaled_key_steps((0, 2, 4, 6), 8, count) == expected[:count]
+
+
+@pytest.mark.parametrize(
     ("steps", "message"),
     [
         ([StepPlan(depth=1)], "evaluation 0: depth=1 reads a feature nothing wrote"),

@@ -316,19 +316,33 @@ def test_training_resumes_from_its_checkpoints(tmp_path):
     assert (tmp_path / "model" / "judge" / "judge.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", testbed.plans())
-def test_a_calibrated_plan_keeps_to_the_budget_of_its_preset(name):
-    config = Config.of(testbed.plans()[name])
+CALIBRATED = [(steps, name) for steps in (20, 50) for name in testbed.plans(steps)]
+
+
+@pytest.mark.parametrize(("uncached", "name"), CALIBRATED)
+def test_a_calibrated_plan_keeps_to_the_budget_of_its_preset(uncached, name):
+    config = Config.of(testbed.plans(uncached)[name])
     assert config.name == name
-    steps = equal_steps(config, config.num_evaluations)
-    assert steps == dict(zip(testbed.plans(), (7, 6, 5, 4), strict=True))[name]
-    limit = dict(zip(testbed.plans(), (6.70e12, 5.6e12, 4.6e12, 4.0e12), strict=True))[name]
-    assert sd15_macs(config, config.num_evaluations).paper <= limit
+    assert config.calibration.uncached_steps == uncached
+    preset = name.partition("-")[0]
+    most = {
+        20: {"paper": 7, "balanced": 6, "fast": 5, "turbo": 4},
+        50: {"paper": 18, "balanced": 15, "fast": 12, "turbo": 11},
+    }
+    assert equal_steps(config, config.num_evaluations) == most[uncached][preset]
+    # T MACs, SD1.5 at 512, of 18.20 for 20 uncached steps
+    limit = {"paper": 6.70, "balanced": 5.6, "fast": 4.6, "turbo": 4.0}[preset] * uncached / 20
+    assert sd15_macs(config, config.num_evaluations).paper <= limit * 1e12
 
 
-@pytest.mark.parametrize("name", testbed.plans())
-def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
-    config = Config.of(testbed.plans()[name])
+def test_there_are_plans_for_20_and_50_uncached_steps():
+    assert len(CALIBRATED) == 8
+    assert testbed.plans(30) == {}
+
+
+@pytest.mark.parametrize(("uncached", "name"), CALIBRATED)
+def test_a_calibrated_plan_runs_as_it_was_measured(uncached, name, recwarn):
+    config = Config.of(testbed.plans(uncached)[name])
     pipe = testbed.load_pipeline("segmentation")
     pipe.set_progress_bar_config(disable=True)
     scene = testbed.held_out(1)[0]
@@ -340,7 +354,7 @@ def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
             generator=torch.Generator().manual_seed(scene.seed),
         ).images  # fmt: skip
 
-    reference = draw(20)
+    reference = draw(uncached)
     with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
         found = draw(config.calibration.steps)
         assert all(row.why == "plan" for row in installed.report().rows)
@@ -350,6 +364,10 @@ def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
 
 def test_calibrated_plans_are_rows_of_the_testbed_only():
     assert {c.name for c in candidates(["calibrated"])} == {"uncached", *testbed.plans()}
+    at_50 = {c.name: c.steps for c in candidates(["calibrated"], 50)}
+    assert set(at_50) == {"uncached", *testbed.plans(), *testbed.plans(50)}
+    # each at its own number of steps
+    assert (at_50["paper-calibrated"], at_50["paper-calibrated-50"]) == (16, 35)
     rules = {c.name: c.config for c in candidates(["calibrated-rules"])}
     for name, file in testbed.plans().items():
         config, rule = Config.of(str(file)), rules[f"{name}-rule"]

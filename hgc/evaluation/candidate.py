@@ -121,10 +121,10 @@ def candidates(
     """The rows that ``names`` stand for, the uncached run first.
 
     names: "presets" (all of them), the name of a preset, "calibrated" (the plans calibrated on the
-    testbed, `hgc.testbed.plans`), "calibrated-rules" (the rules they were fitted from, without a
-    fitted coefficient), the path of a JSON file written by ``Config.to_json``, "peers"
-    (the schedules of other caches, see `hgc.evaluation.peers`) or one of them ("deepcache-3"),
-    "deepcache-pypi-3" (the package DeepCache at that interval), "fewer-steps" (next to each plan
+    testbed, `hgc.testbed.plans`, against 20 steps and against ``steps``), "calibrated-rules" (the
+    rules they were fitted from, without a fitted coefficient), the path of a JSON file written by
+    ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
+    of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval), "fewer-steps" (next to each plan
     the uncached pipeline at equal MACs), or "6-steps" (the uncached pipeline at 6 steps); each but
     the last but one also with a scheduler of its own, as "fast@dpm++2m".
     steps: steps of the uncached run.
@@ -153,10 +153,10 @@ def candidates(
                 assert schedule is not None
                 peers[_at(label, scheduler)] = _Planned(schedule, scheduler)
         elif name == "calibrated":
-            for label, file in calibrated_plans().items():
+            for label, file in {**calibrated_plans(), **calibrated_plans(steps)}.items():
                 plans[_at(label, scheduler)] = _Planned(_config(str(file), subject), scheduler)
         elif name == "calibrated-rules":
-            for label, file in calibrated_plans().items():
+            for label, file in {**calibrated_plans(), **calibrated_plans(steps)}.items():
                 rule = _config(str(file), subject).rule
                 assert rule is not None  # all were fitted from one
                 rule = rule.replace(name=f"{label}-rule")
