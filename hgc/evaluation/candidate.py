@@ -124,9 +124,10 @@ def candidates(
     testbed, `hgc.testbed.plans`, against 20 steps and against ``steps``), "calibrated-rules" (the
     rules they were fitted from, without a fitted coefficient), the path of a JSON file written by
     ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
-    of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval), "fewer-steps" (next to each plan
-    the uncached pipeline at equal MACs), or "6-steps" (the uncached pipeline at 6 steps); each but
-    the last but one also with a scheduler of its own, as "fast@dpm++2m".
+    of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval),
+    "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps" (the
+    uncached pipeline at 6 steps); each but the last but one also with a scheduler of its own, as
+    "fast@dpm++2m".
     steps: steps of the uncached run.
     subject: what they are for; None: the testbed.
     schedulers: of the runs with fewer steps, each a row; None: that of the evaluation.
