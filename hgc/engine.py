@@ -439,7 +439,6 @@ _NOTHING_GIVEN_TO_CONTROL: dict[str, Any] = dict.fromkeys(
         "cross_attention_kwargs",
     )
 )  # fmt: skip
-_NO_CONSTANTS: dict[str, Any] = {}
 _THE_ONE = [0]  # the only slot of a run
 
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
@@ -458,15 +457,12 @@ def _can_be_halved(arguments: dict[str, Any], text: Any, batch: int) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class _ControlCall:
-    """One call of a ControlNet, of either kind.
+    """One call of a ControlNet.
 
     Attributes:
         cond: ``controlnet_cond`` as it was given.
         scale: That of the residuals.
         arguments: The others that the network's function takes, batched ones among them.
-        asked: All that diffusers' forward was given beside the first four and ``arguments``.
-        conditions: The condition images, [B, C, H, W] each.
-        constants: Arguments of the network's function that have no row a sample.
     """
 
     net: ControlNetModel | ControlNetUnionModel
@@ -477,9 +473,27 @@ class _ControlCall:
     scale: float | Tensor
     guess_mode: bool
     arguments: dict[str, Any]
-    asked: dict[str, Any]
-    conditions: Sequence[Tensor]
-    constants: dict[str, Any]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that diffusers' forward was given beside the first four and ``arguments``."""
+        return {"conditioning_scale": self.scale, "guess_mode": self.guess_mode}
+
+    @property
+    def conditions(self) -> Sequence[Tensor]:
+        """The condition images, [B, C, H, W] each."""
+        return (self.cond,)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments of the network's function that have no row a sample."""
+        return {}
+
+    def settings(self) -> tuple[Any, ...]:
+        """All that residuals depend on beside the sample, the timestep, text and condition."""
+        if self.arguments is _NOTHING_GIVEN_TO_CONTROL:
+            return self.scale, self.guess_mode
+        return (*self.asked.values(), *self.arguments.values())
 
     def by(self, forward: Callable[..., Any], return_dict: bool) -> Any:
         """What diffusers' ``forward`` makes of it."""
@@ -487,6 +501,26 @@ class _ControlCall:
             self.sample, self.timestep, encoder_hidden_states=self.text, controlnet_cond=self.cond,
             return_dict=return_dict, **self.arguments, **self.asked,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class _UnionCall(_ControlCall):
+    """One call of a ControlNet-Union: several conditions, and of which kind each is."""
+
+    given: dict[str, Any]
+    weights: list[float] | None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return self.given
+
+    @property
+    def conditions(self) -> Sequence[Tensor]:
+        return list(self.cond)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"control_type_idx": self.given["control_type_idx"], "weights": self.weights}
 
 
 class _OfThread(threading.local):
@@ -1218,9 +1252,6 @@ class Installation:
         call = _ControlCall(
             net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
             guess_mode, arguments,
-            asked={"conditioning_scale": conditioning_scale, "guess_mode": guess_mode},
-            conditions=(controlnet_cond,),
-            constants=_NO_CONSTANTS,
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)
 
@@ -1258,17 +1289,14 @@ class Installation:
             "cross_attention_kwargs": cross_attention_kwargs,
             "control_type": control_type,
         }
-        call = _ControlCall(
+        call = _UnionCall(
             net, sample, timestep, encoder_hidden_states, controlnet_cond,
             scales[0] if single else 1.0, guess_mode, arguments,
-            asked={
+            given={
                 "control_type_idx": control_type_idx, "from_multi": from_multi,
                 "conditioning_scale": conditioning_scale, "guess_mode": guess_mode,
             },
-            conditions=list(controlnet_cond),
-            constants={
-                "control_type_idx": control_type_idx, "weights": None if single else scales,
-            },
+            weights=None if single else scales,
         )  # fmt: skip
         return self._evaluate_control(call, return_dict)
 
@@ -1291,7 +1319,7 @@ class Installation:
             # which was looked at a moment ago
             slot.text = run.text if run.text.value is text else Held(text)
             found = (
-                *call.asked.values(), *call.arguments.values(), shape, sample.dtype, device,
+                *call.settings(), shape, sample.dtype, device,
                 self._rewritten if self._without_lora and "peft_config" not in net.__dict__
                 else self._lora_now(net),
                 _autocast(device) if _any_autocast() else None,
@@ -1608,7 +1636,8 @@ class Installation:
                     if not _is_data(value):
                         run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             found = (
-                shape, sample.dtype, sample.device, *arguments.values(),
+                shape, sample.dtype, sample.device,
+                *(() if arguments is _NOTHING_GIVEN else arguments.values()),
                 with_residuals, down_intrablock_additional_residuals is not None,
                 self._rewritten if self._without_lora and "peft_config" not in unet.__dict__
                 else self._lora_now(unet),
@@ -1850,8 +1879,11 @@ class _Turn:
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
         value, call = cache.read(entry, plan.of_residuals, half=half), self.call
+        scale = call.scale
+        if type(scale) is float and not (slot.pooled or call.guess_mode):
+            return [(value, scale)]
         count = len(slot.entries)
-        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
+        return [_scaled(slot.pooled, value, j, count, scale, call.guess_mode)]
 
 
 def _scaled(

@@ -43,7 +43,7 @@ _is_compiling = torch.compiler.is_compiling
 _cat = torch.cat
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Residuals:
     """ControlNet residuals as the UNet adds them: ``skip + scale * value``.
 
@@ -341,9 +341,8 @@ def _decode(
         kind, _, index = name.partition("/")
         if kind == "feature":
             wanted[structure.boundary(int(index))] = name
-    first_block, first_layer = structure.boundary(count)
+    first_block, first_layer = structure.decoder[-count]
     remaining = count
-    up_factor = 2**unet.num_upsamplers
     blocks = _named_parts(unet, "up_blocks")
     for b in range(first_block, len(blocks)):
         block = blocks[_NAMES[b]]
@@ -354,12 +353,14 @@ def _decode(
         terms = residuals[remaining - (layers - start) : remaining]
         remaining -= layers - start
         size = None
-        if remaining > 0 and any(length % up_factor for length in latent_size[-2:]):
-            size = skips[remaining - 1].shape[2:]
+        if remaining > 0:
+            up_factor = 2**unet.num_upsamplers
+            if any(length % up_factor for length in latent_size[-2:]):
+                size = skips[remaining - 1].shape[2:]
         freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)
         inside = bool(wanted) and any(pb == b and layer > 0 for pb, layer in wanted)
-        if (b, start) in wanted:
+        if wanted and (b, start) in wanted:
             # FreeU writes into the block's input, which is the tensor we are asked for
             captured[wanted[(b, start)]] = hidden.clone() if freeu else hidden
         if start == 0 and not inside:
@@ -371,7 +372,7 @@ def _decode(
             continue
         attentions = _named_parts(block, "attentions") if with_attention else {}
         for layer in range(start, layers):
-            if layer > start and (b, layer) in wanted:
+            if wanted and layer > start and (b, layer) in wanted:
                 captured[wanted[(b, layer)]] = hidden.clone() if freeu else hidden
             skip, added = here[layers - 1 - layer], terms[layers - 1 - layer]
             if freeu:

@@ -153,14 +153,16 @@ class PromiseSet(Generic[T]):
         for promise in self.promises:
             promise._touched = self._touched
         del promise
-        self._unheld = [*map(_strong, self.promises), *map(_weak, self.promises)]
+        self._unheld = self._holders()
+
+    def _holders(self) -> int:
+        """References to the promises. None is less than where nobody else holds them."""
+        return sum(map(_strong, self.promises)) + sum(map(_weak, self.promises))
 
     @property
     def is_held(self) -> bool:
         """Whether anybody else holds a promise, or something that was made from one."""
-        promises = self.promises
-        counts = [*map(_strong, promises), *map(_weak, promises)]
-        return counts != self._unheld
+        return self._holders() != self._unheld
 
     @property
     def is_touched(self) -> bool:
