@@ -265,7 +265,10 @@ def _time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
     elif timestep.dim() == 0 and timestep.device != sample.device:
         timestep = timestep.to(sample.device)
-    embedded: Tensor = net._modules["time_proj"](timestep.expand(sample.shape[0]))
+    batch = sample.shape[0]
+    # the same view, found faster
+    of_each = timestep[None] if batch == 1 and timestep.dim() == 0 else timestep.expand(batch)
+    embedded: Tensor = net._modules["time_proj"](of_each)
     return embedded if embedded.dtype == sample.dtype else embedded.to(sample.dtype)
 
 
