@@ -226,27 +226,25 @@ class PairCheck:
     def compare(self, sample: Tensor, text: Tensor) -> Sequence[Tensor] | None:
         """Start the comparison of the halves of ``sample`` and of ``text``. Returns the halves of
         ``sample``, where it has two."""
-        halves, batch = None, sample.shape[0]
+        halves: Sequence[Tensor] | None = None
+        batch = sample.shape[0]
         if batch % 2 or text.shape[0] != batch:
             self._refuted = True
         elif self._assume is not None:
             self._pending.append((self._assume, None))
-        elif sample.is_cpu:
-            # slices: on the way to `chunk` a host spends more than on the comparison
-            halves = sample[: batch // 2], sample[batch // 2 :]
-            differs = self._texts_differ
-            if differs is None:
-                differs = self._differs(text)
-            if not differs or not _equal(*halves):
-                self._refuted = True
-            elif batch == 2 or not self._all_alike(sample):
-                self._agreed += 1
         else:
-            halves = sample.chunk(2)
-            equal = torch.eq(*halves).all() & self._differs(text)
-            if batch > 2:
-                equal = torch.stack([equal, torch.eq(sample[1:], sample[:1]).all()])
-            self._pending.append(to_host(equal))
+            # slices: a host comes to them sooner than to `chunk`
+            first, second = halves = sample[: batch // 2], sample[batch // 2 :]
+            if sample.is_cpu:
+                if not self._differs(text) or not _equal(first, second):
+                    self._refuted = True
+                elif batch == 2 or not self._all_alike(sample):
+                    self._agreed += 1
+            else:
+                equal = torch.eq(first, second).all() & self._differs(text)
+                if batch > 2:
+                    equal = torch.stack([equal, torch.eq(sample[1:], sample[:1]).all()])
+                self._pending.append(to_host(equal))
         return halves
 
     def _differs(self, text: Tensor) -> Tensor | bool:
