@@ -1879,11 +1879,8 @@ class _Turn:
         if plan.control != "reuse" or not cache.has(entry, half=half):
             return None
         value, call = cache.read(entry, plan.of_residuals, half=half), self.call
-        scale = call.scale
-        if type(scale) is float and not (slot.pooled or call.guess_mode):
-            return [(value, scale)]
         count = len(slot.entries)
-        return [_scaled(slot.pooled, value, j, count, scale, call.guess_mode)]
+        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
 
 
 def _scaled(

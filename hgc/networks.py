@@ -344,7 +344,7 @@ def _decode(
         kind, _, index = name.partition("/")
         if kind == "feature":
             wanted[structure.boundary(int(index))] = name
-    first_block, first_layer = structure.decoder[-count]
+    first_block, first_layer = structure.boundary(count)
     remaining = count
     blocks = _named_parts(unet, "up_blocks")
     for b in range(first_block, len(blocks)):
@@ -363,7 +363,7 @@ def _decode(
         freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)
         inside = bool(wanted) and any(pb == b and layer > 0 for pb, layer in wanted)
-        if wanted and (b, start) in wanted:
+        if (b, start) in wanted:
             # FreeU writes into the block's input, which is the tensor we are asked for
             captured[wanted[(b, start)]] = hidden.clone() if freeu else hidden
         if start == 0 and not inside:
@@ -375,7 +375,7 @@ def _decode(
             continue
         attentions = _named_parts(block, "attentions") if with_attention else {}
         for layer in range(start, layers):
-            if wanted and layer > start and (b, layer) in wanted:
+            if layer > start and (b, layer) in wanted:
                 captured[wanted[(b, layer)]] = hidden.clone() if freeu else hidden
             skip, added = here[layers - 1 - layer], terms[layers - 1 - layer]
             if freeu:

@@ -156,7 +156,7 @@ class PromiseSet(Generic[T]):
         self._unheld = self._holders()
 
     def _holders(self) -> int:
-        """References to the promises. None is less than where nobody else holds them."""
+        """How many references there are to the promises, weak ones too."""
         return sum(map(_strong, self.promises)) + sum(map(_weak, self.promises))
 
     @property
