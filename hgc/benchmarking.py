@@ -385,10 +385,13 @@ class _Clock:
     On a GPU the ends are events on its stream, so nothing waits for the device within the loop.
     """
 
-    def __init__(self, pipe: Any, device: str) -> None:
+    def __init__(self, pipe: Any, device: str, *, every: bool = False) -> None:
         self._cuda = device.startswith("cuda")
         self._begin: Any = None
         self._end: Any = None
+        # where every evaluation is asked for: (begin, end) of each
+        self._marks: list[tuple[Any, Any]] | None = [] if every else None
+        self._first: Any = None
         nets = controlnets(getattr(pipe, "controlnet", None))
         self._handles = [
             module.register_forward_pre_hook(self._enter) for module in (pipe.unet, *nets)
@@ -405,9 +408,22 @@ class _Clock:
     def _enter(self, module: torch.nn.Module, arguments: Any) -> None:
         if self._begin is None:
             self._begin = self._now()
+        if self._marks is not None and self._first is None:
+            self._first = self._now()
 
     def _leave(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
         self._end = self._now()
+        if self._marks is not None:
+            self._marks.append((self._first, self._end))
+            self._first = None
+
+    def evaluations(self) -> list[float]:
+        """Milliseconds of each evaluation since the last call of this, which is after a
+        synchronisation: from the first ControlNet's start to the UNet's end."""
+        marks, self._marks = self._marks or [], []
+        if self._cuda:
+            return [begin.elapsed_time(end) for begin, end in marks]
+        return [(end - begin) * 1e3 for begin, end in marks]
 
     def time(self, call: Callable[[], Any]) -> tuple[float, float]:
         """(seconds of the loop, seconds of the whole call)."""
@@ -615,6 +631,23 @@ def _variants(
     return variants
 
 
+def count_macs_of(
+    unet: Any, nets: Sequence[Any], height: int, width: int, images: int
+) -> Callable[[Config | None, int], Macs]:
+    """Counts MACs of evaluations under a configuration, or without hgc (None), at one size."""
+
+    def count(config: Config | None, evaluations: int) -> Macs:
+        counted = hgc.count_macs(
+            unet, nets, config or "exact", num_evaluations=evaluations if config else 1,
+            height=height, width=width, images=images,
+        )  # fmt: skip
+        if config is None:
+            return counted.full_evaluation * evaluations
+        return type(counted.full_evaluation)(counted.total, counted.paper)
+
+    return count
+
+
 def bench(
     pipe: Any,
     configs: Sequence[Config],
@@ -629,6 +662,8 @@ def bench(
     peers: Sequence[str] = (),
     device: str = "cpu",
     compile_options: dict[str, Any] | None = None,
+    count: Callable[[Config | None, int], Macs] | None = None,
+    count_launches: bool = True,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Bench:
     """Time ``pipe`` without hgc and with each of ``configs``, interleaved.
@@ -651,6 +686,9 @@ def bench(
         peers: Of "deepcache-N", N the interval: DeepCache, which must be installed.
         device: Where ``pipe`` is.
         compile_options: More options for ``torch.compile``, such as a backend.
+        count: MACs of so many evaluations under a configuration, or without hgc; default: counted
+            on the meta device, see :func:`count_macs_of`.
+        count_launches: On a GPU, profile one more call of each variant, which takes seconds.
         on_progress: Called with a label, calls done and calls in all.
 
     Returns:
@@ -678,15 +716,8 @@ def bench(
     nets = list(controlnets(getattr(pipe, "controlnet", None)))
     own = [(config, steps_of(config, steps)) for config in configs]
 
-    def count(config: Config | None, evaluations: int) -> Macs:
-        counted = hgc.count_macs(
-            pipe.unet, nets, config or "exact", num_evaluations=evaluations if config else 1,
-            height=height, width=width, images=images,
-        )  # fmt: skip
-        if config is None:
-            return counted.full_evaluation * evaluations
-        return type(counted.full_evaluation)(counted.total, counted.paper)
-
+    if count is None:
+        count = count_macs_of(pipe.unet, nets, height, width, images)
     evaluation = count(None, 1)
     own_macs = {config.name: count(config, n) for config, n in own}
     fewer = [math.ceil(macs.total / evaluation.total) for macs in own_macs.values()]
@@ -746,7 +777,7 @@ def bench(
                 say(label(variants[i]))
                 samples[i].append(run(i, variants[i].steps))
                 done += 1
-        if cuda:
+        if cuda and count_launches:
             for i, variant in enumerate(variants):
                 with runner.state(variant):
                     launches[i] = _launches(functools.partial(call, variant.steps), variant.steps)

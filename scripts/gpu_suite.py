@@ -1,26 +1,21 @@
-"""Everything that needs a GPU, in parts of a few minutes, on a machine without network.
+"""Everything that needs a GPU, in nine minutes, on a machine without a network.
 
-    python scripts/gpu_suite.py                    # all parts that have not passed yet
-    python scripts/gpu_suite.py --list             # the parts and what became of them
-    python scripts/gpu_suite.py --parts 'bench-sd15-*' --again
-    python scripts/gpu_suite.py --minutes 9        # start no part after nine minutes
-    python scripts/gpu_suite.py --wheels DIR       # install from these wheels first
-    python scripts/gpu_suite.py --dry-run          # print the commands
-    python scripts/gpu_suite.py --tiny             # on a CPU, tiny: does the suite itself work?
+    python scripts/gpu_suite.py --prepare carry        # here: what has to be carried there
+    python scripts/gpu_suite.py --carried carry --results out --seconds 540      # there: one call
+    python scripts/gpu_suite.py --dry-run              # the parts and their commands
+    python scripts/gpu_suite.py --tiny --results out   # small parts that run on a CPU
 
-Each part is a process. After each one the results are written to benchmarks/results/<gpu>.json and
-.md, and a later call goes on where the last one stopped: what has passed with the same sources,
-torch and device is not run again. Such a machine needs torch with CUDA, a CUDA toolkit, cmake,
-ninja, pytest and pytest-benchmark; what else is missing (diffusers, typer, rich) is carried in as
-wheels.
+`--prepare` is run with that machine's versions of Python and torch: it builds the kernels for its
+GPU and fetches the wheels that are missing there. Parts come in the order of worth; those that
+check run side by side, those that time run alone. Results are written to `<results>/<gpu>.json` and
+`.md` after every part. The suite ends at once where the CUDA library is not loaded, since all that
+follows would measure the reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import fnmatch
-import hashlib
 import json
 import os
 import platform
@@ -31,108 +26,105 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
-TAIL = 4000  # characters of a part's output that are kept
+TAIL = 6000  # characters of a part's output that are kept
+WHEELS = ("diffusers==0.42.1", "DeepCache==0.1.1")
+CALL = "python scripts/gpu_suite.py --carried carry --results out --seconds 540"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One process of the suite.
 
-    command: what is run in the repository's root; `{out}` stands for a file it may write JSON to,
-    and `{chart}` for a picture. needs: a program without which the part is skipped.
+    Attributes:
+        name: In results.
+        command: Run in the repository's root; `{out}` stands for a file it may write JSON to,
+            `{work}` for a folder that all parts share, `{left}` for the seconds it has.
+        cap: Seconds it may take.
+        beside: It checks and does not time: it runs beside its neighbours that do the same.
+        needed: Where it fails the suite ends.
     """
 
     name: str
     command: tuple[str, ...]
-    needs: str = ""
+    cap: float
+    beside: bool = False
+    needed: bool = False
 
 
-def bench_part(name: str, *arguments: str) -> Part:
-    main = "from hgc.cli import main; main()"
-    files = ("--json", "{out}", "--chart", "{chart}")
-    return Part(f"bench-{name}", (sys.executable, "-c", main, "bench", *arguments, *files))
+def tests(name: str, cap: float, *arguments: str) -> Part:
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    return Part(name, (*command, *arguments), cap, beside=True)
 
 
-def pytest_part(name: str, *arguments: str) -> Part:
-    return Part(name, (sys.executable, "-m", "pytest", "-q", *arguments))
-
-
-def build_parts(wheels: Path | None) -> list[Part]:
-    pip = (sys.executable, "-m", "pip", "install")
-    parts = []
-    if wheels is not None:
-        carried = sorted(str(path) for path in wheels.glob("*.whl"))
-        parts.append(Part("wheels", (*pip, "--no-index", "--no-deps", *carried)))
-    build = (*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", ".")
-    return [*parts, Part("build", build, needs="nvcc")]
-
-
-def gpu_parts(wheels: Path | None, peers: str) -> list[Part]:
-    parts = build_parts(wheels)
-    parts += [
-        pytest_part("tests-ops", "-m", "gpu", "tests/kernels"),
-        pytest_part("tests-engine", "-m", "gpu", "tests/test_engine_gpu.py"),
-    ]
-    memory = ("env", f"PYTHON={sys.executable}", "sh", "scripts/check_memory.sh")
-    parts.append(Part("memory", memory, "compute-sanitizer"))
-    for op in ("attend_and_store", "apply_map", "apply_map_project"):
-        # before anything is timed; writes hgc_kernels/launch/<gpu>.json, which is to be committed
-        tune = (sys.executable, "benchmarks/ops/tune.py", "--ops", op, "--json", "{out}")
-        parts.append(Part(f"tune-{op}", tune))
-    parts.append(pytest_part("tests-tuned", "-m", "gpu", "tests/kernels/test_gpu.py"))
-    for op in ("gather_blocks", "scatter_rows", "attend_and_store", "apply_map"):
-        parts.append(
-            pytest_part(
-                f"ops-{op}", "benchmarks/ops", "--benchmark-only", "-k", f"cuda and {op}",
-                "--benchmark-json", "{out}",
-            )
-        )  # fmt: skip
-    for model, steps in (("sd15", 20), ("sdxl", 30)):
-        for batch in (1, 4, 8):
-            for mode in ("eager", "compiled", "graphs"):
-                arguments = [
-                    "--model", model, "--device", "cuda", "--dtype", "fp16", "--steps", str(steps),
-                    "--batch", str(batch), "--modes", mode, "--fewer-steps",
-                    "--presets", "exact,paper,balanced,fast,turbo" if batch == 1 else "paper,fast",
-                    "--repeats", "5" if model == "sd15" else "3",
-                ]  # fmt: skip
-                if peers and mode == "eager":
-                    arguments += ["--peers", peers]
-                parts.append(bench_part(f"{model}-batch{batch}-{mode}", *arguments))
-    return parts
-
-
-def tiny_parts() -> list[Part]:
+def gpu_parts(chosen: str = "") -> list[Part]:
+    memcheck = (
+        "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck",
+        "--error-exitcode", "9", "--target-processes", "all", sys.executable, "-m", "pytest", "-q",
+        "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py", "-k",
+        "(gather and (odd or mixed)) or (attention and primes and float16)",
+    )  # fmt: skip
+    pipelines = (
+        "benchmarks/gpu.py", "--macs", "{work}/macs.json", "--json", "{out}",
+        "--peers", "deepcache-3", "--parts", chosen,
+    )  # fmt: skip
+    goals = ("benchmarks/ops/gpu_goals.py",)
+    python = sys.executable
     return [
-        pytest_part("tests-collected", "-m", "gpu", "--collect-only", "tests/test_engine_gpu.py"),
-        bench_part(
-            "testbed", "--model", "testbed", "--size", "64", "--steps", "2", "--repeats", "1",
-            "--presets", "exact",
-        ),
-        Part("memcheck", ("compute-sanitizer", "--version"), "a program that is nowhere"),
+        Part("info", (python, *goals, "--ceilings", "{out}"), 60, needed=True),
+        tests("tests-ops", 110, "-n", "8", "tests/kernels"),
+        tests("tests-engine", 110, "-n", "3", "tests/test_engine_gpu.py", "-k", "not compiled"),
+        Part("memcheck", memcheck, 110, beside=True),
+        tests("tests-compiled", 150, "-n", "3", "tests/test_engine_gpu.py", "-k",
+              "compiled and float16"),
+        Part("macs", (python, pipelines[0], "--count", "{work}/macs.json"), 110, beside=True),
+        Part("ops", (python, *goals, "--json", "{out}"), 60),
+        Part("pipelines", (python, *pipelines, "--seconds", "{left}"), 330),
     ]  # fmt: skip
 
 
-def sources() -> str:
-    """A hash of everything that is measured; a copied tree has no git to ask."""
-    digest = hashlib.sha256()
-    for folder in ("hgc", "hgc_kernels", "csrc", "tests", "benchmarks", "scripts"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".sh") and path.is_file():
-                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def tiny_parts() -> list[Part]:
+    python = sys.executable
+    bench = ("-c", "from hgc.cli import main; main()", "bench", "--model", "testbed", "--size",
+             "64", "--steps", "2", "--repeats", "1", "--presets", "exact")  # fmt: skip
+    return [
+        tests("tests-collected", 300, "--collect-only", "tests/kernels/test_gpu.py",
+              "tests/test_engine_gpu.py"),
+        Part("bench-testbed", (python, *bench, "--json", "{out}"), 300),
+    ]  # fmt: skip
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+def prepare(folder: Path) -> None:
+    """Build the kernels for the GPU and fetch wheels, into `folder`."""
+    pip = (sys.executable, "-m", "pip")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "wheels").mkdir(parents=True)
+    environment = {"HGC_CUDA_ARCHITECTURES": "90", "HGC_REQUIRE_EXT": "1", **os.environ}
+    with tempfile.TemporaryDirectory() as temporary:
+        build = (*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", temporary, str(ROOT))
+        subprocess.run(build, check=True, env=environment)
+        shutil.unpack_archive(next(Path(temporary).glob("*.whl")), temporary, "zip")
+        kernels = Path(temporary) / "hgc_kernels"
+        shutil.copytree(kernels / "lib", folder / "hgc_kernels" / "lib")
+        for native in kernels.glob("_native*"):
+            shutil.copy(native, folder / "hgc_kernels")
+    fetch = (*pip, "download", "-q", "--no-deps", "--only-binary=:all:", "-d")
+    subprocess.run((*fetch, str(folder / "wheels"), *WHEELS), check=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"carry the tracked files and {folder} ({size / 2**20:.1f} MiB), then run there:\n{CALL}")
+
+
+def unpack(carried: Path) -> None:
+    """Put the kernels where the source tree looks for them, and the wheels on the path."""
+    shutil.copytree(carried / "hgc_kernels", ROOT / "hgc_kernels", dirs_exist_ok=True)
+    site = tempfile.mkdtemp(prefix="hgc-site-")
+    install = ("install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", site)
+    wheels = map(str, sorted((carried / "wheels").glob("*.whl")))
+    subprocess.run((sys.executable, "-m", "pip", *install, *wheels), check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), site])
 
 
 def about(tiny: bool) -> dict[str, object]:
@@ -141,204 +133,158 @@ def about(tiny: bool) -> dict[str, object]:
     code = (
         "import json, torch; cuda = torch.cuda.is_available(); "
         "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, "
-        "'device': torch.cuda.get_device_name(0) if cuda else None, "
-        "'memory_bytes': torch.cuda.get_device_properties(0).total_memory if cuda else None}))"
+        "'device': torch.cuda.get_device_name(0) if cuda else None}))"
     )
-    asked = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found: dict[str, object] = json.loads(asked.stdout.splitlines()[-1])
     if found["device"] is None:
         if not tiny:
             raise SystemExit("gpu_suite: torch sees no CUDA GPU; --dry-run and --tiny need none")
         found["device"] = f"cpu {platform.machine()} tiny"
-    found["commit"], found["sources"] = commit(), sources()
+    head = ("git", "rev-parse", "--short=12", "HEAD")
+    done = subprocess.run(head, cwd=ROOT, capture_output=True, text=True)
+    found["commit"] = done.stdout.strip() or os.environ.get("HGC_COMMIT", "unknown")
     found["python"] = platform.python_version()
     return found
 
 
-def result_paths(device: str, folder: Path) -> tuple[Path, Path]:
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return folder / f"{name}.json", folder / f"{name}.md"
+class Running:
+    """A part that was started."""
 
-
-def run_part(part: Part, timeout_s: float, folder: Path) -> dict[str, object]:
-    """Run a part; what became of it, with the JSON it wrote."""
-    if part.needs and shutil.which(part.needs) is None:
-        return {"status": SKIPPED, "why": f"{part.needs} is not on the PATH", "seconds": 0.0}
-    charts = folder / "charts"
-    with tempfile.TemporaryDirectory() as temporary:
-        out, chart = Path(temporary, "out.json"), Path(temporary, "chart.png")
-        places = {"{out}": str(out), "{chart}": str(chart)}
-        command = [places.get(argument, argument) for argument in part.command]
-        start = time.monotonic()
+    def __init__(self, part: Part, work: Path, left: float) -> None:
+        self.part, self._out = part, work / f"{part.name}.json"
+        self._log = (work / f"{part.name}.log").open("w+", errors="replace")
+        self._cap, self._start = min(part.cap, left), time.monotonic()
+        # a part that has an eye on its time begins nothing in its last quarter
+        places = {"{out}": str(self._out), "{left}": f"{0.75 * self._cap:.0f}"}
+        command = [places.get(a, a.replace("{work}", str(work))) for a in part.command]
+        self.command = " ".join(part.command)
         # a session of its own, so that a part that hangs is ended with all it started
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        )  # fmt: skip
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait(self) -> dict[str, object]:
+        """What became of it, with the JSON it wrote."""
         try:
-            text, _ = process.communicate(timeout=timeout_s)
-            status = PASSED if process.returncode == 0 else FAILED
+            code = self._process.wait(max(0.1, self._start + self._cap - time.monotonic()))
+            status = "passed" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
-            status = TIMED_OUT
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            status = "timed out"
+        finally:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._log.seek(0)
         found: dict[str, object] = {
             "status": status,
-            "seconds": round(time.monotonic() - start, 1),
-            "output": text[-TAIL:],
+            "seconds": round(time.monotonic() - self._start, 1),
+            "command": self.command,
+            "output": self._log.read()[-TAIL:],
         }
-        if out.exists() and status == PASSED:
-            found["data"] = json.loads(out.read_text())
-        if chart.exists() and status == PASSED:
-            charts.mkdir(parents=True, exist_ok=True)
-            shutil.copy(chart, charts / f"{part.name}.png")
+        self._log.close()
+        if self._out.exists():  # of a part that was ended too: it writes as it goes
+            found["data"] = json.loads(self._out.read_text())
         return found
 
 
 def markdown(results: dict) -> str:
-    """The results as a page: what ran, then each benchmark's table."""
+    """The results as a page: what ran, then each part's tables."""
     known = results["about"]
     lines = [
-        f"# {known['device']}",
-        "",
+        f"# {known['device']}", "",
         f"torch {known['torch']}, CUDA {known['cuda']}, Python {known['python']}, commit "
-        f"{known['commit']}. Written by `python scripts/gpu_suite.py`.",
-        "",
-        "| part | result | seconds | |",
-        "|---|---|---:|---|",
-    ]
+        f"{known['commit']}. Written by `python scripts/gpu_suite.py`.", "",
+        "| part | result | seconds |", "|---|---|---:|",
+    ]  # fmt: skip
     for name, part in results["parts"].items():
-        lines.append(f"| {name} | {part['status']} | {part['seconds']} | {part.get('why', '')} |")
+        lines.append(f"| {name} | {part['status']} | {part['seconds']} |")
     for name, part in results["parts"].items():
-        data = part.get("data")
-        if not data:
-            continue
-        lines += ["", f"## {name}", ""]
-        if "rows" in data:
-            lines += bench_table(data)
-        elif "tuned" in data:
-            lines += tuned_table(data)
-        else:
-            lines += ops_table(data)
+        data = part.get("data", {})
+        tables = data.get("pipelines", {name: data})
+        for title, one in tables.items():
+            if "markdown" in one:
+                lines += ["", f"## {title}", "", one["markdown"].rstrip()]
+            elif "error" in one:
+                lines += ["", f"## {title}", "", one["error"]]
     return "\n".join(lines) + "\n"
 
 
-def bench_table(data: dict) -> list[str]:
-    lines = [
-        "| | loop s, p50 [p20, p80] | over its mode | arrived | over eager | peak MiB | launches |",
-        "|---|" + "---:|" * 6,
-    ]
-    for row in data["rows"]:
-        own, eager, loop = row["against"], row["against_eager"], row["loop"]
-        arrived = "" if own is None or own["arrived"] is None else f"{own['arrived']:.0%}"
-        peak, launches = row["peak_bytes"], row["launches"]
-        cells = [
-            f"{row['name']}, {row['steps']} steps, {row['mode']}",
-            f"{loop['p50']:.4g} [{loop['p20']:.4g}, {loop['p80']:.4g}]",
-            "" if own is None else f"{own['loop']:.2f}x",
-            arrived,
-            "" if eager is None else f"{eager['loop']:.2f}x",
-            "" if peak is None else f"{peak / 2**20:.0f}",
-            "" if launches is None else f"{launches:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def tuned_table(data: dict) -> list[str]:
-    lines = ["| op | calls | configuration | time over the heuristic's |", "|---|---|---|---:|"]
-    for op, buckets in data["tuned"].items():
-        for bucket, one in buckets.items():
-            fields = ", ".join(f"{name} {value}" for name, value in one["fields"].items())
-            lines.append(f"| {op} | {bucket} | {fields} | {one['over_heuristic']:.2f} |")
-    return lines
-
-
-def ops_table(data: dict) -> list[str]:
-    lines = ["| benchmark | median us | GB/s |", "|---|---:|---:|"]
-    for one in data.get("benchmarks", []):
-        rate = one.get("extra_info", {}).get("GB/s", "")
-        rate = f"{rate:.0f}" if isinstance(rate, (int, float)) else rate
-        lines.append(f"| {one['name']} | {one['stats']['median'] * 1e6:.1f} | {rate} |")
-    return lines
-
-
-def save(results: dict, paths: tuple[Path, Path]) -> None:
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    texts = (json.dumps(results, indent=1) + "\n", markdown(results))
-    for path, text in zip(paths, texts, strict=True):
-        # whole or not at all, whenever this process is ended
-        temporary = path.with_suffix(path.suffix + ".part")
+def save(results: dict, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", str(results["about"]["device"]).lower()).strip("-")
+    texts = {".json": json.dumps(results, indent=1) + "\n", ".md": markdown(results)}
+    for suffix, text in texts.items():
+        temporary = folder / f"{name}{suffix}.part"
         temporary.write_text(text)
-        temporary.replace(path)
+        temporary.replace(folder / f"{name}{suffix}")  # whole or not at all
+    return folder / f"{name}.md"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default="*", help="names, with wildcards and commas between")
-    parser.add_argument("--again", action="store_true", help="also what has passed")
-    parser.add_argument("--list", action="store_true", help="the parts, and what became of them")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    parser.add_argument("--tiny", action="store_true", help="small parts that run on a CPU")
-    parser.add_argument("--minutes", type=float, help="start no part after so many minutes")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a part may take")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first")
-    parser.add_argument("--peers", default="", help="deepcache-3, ...: must be installed")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    return parser.parse_args(arguments)
+def groups(parts: list[Part]) -> Iterator[list[Part]]:
+    """Neighbours that may run side by side, together; the others alone."""
+    group: list[Part] = []
+    for part in parts:
+        if group and not (part.beside and group[-1].beside):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    parts = tiny_parts() if options.tiny else gpu_parts(options.wheels, options.peers)
-    patterns = [pattern.strip() for pattern in options.parts.split(",")]
-    parts = [p for p in parts if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)]
-    if not parts:
-        print(f"gpu_suite: no part is called {options.parts!r}; see --list", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="build what is carried")
+    parser.add_argument("--carried", type=Path, metavar="FOLDER", help="what --prepare built")
+    parser.add_argument("--results", type=Path, help="the folder results are written to")
+    parser.add_argument("--parts", default="", help="names, with commas between; default: all")
+    parser.add_argument("--pipelines", default="", help="parts of benchmarks/gpu.py; default: all")
+    parser.add_argument("--seconds", type=float, default=540.0, help="the end of the suite")
+    parser.add_argument("--dry-run", action="store_true", help="print the parts' commands")
+    parser.add_argument("--tiny", action="store_true", help="small parts that run on a CPU")
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
+    if options.prepare:
+        prepare(options.prepare)
+        return 0
+    parts = tiny_parts() if options.tiny else gpu_parts(options.pipelines)
+    names = [part.name for part in parts]
+    chosen = options.parts.split(",") if options.parts else names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(names)}")
+    parts = [part for part in parts if part.name in chosen]
     if options.dry_run:
+        print(f"carry the tracked files and what --prepare wrote; there: {CALL}")
         for part in parts:
-            print(f"{part.name}: {' '.join(part.command)}")
+            print(f"{part.name} (at most {part.cap:.0f} s): {' '.join(part.command)}")
         return 0
-    known = about(options.tiny)
-    paths = result_paths(str(known["device"]), options.results)
-    results = {"about": known, "parts": {}}
-    if paths[0].exists():
-        old = json.loads(paths[0].read_text())
-        # a commit that changes nothing measured changes no result
-        if {**old["about"], "commit": known["commit"]} == known:
-            results["parts"] = old["parts"]
-    if options.list:
-        for part in parts:
-            status = results["parts"].get(part.name, {}).get("status", "not run")
-            print(f"{part.name}: {status}")
-        return 0
-    begun = time.monotonic()
-    failed = []
-    for part in parts:
-        if results["parts"].get(part.name, {}).get("status") == PASSED and not options.again:
-            continue
-        if options.minutes is not None and time.monotonic() - begun > options.minutes * 60:
-            print(f"{part.name}: left for the next call")
-            continue
-        print(f"{part.name} ...", flush=True)
-        found = run_part(part, options.timeout, options.results)
-        found["command"] = " ".join(part.command)
-        results["parts"][part.name] = found
-        save(results, paths)
-        print(f"{part.name}: {found['status']}, {found['seconds']} s", flush=True)
-        if found["status"] in (FAILED, TIMED_OUT):
-            failed.append(part.name)
-            print(found["output"], file=sys.stderr)
-    print(f"results: {paths[0]} and {paths[1]}")
+    if options.results is None:
+        parser.error("--results: name the folder that results are written to")
+    if options.carried:
+        unpack(options.carried)
+    results = {"about": about(options.tiny), "parts": {}}
+    failed = False
+    with tempfile.TemporaryDirectory() as work:
+        for group in groups(parts):
+            left = end - time.monotonic()
+            if left < 5:
+                print(f"{group[0].name}: no time is left")
+                break
+            for running in [Running(part, Path(work), left) for part in group]:
+                found = running.wait()
+                name = running.part.name
+                results["parts"][name] = found
+                page = save(results, options.results)
+                print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
+                if found["status"] != "passed":
+                    failed = True
+                    print(found["output"], flush=True)
+                    if running.part.needed:
+                        return 1
+    print(f"results: {page}")
     return 1 if failed else 0
 
 
