@@ -33,6 +33,7 @@ from hgc.benchmarking import (
     load_pipeline,
 )
 from hgc.evaluation.candidate import steps_of
+from hgc.macs import Macs
 from hgc.structure import controlnets
 
 DEVICE, DTYPE = "cuda", torch.float16
@@ -81,7 +82,7 @@ class Machine:
 
         def of(config: hgc.Config | None, evaluations: int) -> Any:
             pair = known[config.name if config else ""]
-            return hgc.macs.Macs(*pair) * (images if config else images * evaluations)
+            return Macs(*pair) * (images if config else images * evaluations)
 
         return of
 
