@@ -1,14 +1,17 @@
-"""Train the testbed's model, or measure the one that is shipped.
+"""Train a testbed model, or measure one.
 
-    python benchmarks/train_testbed.py --work DIR            # train, resuming from DIR
-    python benchmarks/train_testbed.py --evaluate            # the table of docs/testbed.md
+    python benchmarks/train_testbed.py --work DIR                 # train, resuming from DIR
+    python benchmarks/train_testbed.py --recipe other --work DIR  # the second model
+    python benchmarks/train_testbed.py --evaluate                 # the table of docs/testbed.md
 
-Training takes about two hours on two CPU cores; `--device cuda` is the same recipe on a GPU.
+Training takes about two hours on two CPU cores; `--device cuda --graphs` is the same recipe on a
+GPU, each step one CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -19,12 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+OUT = {
+    "shipped": ROOT / "hgc" / "testbed" / "model",
+    "other": ROOT / "benchmarks" / "other_model",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse arguments and run; returns the exit status."""
-    from benchmarks.testbed_training.run import STAGES, Recipe
+    from benchmarks.testbed_training.run import RECIPES, STAGES, train
 
-    default = Recipe()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure instead of training")
     parser.add_argument("--model", type=Path, help="measure this folder, not the shipped one")
@@ -32,24 +39,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="segmentation only, and no controls")
     parser.add_argument("--guidance", type=float, help="guidance scale to measure with")
     parser.add_argument("--sheet", type=Path, help="also write a PNG sheet of samples here")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "testbed", help="checkpoints")
-    parser.add_argument("--out", type=Path, default=ROOT / "hgc" / "testbed" / "model")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--recipe", choices=RECIPES, default="shipped", help="which model to train")
+    parser.add_argument("--work", type=Path, help="checkpoints; default build/testbed[-other]")
+    parser.add_argument("--out", type=Path, help="where to export; default: the model's own place")
+    parser.add_argument(
+        "--stages", nargs="*", choices=STAGES, help="default: those the recipe needs; none: render"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the diffusion part")
-    parser.add_argument("--train-scenes", type=int, default=default.scenes)
-    parser.add_argument("--steps", type=int, default=default.steps, help="diffusion steps")
-    parser.add_argument("--minutes", type=float, help="end the diffusion part after so long")
-    parser.add_argument("--vae-steps", type=int, default=default.vae_steps)
-    parser.add_argument("--vae-minutes", type=float)
-    parser.add_argument("--decoder-steps", type=int, default=default.decoder_steps)
-    parser.add_argument("--decoder-minutes", type=float)
-    parser.add_argument("--judge-steps", type=int, default=default.judge_steps)
-    parser.add_argument("--judge-minutes", type=float)
-    parser.add_argument("--batch", type=int, default=default.batch)
-    parser.add_argument("--rate", type=float, default=default.peak, help="peak learning rate")
-    parser.add_argument("--save-minutes", type=float, default=default.save_minutes)
+    own = parser.add_argument_group("in place of the recipe's own")
+    own.add_argument("--compile", dest="compiled", action="store_true", default=None)
+    own.add_argument(
+        "--graphs", dest="captured", action="store_true", default=None, help="on a GPU"
+    )
+    own.add_argument(
+        "--until", type=float, metavar="UNIX_TIME", help="end the stage that runs then"
+    )
+    own.add_argument("--base", type=Path, help="a model's folder whose VAE is used")
+    own.add_argument("--train-scenes", dest="scenes_", type=int, metavar="N")
+    own.add_argument("--steps", type=int, help="diffusion steps")
+    own.add_argument("--minutes", type=float, help="end the diffusion part after so long")
+    own.add_argument("--batch", type=int)
+    own.add_argument("--rate", dest="peak", type=float, help="peak learning rate")
+    own.add_argument("--vae-steps", type=int)
+    own.add_argument("--vae-minutes", type=float)
+    own.add_argument("--decoder-steps", type=int)
+    own.add_argument("--decoder-minutes", type=float)
+    own.add_argument("--decoder-batch", type=int)
+    own.add_argument("--judge-steps", type=int)
+    own.add_argument("--judge-minutes", type=float)
+    own.add_argument("--save-minutes", type=float)
     args = parser.parse_args(argv)
 
     import torch
@@ -61,33 +80,30 @@ def main(argv: list[str] | None = None) -> int:
 
         evaluate(args.model, args.scenes, args.guidance, args.quick, args.sheet)
         return 0
-    from benchmarks.testbed_training.run import train
-
-    recipe = Recipe(
-        scenes=args.train_scenes,
-        vae_steps=args.vae_steps,
-        vae_minutes=args.vae_minutes,
-        decoder_steps=args.decoder_steps,
-        decoder_minutes=args.decoder_minutes,
-        judge_steps=args.judge_steps,
-        judge_minutes=args.judge_minutes,
-        steps=args.steps,
-        minutes=args.minutes,
-        batch=args.batch,
-        peak=args.rate,
-        save_minutes=args.save_minutes,
-        compiled=args.compile,
-    )
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    given = {**vars(args), "scenes": args.scenes_}
+    recipe = RECIPES[args.recipe]
+    fields = {field.name for field in dataclasses.fields(recipe)}
+    changes = {name: v for name, v in given.items() if name in fields and v is not None}
+    recipe = dataclasses.replace(recipe, **changes)
+    if recipe.captured and device.type != "cuda":
+        parser.error("--graphs: needs --device cuda")
+    stages = args.stages
+    if stages is None:
+        stages = STAGES if recipe.base is None else ("diffusion",)
+    folder = "testbed" if args.recipe == "shipped" else f"testbed-{args.recipe}"
 
     def log(message: str) -> None:
         print(message, flush=True)
 
     train(
         recipe,
-        args.work,
-        args.out,
-        stages=tuple(args.stages),
-        device=torch.device(args.device),
+        args.work or ROOT / "build" / folder,
+        args.out or OUT[args.recipe],
+        stages=tuple(stages),
+        device=device,
         log=log,
     )
     return 0

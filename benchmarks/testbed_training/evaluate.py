@@ -18,20 +18,6 @@ from hgc.testbed.scenes import GROUNDS, LIGHTS, MATERIALS, Scene, caption_of
 BATCH = 16
 
 
-def load(folder: Path | None, condition: str) -> Any:
-    """The pipeline of `folder`, or the shipped one."""
-    if folder is None:
-        return testbed.load_pipeline(condition)
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    controlnet = ControlNetModel.from_pretrained(folder / f"controlnet_{condition}")
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        folder, controlnet=controlnet, safety_checker=None
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def generate(
     pipe: Any,
     scenes: list[Scene],
@@ -134,9 +120,8 @@ def evaluate(
     log: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Measure and print; returns the main figures by name."""
-    if folder is not None:
-        shipped = judges.load_judge(folder / "judge")
-        judges.set_judge(shipped)
+    if folder is not None and (folder / "judge").is_dir():
+        judges.set_judge(judges.load_judge(folder / "judge"))
     import diffusers
 
     guidance = testbed.GUIDANCE_SCALE if guidance is None else guidance
@@ -155,8 +140,9 @@ def evaluate(
     )
     rows = [real]
     none: np.ndarray | None = None
-    for condition in testbed.CONDITIONS[:1] if quick else testbed.CONDITIONS:
-        pipe = load(folder, condition)
+    conditions = testbed.CONDITIONS if folder is None else testbed.conditions_in(folder)
+    for condition in conditions[:1] if quick else conditions:
+        pipe = testbed.load_pipeline(condition, folder=folder)
         images = [testbed.condition_image(s, condition) for s in scenes]
 
         def score(pictures: np.ndarray, condition: str = condition) -> float:

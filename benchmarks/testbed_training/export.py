@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.testbed_training import models
 from benchmarks.testbed_training.diffusion import Trained
-from hgc.testbed.conditions import CONDITIONS
 from hgc.testbed.judges import Judge
 
 
@@ -20,13 +19,37 @@ def _half(module: Any) -> Any:
     return copy.deepcopy(module).cpu().eval().half()
 
 
+def save_model(module: Any, folder: Path) -> None:
+    """Write one diffusers model in fp16, without the note of the folder it came from."""
+    _half(module).save_pretrained(folder)
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    for path in folder.rglob("config.json"):
+        # diffusers notes the folder a model came from; it means nothing elsewhere.
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in folder.rglob("*"):
+        # safetensors writes files only their owner can read.
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def export(
-    folder: Path, *, vae: Any, trained: Trained, tokenizer: Any, judge: Judge | None
+    folder: Path,
+    *,
+    vae: Any,
+    trained: Trained,
+    tokenizer: Any,
+    judge: Judge | None,
+    prediction: str = "v_prediction",
+    own_vae: bool = True,
 ) -> None:
     """Write a Stable Diffusion folder, one `controlnet_<condition>` each, and the judge.
 
     Weights are fp16 on disk. The folder is built beside its place and then swapped in, so a reader
-    never meets half of it.
+    never meets half of it. own_vae: False leaves out the VAE, which is then the testbed's.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -37,13 +60,15 @@ def export(
         text_encoder=_half(trained.text_encoder),
         tokenizer=tokenizer,
         unet=_half(trained.unet),
-        scheduler=models.make_scheduler(),
+        scheduler=models.make_scheduler(prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(part, safe_serialization=True)
-    for condition in CONDITIONS:
+    if not own_vae:
+        shutil.rmtree(part / "vae")
+    for condition in trained.conditions:
         _half(trained.controlnet(condition)).save_pretrained(part / f"controlnet_{condition}")
     # transformers loads in the dtype the configuration names; a plain load must be fp32.
     config_path = part / "text_encoder" / "config.json"
@@ -51,18 +76,11 @@ def export(
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in part.rglob("config.json"):
-        # diffusers notes the folder a model came from; it means nothing elsewhere.
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if judge is not None:
         judge.save(part / "judge")
     elif (folder / "judge").exists():
         shutil.copytree(folder / "judge", part / "judge")
-    for path in part.rglob("*"):
-        # safetensors writes files only their owner can read.
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    _clean(part)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

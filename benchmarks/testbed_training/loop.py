@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ class Clock:
     """Progress of a stage: by steps, or by minutes of training where `minutes` is given.
 
     Time spent before a restart counts, so a resumed run follows the same learning-rate curve.
+    `until` (a Unix time) ends the stage then, however long it took to begin.
     """
 
-    def __init__(self, steps: int, minutes: float | None = None) -> None:
-        self.steps, self.minutes = steps, minutes
-        self.step, self.elapsed_s = 0, 0.0
-        self._since = time.monotonic()
+    def __init__(
+        self, steps: int, minutes: float | None = None, until: float | None = None
+    ) -> None:
+        self.steps, self.minutes, self.until = steps, minutes, until
+        self.load({"step": 0, "elapsed_s": 0.0})
 
     def progress(self) -> float:
         """0 at the start, 1 at the end."""
@@ -44,11 +46,82 @@ class Clock:
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self._since = time.monotonic()
+        if self.until is not None:
+            left = max(self.until - time.time(), 0.0)
+            self.minutes = min(self.minutes or math.inf, (self.elapsed_s + left) / 60)
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW whose rate, on a GPU, is a tensor there: a captured step reads it at every replay."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    on_gpu = device.type == "cuda"
+    return torch.optim.AdamW(
+        parameters,
+        torch.tensor(rate, device=device) if on_gpu else rate,
+        betas=(0.9, 0.98),
+        weight_decay=weight_decay,
+        fused=True,
+        capturable=on_gpu,
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the moments of a checkpoint; the options stay those of this device."""
+    own = [
+        {key: group[key] for key in ("lr", "fused", "capturable")}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class Captured:
+    """A training step as one CUDA graph: its thousands of small kernels cost one launch.
+
+    step: takes int64 indices [batch] on the device, returns a detached scalar on it. It may not
+        wait for the GPU, and all it reads between calls stays in place.
+
+    The first calls run as they are, in a stream of their own as captures want it; they train too.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._step = step
+        self._calls = 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._index = self._loss = torch.empty(0)
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        if self._calls < self.WARM_UP:
+            self._calls += 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                loss = self._step(index)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return loss
+        if self._graph is None:
+            self._index = index.clone()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._loss = self._step(self._index)
+            self._graph = graph
+        self._index.copy_(index)
+        self._graph.replay()
+        return self._loss
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -77,7 +150,7 @@ def resumed(
     saved = load_checkpoint(path, device)
     if saved is not None:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         clock.load(saved["clock"])
 
     def save() -> None:
@@ -87,10 +160,12 @@ def resumed(
     return save
 
 
-def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless shuffled index batches, int64 [size]."""
+def batches(
+    count: int, size: int, seed: int, device: torch.device | None = None
+) -> Iterator[torch.Tensor]:
+    """Endless shuffled index batches, int64 [size], on `device`; None: the CPU."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, generator=generator).to(device)
         for start in range(0, count - size + 1, size):
             yield order[start : start + size]

@@ -1,4 +1,4 @@
-"""The testbed's models at their shipped sizes, and tiny ones for tests."""
+"""The testbed's models at their shipped sizes, those of the second model, and tiny ones."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Sizes:
     groups: int = 16
 
 
+# The second model: with two ControlNets under 12 MB in fp16.
+OTHER = Sizes(text=48, unet=(48, 48, 56, 56), condition=(16, 32, 48), groups=8)
 TINY = Sizes(vae=(8, 8, 8), text=16, unet=(8, 8, 16, 16), condition=(8, 8, 8), groups=4)
 
 _DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
@@ -135,14 +137,13 @@ def make_text_encoder(sizes: Sizes, tokenizer: Any) -> Any:
     )
 
 
-def make_scheduler() -> Any:
-    """UniPC on SD1.5's noise schedule and spacing; the model predicts the velocity, as SD2.1 does.
+def make_scheduler(prediction: str = "v_prediction") -> Any:
+    """UniPC on SD1.5's noise schedule and spacing.
 
     The spacing is the one a pipeline of SD1.5 has after
     `UniPCMultistepScheduler.from_config(pipe.scheduler.config)`: its PNDM's "leading".
 
-    Predicting the noise leaves the first steps, which settle the layout, next to no weight in the
-    loss: a model of this size then keeps to its condition only after far longer training.
+    prediction: "v_prediction" as SD2.1, the shipped model's, or "epsilon" as SD1.5.
     """
     from diffusers import UniPCMultistepScheduler
 
@@ -151,7 +152,7 @@ def make_scheduler() -> Any:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         num_train_timesteps=1000,
-        prediction_type="v_prediction",
+        prediction_type=prediction,
         steps_offset=1,
         timestep_spacing="leading",
     )

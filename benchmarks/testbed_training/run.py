@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from benchmarks.testbed_training import diffusion, judge, loop, models, vae
 from benchmarks.testbed_training.data import Scenes, load_scenes
-from benchmarks.testbed_training.export import export, rebuild
+from benchmarks.testbed_training.export import export, rebuild, save_model
+from hgc.testbed.conditions import CONDITIONS
 from hgc.testbed.judges import Judge
 
 SHIPPED = models.Sizes()
+SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "hgc" / "testbed" / "model"
 STAGES = ("vae", "decoder", "judge", "diffusion")
 
 
@@ -23,16 +26,26 @@ STAGES = ("vae", "decoder", "judge", "diffusion")
 class Recipe:
     """What `train` does. Steps or minutes, whichever ends first; minutes of None means steps only.
 
+    base: folder of a model whose VAE is used where the stage `vae` was not trained here; what is
+        exported then holds no VAE and no judge of its own.
+    until: a Unix time at which the stage that is running ends.
+    captured: steps of `decoder` and `diffusion` are CUDA graphs.
+
     docs/testbed.md says how the shipped model was made.
     """
 
     scenes: int = 12000
     rebuilt: int = 4000
     sizes: models.Sizes = SHIPPED
+    conditions: tuple[str, ...] = CONDITIONS
+    prediction: str = "v_prediction"
+    seed: int = 2
+    base: Path | None = None
     vae_steps: int = 6000
     vae_minutes: float | None = None
     decoder_steps: int = 5000
     decoder_minutes: float | None = None
+    decoder_batch: int = 8
     judge_steps: int = 1500
     judge_minutes: float | None = None
     steps: int = 4000
@@ -42,6 +55,23 @@ class Recipe:
     split_at: float = 0.9
     save_minutes: float = 4.0
     compiled: bool = False
+    captured: bool = False
+    until: float | None = None
+
+
+RECIPES = {
+    "shipped": Recipe(),
+    "other": Recipe(
+        scenes=24000,
+        sizes=models.OTHER,
+        conditions=("segmentation", "depth"),
+        prediction="epsilon",
+        seed=17,
+        base=SHIPPED_FOLDER,
+        batch=128,
+        steps=12000,
+    ),
+}
 
 
 def _save_vae(model: Any, work: Path) -> None:
@@ -51,6 +81,11 @@ def _save_vae(model: Any, work: Path) -> None:
 
 def _trained_vae(recipe: Recipe, work: Path, device: torch.device) -> Any:
     saved = loop.load_checkpoint(work / "vae_done.pt", device)
+    if saved is None and recipe.base is not None:
+        from diffusers import AutoencoderKL
+
+        own: Any = AutoencoderKL.from_pretrained(recipe.base / "vae", local_files_only=True)
+        return own.float().to(device).eval().requires_grad_(False)
     if saved is None:
         raise FileNotFoundError(f"{work / 'vae_done.pt'}: train the stage 'vae' first")
     model = models.make_vae(recipe.sizes).to(device)
@@ -104,7 +139,9 @@ def train(
 ) -> None:
     """Run `stages`, with checkpoints in `work` and the shipped folder at `out`."""
     work.mkdir(parents=True, exist_ok=True)
-    scenes = load_scenes(recipe.scenes, work)
+    began = time.monotonic()
+    scenes = load_scenes(recipe.scenes, work, recipe.conditions)
+    log(f"{len(scenes)} scenes after {time.monotonic() - began:.1f} s")
     if "vae" in stages:
         model = vae.train_vae(
             scenes,
@@ -125,10 +162,16 @@ def train(
             work,
             steps=recipe.decoder_steps,
             minutes=recipe.decoder_minutes,
+            until=recipe.until,
+            batch=recipe.decoder_batch,
+            captured=recipe.captured,
             device=device,
             log=log,
         )
         _save_vae(model, work)
+        if "diffusion" not in stages:
+            save_model(model, out / "vae")
+            log(f"exported the VAE to {out / 'vae'}")
     if "judge" in stages:
         model = _trained_vae(recipe, work, device)
         rebuilt = _cached(
@@ -154,6 +197,8 @@ def train(
                 trained=trained,
                 tokenizer=tokenizer,
                 judge=finished_judge(work, torch.device("cpu")),
+                prediction=recipe.prediction,
+                own_vae=recipe.base is None,
             )
             log(f"exported step {step} to {out}")
 
@@ -162,13 +207,18 @@ def train(
             torch.from_numpy(latents),
             work,
             sizes=recipe.sizes,
+            conditions=recipe.conditions,
+            prediction=recipe.prediction,
             steps=recipe.steps,
             minutes=recipe.minutes,
+            until=recipe.until,
             batch=recipe.batch,
             peak=recipe.peak,
             split_at=recipe.split_at,
+            seed=recipe.seed,
             save_minutes=recipe.save_minutes,
             compiled=recipe.compiled,
+            captured=recipe.captured,
             device=device,
             on_save=on_save,
             log=log,

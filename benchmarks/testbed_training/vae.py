@@ -33,7 +33,7 @@ def train_vae(
     """Train (or resume) the VAE; sets `scaling_factor` to one over the latents' deviation."""
     torch.manual_seed(1)
     vae = models.make_vae(sizes).to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = loop.make_optimizer(vae.parameters(), 1e-3, 0.0)
     clock = loop.Clock(steps, minutes)
     save = loop.resumed(work / "vae.pt", vae, optimizer, clock, device)
     vae.train()
@@ -89,7 +89,9 @@ def train_decoder(
     *,
     steps: int,
     minutes: float | None = None,
+    until: float | None = None,
     batch: int = 8,
+    captured: bool = False,
     device: torch.device,
     log: Callable[[str], None] = print,
 ) -> Any:
@@ -102,32 +104,38 @@ def train_decoder(
     torch.manual_seed(4)
     decoder = [vae.decoder, vae.post_quant_conv]
     parameters = [p for module in decoder for p in module.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    clock = loop.Clock(steps, minutes)
+    optimizer = loop.make_optimizer(parameters, 1e-3, 0.0)
+    clock = loop.Clock(steps, minutes, until)
     save = loop.resumed(work / "decoder.pt", vae, optimizer, clock, device)
     vae.decoder.train()
-    for index in loop.batches(len(scenes), batch, seed=40 + clock.step):
-        if clock.progress() >= 1:
-            break
-        x = pixels(scenes.image[index.numpy()], device)
-        z = latents[index].to(device) / vae.config.scaling_factor
+    images = torch.from_numpy(scenes.image).to(device)
+    latents = latents.to(device) / vae.config.scaling_factor
+
+    def step(index: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        x = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
+        z = latents[index]
         # A generated latent is not exactly one of the encoder's.
         z = z + 0.05 * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
         difference = vae.decode(z, return_dict=False)[0] - x
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         loss = difference.abs().mean() + 2 * difference.square().mean() + edges
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        loop.set_rate(optimizer, clock.rate(1.5e-3, warm_up=100))
         optimizer.step()
+        return loss.detach()
+
+    run = loop.Captured(step) if captured else step
+    running = torch.zeros((), device=device)
+    for index in loop.batches(len(scenes), batch, 40 + clock.step, device):
+        if clock.progress() >= 1:
+            break
+        loop.set_rate(optimizer, clock.rate(1.5e-3, warm_up=100))
+        running += run(index)
         clock.step += 1
         if clock.step % 100 == 0:
-            error = difference.detach().abs().mean().item() * 127.5
-            log(
-                f"decoder {clock.step} loss {loss.item():.4f} L1 {error:.2f}/255 "
-                f"{clock.seconds():.0f}s"
-            )
+            log(f"decoder {clock.step} loss {running.item() / 100:.4f} {clock.seconds():.0f}s")
+            running.zero_()
         if clock.step % 500 == 0:
             save()
     save()

@@ -139,6 +139,10 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="Worst pictures of each row on the contact sheet")
     ] = 3,
+    testbed: Annotated[
+        Path | None,
+        typer.Option(help="Another model on the testbed's scenes, as benchmarks/other_model"),
+    ] = None,
     model: Annotated[str, typer.Option(help="testbed, or a pipeline's folder")] = "testbed",
     controlnet: Annotated[Path | None, typer.Option(help="Folder of a ControlNet")] = None,
     data: Annotated[
@@ -159,14 +163,15 @@ def evaluate(
 ) -> None:
     """Fidelity and distance over many scenes. Goes on where it was interrupted.
 
-    By default the shipped testbed; with --model and --data a checkpoint and a folder of pictures.
+    By default the shipped testbed; with --testbed another model of its scenes; with --model and
+    --data a checkpoint and a folder of pictures.
     """
     from hgc.cli.evaluate import Local, run
 
     local = Local(controlnet, data, judge, clip, size, images, dtype)
     run(
         conditions, scenes, rows, steps, out, first_scene, seed, batch, device, quick, scheduler,
-        rival_schedulers, guidance, worst, model, local,
+        rival_schedulers, guidance, worst, testbed, model, local,
     )  # fmt: skip
 
 

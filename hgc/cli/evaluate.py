@@ -63,6 +63,7 @@ def run(
     rival_schedulers: str,
     guidance: float | None,
     worst: int,
+    testbed: Path | None,
     model: str,
     local: Local,
 ) -> None:
@@ -76,7 +77,7 @@ def run(
     from hgc.evaluation.measure import own_scheduler
     from hgc.evaluation.pictures import pareto
 
-    names, subject = _subject(conditions, model, local, device)
+    names, subject = _subject(conditions, testbed, model, local, device)
     writable(out, folder=True)
     if subject.count is None:
         count = SCENES if scenes is None else scenes
@@ -124,7 +125,7 @@ def run(
 
 
 def _subject(
-    conditions: str, model: str, local: Local, device: str
+    conditions: str, folder: Path | None, model: str, local: Local, device: str
 ) -> tuple[Sequence[str], Subject]:
     """The conditions and the subject that the options name."""
     if model == "testbed":
@@ -132,11 +133,16 @@ def _subject(
             if field.name != "images" and getattr(local, field.name) is not None:
                 raise CliError(f"--{field.name} goes with --model, the folder of a pipeline")
         from hgc import testbed
-        from hgc.evaluation.candidate import testbed as subject
+        from hgc.evaluation.candidate import testbed as shipped
+        from hgc.evaluation.subject import Testbed
 
         with as_usage(FileNotFoundError):
             testbed.path()
-        return chosen_conditions(conditions), subject()
+            subject = shipped() if folder is None else Testbed(folder)
+        names = chosen_conditions(conditions, subject.conditions)
+        return names, subject
+    if folder is not None:
+        raise CliError("--testbed is a model of its own; it does not go with --model")
     if local.data is None:
         raise CliError("--model needs --data, a folder of pictures with a metadata.jsonl")
     names = split(conditions)

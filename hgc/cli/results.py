@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["about", "chosen_conditions", "heading", "print_rows"]
 
 
-def chosen_conditions(text: str) -> list[str]:
-    """The conditions named in ``text``."""
+def chosen_conditions(text: str, known: Sequence[str] | None = None) -> list[str]:
+    """The conditions named in ``text``. known: those there are; None: the shipped testbed's."""
     from hgc.testbed import CONDITIONS
 
+    known = CONDITIONS if known is None else known
     names = split(text)
     if names == ["all"]:
-        return list(CONDITIONS)
+        return list(known)
     for name in names:
-        if name not in CONDITIONS:
-            raise CliError(f"no condition named {name!r}; conditions: all, {', '.join(CONDITIONS)}")
+        if name not in known:
+            raise CliError(f"no condition named {name!r}; conditions: all, {', '.join(known)}")
     if not names:
-        raise CliError(f"no condition given; conditions: all, {', '.join(CONDITIONS)}")
+        raise CliError(f"no condition given; conditions: all, {', '.join(known)}")
     return list(dict.fromkeys(names))
 
 

@@ -1,7 +1,7 @@
 """What an evaluation is made on: a pipeline, inputs for it, and a judge of what it makes.
 
-:class:`Testbed` is the shipped model on rendered scenes. :class:`hgc.evaluation.folder.Folder` is a
-checkpoint with a folder of pictures.
+:class:`Testbed` is a model of the testbed, the shipped one or another, on rendered scenes.
+:class:`hgc.evaluation.folder.Folder` is a checkpoint with a folder of pictures.
 """
 
 from __future__ import annotations
@@ -221,7 +221,10 @@ class Subject(abc.ABC):
 
 
 class Testbed(Subject):
-    """The shipped model on held-out rendered scenes."""
+    """The shipped model on held-out rendered scenes, or another one trained on such scenes.
+
+    The judge is the shipped one, whichever the model.
+    """
 
     agreement = (
         "share of the light, the ground and the materials that the prompt names which the judge "
@@ -231,12 +234,17 @@ class Testbed(Subject):
     _SEEN = 20
     stands_for_sd15 = True
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: of a model that benchmarks/train_testbed.py wrote; None: the shipped one.
+
+        Raises FileNotFoundError where the folder holds no such model.
+        """
         super().__init__()
         from hgc import testbed
 
-        self.title = "Testbed"
-        self.conditions = testbed.CONDITIONS
+        self._folder = folder
+        self.title = "Testbed" if folder is None else f"Testbed, {folder.resolve().name}"
+        self.conditions = testbed.CONDITIONS if folder is None else testbed.conditions_in(folder)
         self.measures = testbed.MEASURES
         self.guidance = testbed.GUIDANCE_SCALE
         self.classes = len(testbed.CLASSES)
@@ -260,7 +268,7 @@ class Testbed(Subject):
     def load(self, condition: str, device: str) -> Any:
         from hgc import testbed
 
-        pipe: Any = testbed.load_pipeline(condition)
+        pipe: Any = testbed.load_pipeline(condition, folder=self._folder)
         return pipe.to(device)
 
     def judge(self, condition: str, images: np.ndarray, inputs: Sequence[Input]) -> Judged:
@@ -314,12 +322,18 @@ class Testbed(Subject):
     def identity(self) -> dict[str, Any]:
         from hgc import testbed
 
-        return {"model": fingerprint(testbed.path(), "**/*")}
+        found = {"model": fingerprint(testbed.path(), "**/*")}  # its VAE and its judge, at least
+        if self._folder is not None:
+            found["other_model"] = fingerprint(self._folder, "**/*")
+        return found
 
     def load_shapes(self) -> ModelShapes:
-        return load_shapes("testbed")
+        if self._folder is None:
+            return load_shapes("testbed")
+        net = self._folder / f"controlnet_{self.conditions[0]}"
+        return load_shapes(str(self._folder), [net])
 
     def scheduler(self) -> str:
         from hgc import testbed
 
-        return saved_scheduler(testbed.path())
+        return saved_scheduler(testbed.path() if self._folder is None else self._folder)

@@ -36,6 +36,7 @@ __all__ = [
     "NUM_STEPS",
     "Scene",
     "condition_image",
+    "conditions_in",
     "fidelity",
     "held_out",
     "load_pipeline",
@@ -72,6 +73,20 @@ def path() -> Path:
     return folder
 
 
+def conditions_in(folder: Path) -> tuple[str, ...]:
+    """The conditions that a testbed model in `folder` has a ControlNet for.
+
+    Raises FileNotFoundError where `folder` holds none.
+    """
+    found = tuple(c for c in CONDITIONS if (folder / f"controlnet_{c}" / "config.json").exists())
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no model of the testbed: expected a folder that "
+            "benchmarks/train_testbed.py wrote, with controlnet_segmentation or another condition's"
+        )
+    return found
+
+
 _PLANS = {
     steps: tuple(f"{name}-calibrated{ending}" for name in ("paper", "balanced", "fast", "turbo"))
     for steps, ending in ((20, ""), (50, "-50"))
@@ -97,12 +112,15 @@ def plans(uncached_steps: int = 20) -> dict[str, Path]:
 def load_pipeline(
     condition: str | Sequence[str] = "segmentation",
     *,
+    folder: Path | None = None,
     scheduler: Any = None,
     torch_dtype: torch.dtype | None = None,
 ) -> StableDiffusionControlNetPipeline:
     """The testbed's pipeline with the ControlNet of `condition`, on the CPU.
 
     condition: one of `CONDITIONS`, or a list of them (a MultiControlNet in that order).
+    folder: another model that benchmarks/train_testbed.py wrote; None: the shipped one. Where it
+        holds no VAE it was trained with the shipped one's.
     scheduler: a scheduler, or None for UniPC as the model's folder has it.
     torch_dtype: None loads fp32.
 
@@ -118,9 +136,9 @@ def load_pipeline(
         )
     for name in names:
         check_condition(name)
-    folder = path()
+    folder = path() if folder is None else folder
     import torch
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+    from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline
 
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     nets = [
@@ -130,6 +148,10 @@ def load_pipeline(
         for name in names
     ]
     more = {} if scheduler is None else {"scheduler": scheduler}
+    if not (folder / "vae").is_dir():
+        more["vae"] = AutoencoderKL.from_pretrained(
+            path() / "vae", dtype=dtype, local_files_only=True
+        )
     # Both libraries load behind a progress bar, which is noise at this size.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
