@@ -1,7 +1,8 @@
 """Times a pipeline with and without hgc, one after the other, and compares with the MACs.
 
-Each variant runs eagerly, compiled, or compiled with CUDA graphs, against the pipeline without hgc
-in the same mode, with fewer steps, and against other packages. The models have their true sizes;
+Each variant runs eagerly, captured, compiled, or compiled with CUDA graphs, against the pipeline
+without hgc in the same mode (in eager mode where that is captured: without hgc there is no such
+thing), with fewer steps, and against other packages. The models have their true sizes;
 weights may be random, since speed does not depend on them.
 """
 
@@ -45,9 +46,10 @@ __all__ = [
 
 Tensor = torch.Tensor
 
-# What torch.compile is asked for, by mode. An eager run compiles nothing.
+# What torch.compile is asked for, by mode. Eager and captured runs compile nothing.
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
+    "captured": {},
     "compiled": {"mode": "default"},
     "graphs": {"mode": "reduce-overhead"},
 }
@@ -56,6 +58,7 @@ PEERS = ("deepcache-2", "deepcache-3", "deepcache-5")
 _GUIDANCE = 5.0
 _PROMPT = "a small house under a tall tree"
 _POOL = 1 << 20
+_GRAPHS = 64  # of all configurations together
 
 
 def random_weights(model: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -245,7 +248,7 @@ class BenchRow:
     Attributes:
         name: "uncached", the configuration's, or the other package's.
         steps: Denoising steps.
-        mode: "eager", "compiled" or "graphs".
+        mode: "eager", "captured", "compiled" or "graphs".
         loop: From the start of the first ControlNet or UNet call to the end of the last UNet call.
         whole: The pipeline call, with the picture decoded.
         macs: Of one call's loop, all multiply-accumulates; None where they are not counted.
@@ -253,8 +256,9 @@ class BenchRow:
         held_bytes: The most the cache held.
         peak_bytes: The most the device's allocator held during a call; None on a CPU.
         launches: Kernels and graphs launched an evaluation, in a call of its own; None on a CPU.
-        against: The uncached run of the reference steps in the same mode.
-        against_equal: The uncached run at the candidate's own steps in the same mode.
+        against: The uncached run of the reference steps in the same mode; eager where it is
+            "captured".
+        against_equal: The same at the candidate's own steps.
         against_eager: The uncached eager run of the reference steps.
     """
 
@@ -363,7 +367,9 @@ class Bench:
             [m - row.loop.percentile(0.2) for m, row in zip(middle, rows, strict=True)],
             [row.loop.percentile(0.8) - m for m, row in zip(middle, rows, strict=True)],
         ]
-        colours = {"eager": "#8da0cb", "compiled": "#66c2a5", "graphs": "#fc8d62"}
+        colours = {
+            "eager": "#8da0cb", "captured": "#e78ac3", "compiled": "#66c2a5", "graphs": "#fc8d62"
+        }  # fmt: skip
         figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.barh(
@@ -525,7 +531,8 @@ class _Runner:
     def __init__(self, pipe: Any, nets: list[Any], options: dict[str, Any]) -> None:
         self._pipe, self._nets, self._options = pipe, nets, options
         self._forwards: dict[str, dict[Any, Any]] = {}
-        self._compiled: dict[tuple[str, str], Any] = {}
+        # one set of networks a mode: kinds of evaluations are the same in all configurations
+        self._made: dict[str, Any] = {}
 
     def _compile(self, mode: str) -> dict[str, Any]:
         return {**MODES[mode], **self._options}
@@ -542,12 +549,17 @@ class _Runner:
         else:
             with hgc.install(self._pipe.unet, self._nets, config=variant.config) as installation:
                 if variant.mode != "eager":
-                    key = (variant.mode, variant.config.name)
-                    if key not in self._compiled:
-                        installation.compile(**self._compile(variant.mode))
-                        self._compiled[key] = installation._compiled
-                    installation._compiled = self._compiled[key]
-                yield installation
+                    if variant.mode not in self._made:
+                        if variant.mode == "captured":
+                            installation.capture(graphs=_GRAPHS)
+                        else:
+                            installation.compile(**self._compile(variant.mode))
+                        self._made[variant.mode] = installation._compiled
+                    installation._compiled = self._made[variant.mode]
+                try:
+                    yield installation
+                finally:
+                    installation._compiled = None  # to be used again
 
     @contextlib.contextmanager
     def _uncached(self, mode: str) -> Iterator[None]:
@@ -612,6 +624,11 @@ def _launches(call: Callable[[], Any], evaluations: int) -> float:
     return count / evaluations
 
 
+def _mode_of_reference(mode: str) -> str:
+    """That of the uncached run beside one in ``mode``."""
+    return "eager" if mode == "captured" else mode
+
+
 def _variants(
     steps: int,
     own: Sequence[tuple[Config, int]],
@@ -621,8 +638,11 @@ def _variants(
 ) -> list[_Variant]:
     """Uncached ones first, each mode's by itself, the reference of every mode foremost."""
     counts = dict.fromkeys([steps, *(c for _, c in own), *fewer])
-    variants = [_Variant("uncached", count, mode) for mode in modes for count in counts]
-    if "eager" not in modes:
+    variants = [
+        _Variant("uncached", count, mode) for mode in dict.fromkeys(map(_mode_of_reference, modes))
+        for count in counts
+    ]  # fmt: skip
+    if not any(v.mode == "eager" for v in variants):
         variants.insert(0, _Variant("uncached", steps))
     for peer in peers:
         interval = int(peer.rpartition("-")[2])
@@ -680,7 +700,8 @@ def bench(
         steps: Of the uncached run.
         repeats: Rounds; each runs every variant once, starting one variant later than the last.
         images: Images a call.
-        modes: Of "eager", "compiled" (``torch.compile``) and "graphs" (with CUDA graphs).
+        modes: Of "eager", "captured" (:meth:`hgc.Installation.capture`), "compiled"
+            (``torch.compile``) and "graphs" (the same with CUDA graphs).
         fewer_steps: Also the uncached run of the fewest steps that cost at least as many MACs as
             each configuration.
         peers: Of "deepcache-N", N the interval: DeepCache, which must be installed.
@@ -709,7 +730,7 @@ def bench(
     if set(peers) - set(PEERS):
         raise ValueError(f"peers must be some of {', '.join(PEERS)}; got {', '.join(peers)}")
     cuda = device.startswith("cuda")
-    if "graphs" in modes and not cuda:
+    if {"graphs", "captured"} & set(modes) and not cuda:
         raise ValueError(f"modes: CUDA graphs need a CUDA device; got {device!r}")
     if peers:
         _deepcache_class()
@@ -735,7 +756,7 @@ def bench(
     samples: list[list[tuple[float, float]]] = [[] for _ in variants]
     # On a GPU kernels are chosen at their first use, and a graph is recorded at its second.
     warm = [
-        {"eager": 1 if cuda or i == 0 else 0, "compiled": 1, "graphs": 3}[v.mode]
+        {"eager": 1 if cuda or i == 0 else 0, "captured": 2, "compiled": 1, "graphs": 3}[v.mode]
         for i, v in enumerate(variants)
     ]
     total, done = repeats * len(variants) + sum(warm), 0
@@ -819,10 +840,10 @@ def bench(
                 held_bytes=held[i],
                 peak_bytes=peak[i] if cuda else None,
                 launches=launches[i],
-                against=compare(i, variant.mode, steps),
+                against=compare(i, _mode_of_reference(variant.mode), steps),
                 against_equal=None
                 if variant.is_uncached
-                else compare(i, variant.mode, variant.steps),
+                else compare(i, _mode_of_reference(variant.mode), variant.steps),
                 against_eager=compare(i, "eager", steps),
             )
         )

@@ -25,8 +25,10 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from hgc import attention as prompt_grain
 from hgc.adaptive import AdaptiveSchedule
 from hgc.cache import Cache, conditional_half
+from hgc.capturing import LIMIT, CapturedNetworks
 from hgc.compiling import CompiledNetworks
 from hgc.config import Config, StepPlan, model_name
+from hgc.kinds import Networks
 from hgc.networks import (
     UP_BLOCKS,
     Residuals,
@@ -595,7 +597,7 @@ class Installation:
         self._active = known_sources()
         self._prompt_grain = True
         self._rows_are_samples = True
-        self._compiled: CompiledNetworks | None = None
+        self._compiled: Networks | None = None  # or captured
         self._layers: dict[int, frozenset[str]] = {}
         self._at_depth: dict[int, list[int]] = {}
         self._up_blocks: dict[Any, list[str]] = {}
@@ -620,8 +622,11 @@ class Installation:
             self.uninstall()
 
     def reset(self) -> None:
-        """Forget the calling thread's runs; the next evaluation starts a new one."""
+        """Forget the calling thread's runs, and all captured graphs; the next evaluation starts a
+        new run."""
         self._runs.clear()
+        if self._compiled is not None:
+            self._compiled.clear()
 
     def uninstall(self) -> None:
         """Give the models back exactly as they were found."""
@@ -637,8 +642,8 @@ class Installation:
                 if isinstance(module.__dict__.get(name), _Noticed):
                     delattr(module, name)
         self.unet.__dict__.pop("_reset_stateful_cache", None)
+        self.reset()
         self._compiled = None
-        self._runs.clear()
 
     def compile(self, **options: Any) -> Installation:
         """Compile what the evaluations compute, of the UNet and of each ControlNet.
@@ -660,22 +665,60 @@ class Installation:
                 one already.
             TypeError: ``options`` names something that ``torch.compile`` does not take.
         """
+        self._check_stand_in("compile")
+        self._stand_in(CompiledNetworks(self.unet, self.controlnets, options))
+        return self
+
+    def capture(self, *, graphs: int = LIMIT) -> Installation:
+        """Make each kind of evaluation one CUDA graph, with the bits of the eager evaluation.
+
+        A kind is a network at a depth, with the whole batch or its conditional half, at one size,
+        with one set of arguments that are no tensors (a LoRA's scale). Its first use runs eagerly,
+        its second is captured, and the graph replayed from then on. What is not of a captured kind
+        runs eagerly. Graphs share their memory: one thread at a time replays, others run eagerly.
+        They go where a weight or a layer is replaced, with :meth:`reset` and with
+        :meth:`uninstall`. Calling it again starts anew.
+
+        Args:
+            graphs: Held at most; where another is wanted, the least recently used one goes.
+
+        Returns:
+            The installation itself.
+
+        Raises:
+            RuntimeError: hgc is not installed any more, torch sees no CUDA device, or blocks of a
+                model are compiled one by one already.
+            ValueError: ``graphs`` is less than 1.
+        """
+        self._check_stand_in("capture")
+        if graphs < 1:
+            raise ValueError(f"graphs must be at least 1; got {graphs}")
+        if not torch.cuda.is_available():
+            raise RuntimeError("Installation.capture makes CUDA graphs, and torch sees no device")
+        self._stand_in(CapturedNetworks(self.unet, self.controlnets, limit=graphs, say=self._say))
+        return self
+
+    def _check_stand_in(self, verb: str) -> None:
+        """Raise where :meth:`compile` or :meth:`capture` cannot do what it says."""
         if not self._forwards:
             raise RuntimeError("hgc is not installed on these models")
         for model in self._networks():
             if has_compiled_parts(model):
                 raise RuntimeError(
                     f"blocks of the {type(model).__name__} are compiled one by one already "
-                    "(compile_repeated_blocks): use that or Installation.compile, not both"
+                    f"(compile_repeated_blocks): use that or Installation.{verb}, not both"
                 )
         if not self._active:
             self._say(
-                "compile",
-                "Installation.compile does nothing with this release of diffusers, since hgc runs "
-                "no evaluation itself: uninstall hgc and compile the models",
+                verb,
+                f"Installation.{verb} does nothing with this release of diffusers, since hgc runs "
+                f"no evaluation itself: uninstall hgc and {verb} the models",
             )
-        self._compiled = CompiledNetworks(self.unet, self.controlnets, options)
-        return self
+
+    def _stand_in(self, networks: Networks) -> None:
+        if self._compiled is not None:
+            self._compiled.clear()
+        self._compiled = networks
 
     @property
     def peak_bytes(self) -> int:
@@ -1000,6 +1043,8 @@ class Installation:
     def _new_run(self, runs: Runs, text: Tensor, position: Position) -> Run:
         self._adopt_processors()
         self._collect_lora()
+        if self._compiled is not None:
+            self._compiled.begin_run()
         run = runs.add(Run(self._schedules, text, position, self._assume_pair))
         run.placing = self._placing
         try:
@@ -1418,7 +1463,8 @@ class Installation:
             run, slot, dict(zip(slot.names, outputs, strict=True)), now.index, half
         )
         now.control[slot.index] = "computed"
-        scaled = scale_residuals(net, outputs, scale, call.guess_mode, owned=self._compiled is None)
+        owned = self._compiled is None or self._compiled.hands_over
+        scaled = scale_residuals(net, outputs, scale, call.guess_mode, owned=owned)
         if not half:
             return scaled
         turn = _Turn(self._compute_fresh, run, slot, now, call)

@@ -8,6 +8,7 @@ import torch
 
 import hgc
 from hgc import Config
+from hgc.engine import HgcWarning
 
 pytestmark = pytest.mark.gpu
 
@@ -138,15 +139,231 @@ def test_nothing_waits_for_the_gpu_when_compiled(pipe):
         installed.compile(mode="reduce-overhead")
         for _ in range(3):
             draw(pipe, steps=10)
-        for role in ("unet", "controlnet"):
-
-            def watched(*args, _run=getattr(installed._compiled, f"run_{role}"), **kwargs):  # noqa: B008
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    return _run(*args, **kwargs)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-
-            setattr(installed._compiled, f"run_{role}", watched)
+        watch(installed._compiled)
         draw(pipe, steps=10)
     torch._dynamo.reset()
+
+
+def watch(networks):
+    """Make an error of whatever waits for the device in ``networks``."""
+    for role in ("unet", "controlnet"):
+
+        def watched(*args, _run=getattr(networks, f"run_{role}"), **kwargs):  # noqa: B008
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return _run(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        setattr(networks, f"run_{role}", watched)
+
+
+# -- captured ---------------------------------------------------------------------------------
+
+# As the presets: interval 2, whole key evaluations and halves, the encoder, attention and maps.
+PLANS = {
+    "some": SOME,
+    "paper": Config.preset("paper"),
+    "balanced": Config.preset("balanced"),
+    "fast": Config.preset("fast"),
+    "encoder": SOME.replace(encoder="reuse"),
+    "attention": SOME.replace(attention_gate=0.4),
+    "maps": SOME.replace(attention_gate=0.4, fresh_values=True),
+    "adaptive": SOME.replace(adaptive=0.3),
+    "exact": Config.preset("exact"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_captured_evaluations_are_bitwise_eager(pipe, name):
+    """Three runs of each call: the first is eager, the second records, the third replays."""
+    calls = [
+        {},
+        {"prompt_embeds": text(pipe, 3)},
+        {"size": 48},
+        {"controlnet_conditioning_scale": 0.4},
+        {"num_images_per_prompt": 2},
+    ]
+    config = PLANS[name]
+    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        eager = [draw(pipe, steps=10, **call) for call in calls]
+        installed.capture(graphs=64)
+        for _ in range(3):
+            for call, expected in zip(calls, eager, strict=True):
+                assert torch.equal(draw(pipe, steps=10, **call), expected), call
+        counts = installed._compiled.counts
+        assert counts["replayed"] > counts["recorded"] > 0
+        allowed = {"first use", "recorded", "replayed"}
+        if config.fresh_values:
+            allowed.add("attention maps are added up")
+        assert set(counts) <= allowed, counts
+
+
+def test_captured_with_tf32_and_benchmark(pipe):
+    """Other kernels are other graphs, and the settings may change between runs."""
+    flags = torch.backends.cudnn
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        installed.capture()
+        for precise in (True, False, True):
+            flags.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not precise
+            try:
+                networks, installed._compiled = installed._compiled, None
+                eager = draw(pipe, steps=10)
+                installed._compiled = networks
+                for _ in range(3):
+                    assert torch.equal(draw(pipe, steps=10), eager)
+            finally:
+                flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+
+
+def test_captured_in_turns_and_through_an_exception(pipe):
+    """Two pipelines on one UNet, a run within a run, and one that ends in an exception."""
+    other = models.sd15_pipeline(pipe.unet, pipe.controlnet).to("cuda", pipe.unet.dtype)
+
+    def within(pipe, i, t, kwargs):
+        if i == 4:
+            inner.append(draw(other, steps=10, prompt_embeds=text(other, 8)))
+        return {}
+
+    def fails(pipe, i, t, kwargs):
+        if i == 5:
+            raise KeyboardInterrupt
+        return {}
+
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        eager = draw(pipe, steps=10), draw(other, steps=10, prompt_embeds=text(other, 8))
+        installed.capture()
+        for _ in range(3):
+            inner = []
+            assert torch.equal(draw(pipe, steps=10, callback_on_step_end=within), eager[0])
+            assert torch.equal(inner[0], eager[1])
+            with pytest.raises(KeyboardInterrupt):
+                draw(pipe, steps=10, callback_on_step_end=fails)
+            assert torch.equal(draw(pipe, steps=10), eager[0])
+
+
+def test_captured_graphs_follow_the_weights(pipe):
+    """Written in place, moved, and put back."""
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        reference = draw(pipe, steps=10)
+        installed.capture()
+        for _ in range(3):
+            assert torch.equal(draw(pipe, steps=10), reference)
+        with torch.no_grad():
+            pipe.unet.conv_out.weight.mul_(0.5)
+        assert not torch.equal(draw(pipe, steps=10), reference)
+        with torch.no_grad():
+            pipe.unet.conv_out.weight.mul_(2.0)
+        assert torch.equal(draw(pipe, steps=10), reference)
+        pipe.to("cpu")
+        torch.cuda.empty_cache()
+        junk = torch.full((1 << 22,), float("nan"), device="cuda")
+        pipe.to("cuda")
+        for _ in range(3):
+            assert torch.equal(draw(pipe, steps=10), reference)
+        pipe.unet.to(memory_format=torch.channels_last)
+        installed._compiled, networks = None, installed._compiled
+        last = draw(pipe, steps=10)
+        installed._compiled = networks
+        for _ in range(3):
+            assert torch.equal(draw(pipe, steps=10), last)
+        pipe.unet.to(memory_format=torch.contiguous_format)
+        del junk
+
+
+def test_captured_graphs_are_freed(pipe):
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        for _ in range(2):
+            draw(pipe, steps=10)
+        installed.reset()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            installed.capture()
+            for _ in range(3):
+                draw(pipe, steps=10)
+            assert installed._compiled.graphs > 0
+            installed.reset()
+            assert installed._compiled.graphs == 0
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+def test_other_streams_and_threads(pipe):
+    """Each stream and each thread gets its own picture, whoever replays."""
+    import threading
+
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        eager = [draw(pipe, steps=10, prompt_embeds=text(pipe, seed)) for seed in range(4)]
+        installed.capture()
+        for _ in range(2):
+            draw(pipe, steps=10)
+        found = {}
+
+        def work(seed):
+            own = models.sd15_pipeline(pipe.unet, pipe.controlnet).to("cuda", pipe.unet.dtype)
+            stream = torch.cuda.Stream() if seed % 2 else torch.cuda.current_stream()
+            with torch.cuda.stream(stream):
+                found[seed] = [draw(own, steps=10, prompt_embeds=text(own, seed)) for _ in range(3)]
+                torch.cuda.synchronize()
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for seed, expected in enumerate(eager):
+            assert all(torch.equal(one, expected) for one in found[seed]), seed
+
+
+def test_nothing_waits_for_the_gpu_when_captured(pipe):
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        installed.capture()
+        for _ in range(3):
+            draw(pipe, steps=10)
+        watch(installed._compiled)
+        draw(pipe, steps=10)
+
+
+def test_captured_host_time_is_that_of_a_few_launches(pipe):
+    """A replayed evaluation launches a graph and a few copies."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        installed.capture()
+        for _ in range(3):
+            draw(pipe, steps=10)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            draw(pipe, steps=10)
+            torch.cuda.synchronize()
+    graphs = sum(e.count for e in profiled.key_averages() if "GraphLaunch" in e.key)
+    assert graphs == 10 + 4  # the UNet's, and the ControlNet's at key evaluations and once more
+
+
+def test_what_cannot_be_captured_runs_eagerly(pipe, monkeypatch):
+    """A network that waits for the device: said once, the bits of the eager run, and torch is as it
+    was: random numbers, memory and other captures work on."""
+    forward = pipe.unet.conv_out.forward
+    original = torch.nn.Conv2d.forward
+
+    def waiting(self, x):
+        if self is pipe.unet.conv_out:
+            x.sum().item()
+        return original(self, x)
+
+    assert forward is not None
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", waiting)
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        eager = draw(pipe, steps=10)
+        installed.capture()
+        with pytest.warns(HgcWarning, match="cannot be captured and runs eagerly"):
+            for _ in range(3):
+                assert torch.equal(draw(pipe, steps=10), eager)
+        assert installed._compiled.counts["could not be recorded"] > 0
+        torch.randn(8, device="cuda")
+        torch.cuda.empty_cache()
+        monkeypatch.undo()
+        installed.reset()
+        for _ in range(3):
+            assert torch.equal(draw(pipe, steps=10), eager)
+        assert installed._compiled.counts["replayed"] > 0
