@@ -1,7 +1,8 @@
 """Whole pipelines on a GPU at their true sizes, with random weights, all in one process.
 
     python benchmarks/gpu.py --count macs.json                     # MACs, on any machine
-    python benchmarks/gpu.py --macs macs.json --json out.json --seconds 300 [--parts sdxl,sd15]
+    python benchmarks/gpu.py --macs macs.json --json out.json --seconds 300 [--parts NAME,NAME]
+    python benchmarks/gpu.py --tiny                                # every part, on a CPU
 
 Each part is written to the JSON file when it is done, and none is begun after `--seconds`. MACs are
 counted on the meta device, which takes longer than some parts: count them before.
@@ -10,21 +11,22 @@ counted on the meta device, which takes longer than some parts: count them befor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 import hgc
 from hgc.benchmarking import (
-    MODES,
     _Clock,
     _inputs,
     _launches,
@@ -36,30 +38,57 @@ from hgc.evaluation.candidate import steps_of
 from hgc.macs import Macs
 from hgc.structure import controlnets
 
-DEVICE, DTYPE = "cuda", torch.float16
 PRESETS = ("exact", "paper", "balanced", "fast", "turbo")
-STEPS = {"sd15": 20, "sdxl": 30}
-SIZE = {"sd15": 512, "sdxl": 1024}
 
 
-def count(model: str) -> dict[str, list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is: of a GPU, or so small that a CPU runs it.
+
+    Attributes:
+        device: Of the pipelines.
+        dtype: Of the pipelines.
+        models: Model by the name that the parts give it.
+        size: Pixels, by that name.
+        steps: Of the uncached run, by that name.
+        repeats: At most so many.
+        modes: Of :data:`hgc.benchmarking.MODES`, those that run there.
+    """
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.float16
+    models: Mapping[str, str] = MappingProxyType({"sd15": "sd15", "sdxl": "sdxl"})
+    size: Mapping[str, int] = MappingProxyType({"sd15": 512, "sdxl": 1024})
+    steps: Mapping[str, int] = MappingProxyType({"sd15": 20, "sdxl": 30})
+    repeats: int = 5
+    modes: tuple[str, ...] = ("eager", "captured", "compiled")
+
+
+TINY = Scale(
+    "cpu", torch.float32, {"sd15": "testbed", "sdxl": "testbed"}, {"sd15": 64, "sdxl": 64},
+    {"sd15": 5, "sdxl": 5}, 1, ("eager",),
+)  # fmt: skip
+
+
+def count(scale: Scale, model: str) -> dict[str, list[int]]:
     """MACs [all, the paper's] of one evaluation without hgc, and of a run of each preset."""
     from hgc.evaluation.models import load_shapes
 
-    shapes = load_shapes(model, ())
-    of = count_macs_of(shapes.unet, shapes.controlnets, SIZE[model], SIZE[model], 1)
+    shapes = load_shapes(scale.models[model], ())
+    size = scale.size[model]
+    of = count_macs_of(shapes.unet, shapes.controlnets, size, size, 1)
     found = {"": of(None, 1)}
     for name in PRESETS:
         config = hgc.Config.preset(name)
-        found[name] = of(config, steps_of(config, STEPS[model]))
+        found[name] = of(config, steps_of(config, scale.steps[model]))
     return {name: [macs.total, macs.paper] for name, macs in found.items()}
 
 
 class Machine:
-    """Pipelines on the GPU, one at a time, and what was counted for them."""
+    """Pipelines on the device, one at a time, and what was counted for them."""
 
-    def __init__(self, macs: dict[str, dict[str, list[int]]]) -> None:
-        self._macs = macs
+    def __init__(self, scale: Scale, macs: dict[str, dict[str, list[int]]]) -> None:
+        self._scale, self._macs = scale, macs
         self._model, self._pipe = "", None
 
     def pipe(self, model: str, scheduler: str) -> Any:
@@ -68,7 +97,8 @@ class Machine:
         if model != self._model:
             self._pipe = None
             torch.cuda.empty_cache()
-            self._pipe = load_pipeline(model, device=DEVICE, dtype=DTYPE)
+            scale = self._scale
+            self._pipe = load_pipeline(scale.models[model], device=scale.device, dtype=scale.dtype)
             self._model = model
         pipe: Any = self._pipe
         kind = getattr(diffusers, scheduler + "Scheduler")
@@ -88,17 +118,19 @@ class Machine:
 
     def bench(
         self, model: str, presets: str, scheduler: str = "EulerDiscrete", images: int = 1,
-        layout: torch.memory_format = torch.contiguous_format, **arguments: Any,
+        layout: torch.memory_format = torch.contiguous_format, repeats: int = 5,
+        modes: Sequence[str] = ("eager",), **arguments: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """One table of :func:`hgc.benchmarking.bench`."""
-        pipe = self.pipe(model, scheduler)
+        scale, pipe = self._scale, self.pipe(model, scheduler)
         for module in (pipe.unet, pipe.controlnet):
             module.to(memory_format=layout)
         configs = [hgc.Config.preset(name) for name in presets.split(",")]
         measured = bench(
-            pipe, configs, height=SIZE[model], width=SIZE[model], steps=STEPS[model],
-            images=images, device=DEVICE, count=self.counted(model, images),
-            count_launches=False, **arguments,
+            pipe, configs, height=scale.size[model], width=scale.size[model],
+            steps=scale.steps[model], images=images, repeats=min(repeats, scale.repeats),
+            modes=[mode for mode in modes if mode in scale.modes], device=scale.device,
+            count=self.counted(model, images), count_launches=False, **arguments,
         )  # fmt: skip
         found = json.loads(measured.to_json())
         name = str(layout).removeprefix("torch.")
@@ -108,9 +140,9 @@ class Machine:
     def kinds(self, model: str, presets: str, mode: str) -> dict[str, Any]:
         """Milliseconds on the device's clock of each kind of evaluation, and whether the latents
         are the eager ones bit for bit."""
-        pipe = self.pipe(model, "EulerDiscrete")
-        size = SIZE[model]
-        arguments = _inputs(pipe, size, size, 1, DEVICE, DTYPE)
+        scale, pipe = self._scale, self.pipe(model, "EulerDiscrete")
+        size, cuda = scale.size[model], scale.device == "cuda"
+        arguments = _inputs(pipe, size, size, 1, scale.device, scale.dtype)
         nets = list(controlnets(pipe.controlnet))
 
         def latents(steps: int) -> torch.Tensor:
@@ -122,18 +154,19 @@ class Machine:
         rows = []
         for name in presets.split(","):
             config = hgc.Config.preset(name)
-            steps = steps_of(config, STEPS[model])
+            steps = steps_of(config, scale.steps[model])
             with hgc.install(pipe.unet, nets, config=config) as installation:
                 eager = latents(steps)
-                if mode == "captured":
+                if mode == "captured" and mode in scale.modes:
                     installation.capture()
                 found = [latents(steps) for _ in range(3)]
                 times: dict[Any, list[float]] = defaultdict(list)
-                clock = _Clock(pipe, DEVICE, every=True)
+                clock = _Clock(pipe, scale.device, every=True)
                 try:
                     for _ in range(3):
                         latents(steps)
-                        torch.cuda.synchronize()
+                        if cuda:
+                            torch.cuda.synchronize()
                         for row, ms in zip(
                             installation.report().rows, clock.evaluations(), strict=True
                         ):
@@ -141,7 +174,9 @@ class Machine:
                             times[kind].append(ms)
                 finally:
                     clock.remove()
-                launches = _launches(functools.partial(latents, steps), steps)
+                launches = None
+                if cuda:
+                    launches = _launches(functools.partial(latents, steps), steps)
             same = all(torch.equal(eager, one) for one in found)
             rows += [
                 {"preset": name, "control": k[0], "depth": k[1], "guidance": k[2],
@@ -158,47 +193,34 @@ class Machine:
         ]  # fmt: skip
         for r in rows:
             ms = f"{r['ms']:.2f}"
-            launches = f"{r['launches_of_all']:.0f}"
+            launches = "" if r["launches_of_all"] is None else f"{r['launches_of_all']:.0f}"
             cells = (r["preset"], launches, r["control"], r["depth"], r["guidance"], r["count"], ms,
                      "yes" if r["bitwise_eager"] else "NO")  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         return {"kinds": rows, "mode": mode, "markdown": "\n".join(lines) + "\n"}
 
 
-def parts(m: Machine, peers: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """In the order of worth."""
-    lossy = "paper,balanced,fast,turbo"
-    yield "sdxl", lambda: m.bench("sdxl", lossy, repeats=3, fewer_steps=True)
-    yield "sdxl-kinds", lambda: m.kinds("sdxl", "balanced", "eager")
-    if "captured" in MODES:
-        yield "sdxl-captured-kinds", lambda: m.kinds("sdxl", "balanced,fast", "captured")
-        yield (
-            "sdxl-captured",
-            lambda: m.bench("sdxl", "paper,fast", repeats=3, modes=("eager", "captured")),
-        )
-    yield (
-        "sd15",
-        lambda: m.bench("sd15", f"exact,{lossy}", repeats=5, fewer_steps=True, peers=peers),
-    )
-    yield "sd15-kinds", lambda: m.kinds("sd15", "paper,balanced,turbo", "eager")
-    if "captured" in MODES:
-        yield "sd15-captured-kinds", lambda: m.kinds("sd15", lossy, "captured")
-        yield (
-            "sd15-captured",
-            lambda: m.bench("sd15", lossy, repeats=5, modes=("eager", "captured")),
-        )
-    yield "sd15-unipc", lambda: m.bench("sd15", "paper,fast", "UniPCMultistep", repeats=5)
-    yield "sd15-batch8", lambda: m.bench("sd15", "paper,fast", images=8, repeats=3)
-    yield (
-        "sd15-batch8-channels-last",
-        lambda: m.bench(
-            "sd15", "paper,fast", images=8, layout=torch.channels_last, repeats=3
-        ),
-    )  # fmt: skip
-    yield (
-        "sd15-compiled",
-        lambda: m.bench("sd15", "paper,fast", repeats=5, modes=("eager", "compiled")),
-    )
+# In the order of worth.
+LOSSY = "paper,balanced,fast,turbo"
+PARTS: dict[str, Callable[[Machine], dict[str, Any]]] = {
+    "sdxl-captured": lambda m: m.bench(
+        "sdxl", LOSSY, repeats=3, modes=("eager", "captured"), fewer_steps=True
+    ),
+    "sdxl-captured-kinds": lambda m: m.kinds("sdxl", "balanced", "captured"),
+    "sd15-captured": lambda m: m.bench("sd15", LOSSY, modes=("eager", "captured")),
+    "sd15-captured-kinds": lambda m: m.kinds("sd15", "balanced,turbo", "captured"),
+    "sd15-rivals": lambda m: m.bench(
+        "sd15", f"exact,{LOSSY}", fewer_steps=True, peers=("deepcache-3",)
+    ),
+    "sd15-kinds": lambda m: m.kinds("sd15", "paper,balanced,turbo", "eager"),
+    "sdxl-kinds": lambda m: m.kinds("sdxl", "balanced", "eager"),
+    "sd15-unipc": lambda m: m.bench("sd15", "paper,fast", "UniPCMultistep"),
+    "sd15-batch8": lambda m: m.bench("sd15", "paper,fast", images=8, repeats=3),
+    "sd15-batch8-channels-last": lambda m: m.bench(
+        "sd15", "paper,fast", images=8, layout=torch.channels_last, repeats=3
+    ),
+    "sd15-compiled": lambda m: m.bench("sd15", "paper,fast", modes=("eager", "compiled")),
+}
 
 
 def main() -> int:
@@ -210,25 +232,23 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where results are written")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no part after these")
     parser.add_argument("--parts", default="", help="names, with commas between; default: all")
-    parser.add_argument("--peers", default="", help="deepcache-3, ...: must be installed")
+    parser.add_argument("--tiny", action="store_true", help="the testbed, few steps, on a CPU")
     options = parser.parse_args()
     begun = time.monotonic()
+    scale = TINY if options.tiny else Scale()
     if options.count:
-        counted = {model: count(model) for model in STEPS}
+        counted = {model: count(scale, model) for model in scale.models}
         options.count.write_text(json.dumps(counted, indent=1) + "\n")
         return 0
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py: torch sees no CUDA GPU; --count needs none", file=sys.stderr)
+    if not (options.tiny or torch.cuda.is_available()):
+        print("gpu.py: torch sees no CUDA GPU; --count and --tiny need none", file=sys.stderr)
         return 2
-    macs = json.loads(options.macs.read_text()) if options.macs else {}
-    peers = tuple(options.peers.split(",")) if options.peers else ()
-    todo = dict(parts(Machine(macs), peers))
-    chosen = options.parts.split(",") if options.parts else list(todo)
-    if unknown := set(chosen) - set(todo):
-        print(
-            f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(todo)}", file=sys.stderr
-        )
-        return 2
+    # the part that counts them may have run out of time; then they are counted here
+    known = options.macs is not None and options.macs.exists()
+    machine = Machine(scale, json.loads(options.macs.read_text()) if known else {})
+    chosen = options.parts.split(",") if options.parts else list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(PARTS)}")
     found: dict[str, Any] = {}
     failed = False
     for name in chosen:
@@ -237,7 +257,7 @@ def main() -> int:
             found[name] = {"left": f"after {options.seconds:.0f} s"}
         else:
             try:
-                found[name] = todo[name]()
+                found[name] = PARTS[name](machine)
             except Exception as error:
                 # the others are worth the machine's time all the same; the exit status says it
                 found[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}

@@ -1,24 +1,23 @@
 """Everything that needs a GPU, in nine minutes, on a machine without a network.
 
-    python scripts/gpu_suite.py --prepare carry        # here: what has to be carried there
+    scripts/gpu_carry.sh carry                         # here: what has to be carried there
     python scripts/gpu_suite.py --carried carry --results out --seconds 540      # there: one call
     python scripts/gpu_suite.py --dry-run              # the parts and their commands
-    python scripts/gpu_suite.py --tiny --results out   # small parts that run on a CPU
+    python scripts/gpu_suite.py --tiny --results out   # every part, so small that a CPU runs it
 
-`--prepare` is run with that machine's versions of Python and torch: it builds the kernels for its
-GPU and fetches the wheels that are missing there. Parts come in the order of worth; those that
-check run side by side, those that time run alone. Results are written to `<results>/<gpu>.json` and
-`.md` after every part. The suite ends at once where the CUDA library is not loaded, since all that
-follows would measure the reference.
+Parts come in the order of worth; those that check run side by side, those that time run alone.
+Results are written to `<results>/<gpu>.json` and `.md` after every part. The suite ends at once
+where the CUDA library is not loaded: all that follows would measure the reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -31,7 +30,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 6000  # characters of a part's output that are kept
-WHEELS = ("diffusers==0.42.1", "DeepCache==0.1.1")
 CALL = "python scripts/gpu_suite.py --carried carry --results out --seconds 540"
 
 
@@ -44,77 +42,40 @@ class Part:
         command: Run in the repository's root; `{out}` stands for a file it may write JSON to,
             `{work}` for a folder that all parts share, `{left}` for the seconds it has.
         cap: Seconds it may take.
+        tiny: What makes the command one for a CPU.
         beside: It checks and does not time: it runs beside its neighbours that do the same.
-        needed: Where it fails the suite ends.
     """
 
     name: str
     command: tuple[str, ...]
     cap: float
+    tiny: tuple[str, ...] = ("--tiny",)
     beside: bool = False
-    needed: bool = False
 
 
-def tests(name: str, cap: float, *arguments: str) -> Part:
-    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
-    return Part(name, (*command, *arguments), cap, beside=True)
-
-
-def gpu_parts(chosen: str = "") -> list[Part]:
-    memcheck = (
-        "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck",
-        "--error-exitcode", "9", "--target-processes", "all", sys.executable, "-m", "pytest", "-q",
-        "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py", "-k",
-        "(gather and (odd or mixed)) or (attention and primes and float16)",
-    )  # fmt: skip
-    pipelines = (
-        "benchmarks/gpu.py", "--macs", "{work}/macs.json", "--json", "{out}",
-        "--peers", "deepcache-3", "--parts", chosen,
-    )  # fmt: skip
-    goals = ("benchmarks/ops/gpu_goals.py",)
+def parts(pipelines: str) -> list[Part]:
+    """All parts. pipelines: those of benchmarks/gpu.py, all where it is empty."""
     python = sys.executable
+    collect = ("--collect-only",)
+    test = (python, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider")
+    ops, engine = "tests/kernels/test_gpu.py", "tests/test_engine_gpu.py"
+    memcheck = ("sh", "scripts/check_memory.sh", "memcheck")
+    chosen = "(gather and (odd or mixed)) or (attention and primes and float16)"
+    compiled = "compiled and torch.float16"
+    goals = (python, "benchmarks/ops/gpu_goals.py")
+    whole = (python, "benchmarks/gpu.py")
+    macs, left = "{work}/macs.json", ("--seconds", "{left}", "--parts", pipelines)
+    timed = (*whole, "--macs", macs, "--json", "{out}", *left)
     return [
-        Part("info", (python, *goals, "--ceilings", "{out}"), 60, needed=True),
-        tests("tests-ops", 110, "-n", "8", "tests/kernels"),
-        tests("tests-engine", 110, "-n", "3", "tests/test_engine_gpu.py", "-k", "not compiled"),
-        Part("memcheck", memcheck, 110, beside=True),
-        tests("tests-compiled", 150, "-n", "3", "tests/test_engine_gpu.py", "-k",
-              "compiled and float16"),
-        Part("macs", (python, pipelines[0], "--count", "{work}/macs.json"), 110, beside=True),
-        Part("ops", (python, *goals, "--json", "{out}"), 60),
-        Part("pipelines", (python, *pipelines, "--seconds", "{left}"), 330),
-    ]  # fmt: skip
-
-
-def tiny_parts() -> list[Part]:
-    python = sys.executable
-    bench = ("-c", "from hgc.cli import main; main()", "bench", "--model", "testbed", "--size",
-             "64", "--steps", "2", "--repeats", "1", "--presets", "exact")  # fmt: skip
-    return [
-        tests("tests-collected", 300, "--collect-only", "tests/kernels/test_gpu.py",
-              "tests/test_engine_gpu.py"),
-        Part("bench-testbed", (python, *bench, "--json", "{out}"), 300),
-    ]  # fmt: skip
-
-
-def prepare(folder: Path) -> None:
-    """Build the kernels for the GPU and fetch wheels, into `folder`."""
-    pip = (sys.executable, "-m", "pip")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "wheels").mkdir(parents=True)
-    environment = {"HGC_CUDA_ARCHITECTURES": "90", "HGC_REQUIRE_EXT": "1", **os.environ}
-    with tempfile.TemporaryDirectory() as temporary:
-        build = (*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", temporary, str(ROOT))
-        subprocess.run(build, check=True, env=environment)
-        shutil.unpack_archive(next(Path(temporary).glob("*.whl")), temporary, "zip")
-        kernels = Path(temporary) / "hgc_kernels"
-        shutil.copytree(kernels / "lib", folder / "hgc_kernels" / "lib")
-        for native in kernels.glob("_native*"):
-            shutil.copy(native, folder / "hgc_kernels")
-    fetch = (*pip, "download", "-q", "--no-deps", "--only-binary=:all:", "-d")
-    subprocess.run((*fetch, str(folder / "wheels"), *WHEELS), check=True)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"carry the tracked files and {folder} ({size / 2**20:.1f} MiB), then run there:\n{CALL}")
+        Part("info", (*goals, "--ceilings", "{out}"), 60),
+        Part("tests-ops", (*test, "-n", "8", ops), 110, collect, True),
+        Part("tests-engine", (*test, "-n", "4", engine, "-k", "not compiled"), 110, collect, True),
+        Part("memcheck", (*memcheck, chosen), 110, (), True),
+        Part("tests-compiled", (*test, "-n", "3", engine, "-k", compiled), 150, collect, True),
+        Part("macs", (*whole, "--count", macs), 110, beside=True),
+        Part("ops", (*goals, "--json", "{out}"), 60),
+        Part("pipelines", timed, 330),
+    ]
 
 
 def unpack(carried: Path) -> None:
@@ -131,86 +92,82 @@ def about(tiny: bool) -> dict[str, object]:
     """What a figure must be quoted with. Asked of a process of its own, so that none of the GPU's
     memory is held here."""
     code = (
-        "import json, torch; cuda = torch.cuda.is_available(); "
+        "import json, platform, torch; "
         "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, "
-        "'device': torch.cuda.get_device_name(0) if cuda else None}))"
+        "'python': platform.python_version(), 'device': torch.cuda.is_available() "
+        "and torch.cuda.get_device_name(0)}))"
     )
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found: dict[str, object] = json.loads(asked.stdout.splitlines()[-1])
-    if found["device"] is None:
-        if not tiny:
-            raise SystemExit("gpu_suite: torch sees no CUDA GPU; --dry-run and --tiny need none")
-        found["device"] = f"cpu {platform.machine()} tiny"
+    if not (found["device"] or tiny):
+        raise SystemExit("gpu_suite: torch sees no CUDA GPU; --dry-run and --tiny need none")
+    found["device"] = found["device"] or "cpu tiny"
     head = ("git", "rev-parse", "--short=12", "HEAD")
     done = subprocess.run(head, cwd=ROOT, capture_output=True, text=True)
+    # a copied tree has no git to ask
     found["commit"] = done.stdout.strip() or os.environ.get("HGC_COMMIT", "unknown")
-    found["python"] = platform.python_version()
     return found
 
 
 class Running:
     """A part that was started."""
 
-    def __init__(self, part: Part, work: Path, left: float) -> None:
+    def __init__(self, part: Part, tiny: bool, work: Path, left: float) -> None:
         self.part, self._out = part, work / f"{part.name}.json"
         self._log = (work / f"{part.name}.log").open("w+", errors="replace")
         self._cap, self._start = min(part.cap, left), time.monotonic()
         # a part that has an eye on its time begins nothing in its last quarter
         places = {"{out}": str(self._out), "{left}": f"{0.75 * self._cap:.0f}"}
-        command = [places.get(a, a.replace("{work}", str(work))) for a in part.command]
-        self.command = " ".join(part.command)
+        self.command = (*part.command, *(part.tiny if tiny else ()))
         # a session of its own, so that a part that hangs is ended with all it started
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            [places.get(a, a.replace("{work}", str(work))) for a in self.command], cwd=ROOT,
+            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
-    def wait(self) -> dict[str, object]:
-        """What became of it, with the JSON it wrote."""
-        try:
-            code = self._process.wait(max(0.1, self._start + self._cap - time.monotonic()))
-            status = "passed" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "timed out"
-        finally:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+    def ended(self) -> dict[str, object] | None:
+        """What became of it, with the JSON it wrote; None while it runs."""
+        seconds, code = time.monotonic() - self._start, self._process.poll()
+        if code is None and seconds < self._cap:
+            return None
+        self.kill()
         self._log.seek(0)
+        known = {None: "timed out", 0: "passed", 127: "skipped"}  # 127: a program is not there
         found: dict[str, object] = {
-            "status": status,
-            "seconds": round(time.monotonic() - self._start, 1),
-            "command": self.command,
+            "status": known.get(code, "failed"),
+            "seconds": round(seconds, 1),
+            "command": " ".join(self.command),
             "output": self._log.read()[-TAIL:],
         }
-        self._log.close()
         if self._out.exists():  # of a part that was ended too: it writes as it goes
             found["data"] = json.loads(self._out.read_text())
         return found
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def markdown(results: dict) -> str:
     """The results as a page: what ran, then each part's tables."""
     known = results["about"]
-    lines = [
-        f"# {known['device']}", "",
-        f"torch {known['torch']}, CUDA {known['cuda']}, Python {known['python']}, commit "
-        f"{known['commit']}. Written by `python scripts/gpu_suite.py`.", "",
-        "| part | result | seconds |", "|---|---|---:|",
-    ]  # fmt: skip
+    versions = f"torch {known['torch']}, CUDA {known['cuda']}, Python {known['python']}"
+    written = f"commit {known['commit']}. Written by `python scripts/gpu_suite.py`."
+    lines = [f"# {known['device']}", "", f"{versions}, {written}", ""]
+    lines += ["| part | result | seconds |", "|---|---|---:|"]
     for name, part in results["parts"].items():
         lines.append(f"| {name} | {part['status']} | {part['seconds']} |")
     for name, part in results["parts"].items():
         data = part.get("data", {})
-        tables = data.get("pipelines", {name: data})
-        for title, one in tables.items():
-            if "markdown" in one:
-                lines += ["", f"## {title}", "", one["markdown"].rstrip()]
-            elif "error" in one:
-                lines += ["", f"## {title}", "", one["error"]]
+        for title, one in data.get("pipelines", {name: data}).items():
+            text = one.get("markdown") or one.get("error")
+            if text:
+                lines += ["", f"## {title}", "", text.rstrip()]
     return "\n".join(lines) + "\n"
 
 
-def save(results: dict, folder: Path) -> Path:
+def save(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(results["about"]["device"]).lower()).strip("-")
     texts = {".json": json.dumps(results, indent=1) + "\n", ".md": markdown(results)}
@@ -218,73 +175,73 @@ def save(results: dict, folder: Path) -> Path:
         temporary = folder / f"{name}{suffix}.part"
         temporary.write_text(text)
         temporary.replace(folder / f"{name}{suffix}")  # whole or not at all
-    return folder / f"{name}.md"
 
 
-def groups(parts: list[Part]) -> Iterator[list[Part]]:
+def groups(of: list[Part]) -> Iterator[list[Part]]:
     """Neighbours that may run side by side, together; the others alone."""
-    group: list[Part] = []
-    for part in parts:
-        if group and not (part.beside and group[-1].beside):
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
+    for beside, found in itertools.groupby(of, lambda part: part.beside):
+        group = list(found)
+        yield from [group] if beside else [[part] for part in group]
+
+
+def run(group: list[Part], tiny: bool, work: Path, end: float) -> Iterator[tuple[Part, dict]]:
+    """Each part of a group with what became of it, as they end."""
+    running = [Running(part, tiny, work, end - time.monotonic()) for part in group]
+    try:
+        while running:
+            time.sleep(0.1)
+            for one in list(running):
+                found = one.ended()
+                if found is not None:
+                    running.remove(one)
+                    yield one.part, found
+    finally:
+        for one in running:
+            one.kill()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="build what is carried")
-    parser.add_argument("--carried", type=Path, metavar="FOLDER", help="what --prepare built")
+    parser.add_argument(
+        "--carried", type=Path, metavar="FOLDER", help="what scripts/gpu_carry.sh made"
+    )
     parser.add_argument("--results", type=Path, help="the folder results are written to")
     parser.add_argument("--parts", default="", help="names, with commas between; default: all")
     parser.add_argument("--pipelines", default="", help="parts of benchmarks/gpu.py; default: all")
     parser.add_argument("--seconds", type=float, default=540.0, help="the end of the suite")
     parser.add_argument("--dry-run", action="store_true", help="print the parts' commands")
-    parser.add_argument("--tiny", action="store_true", help="small parts that run on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="every part small, on a CPU")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
-    if options.prepare:
-        prepare(options.prepare)
-        return 0
-    parts = tiny_parts() if options.tiny else gpu_parts(options.pipelines)
-    names = [part.name for part in parts]
-    chosen = options.parts.split(",") if options.parts else names
-    if unknown := set(chosen) - set(names):
-        parser.error(f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(names)}")
-    parts = [part for part in parts if part.name in chosen]
+    known = {part.name: part for part in parts(options.pipelines)}
+    chosen = options.parts.split(",") if options.parts else list(known)
+    if unknown := set(chosen) - set(known):
+        parser.error(f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(known)}")
     if options.dry_run:
-        print(f"carry the tracked files and what --prepare wrote; there: {CALL}")
-        for part in parts:
-            print(f"{part.name} (at most {part.cap:.0f} s): {' '.join(part.command)}")
+        print(f"carry the tracked files and what scripts/gpu_carry.sh made; there: {CALL}")
+        for name in chosen:
+            print(f"{name} (at most {known[name].cap:.0f} s): {' '.join(known[name].command)}")
         return 0
     if options.results is None:
         parser.error("--results: name the folder that results are written to")
     if options.carried:
         unpack(options.carried)
-    results = {"about": about(options.tiny), "parts": {}}
-    failed = False
+    results: dict = {"about": about(options.tiny), "parts": {}}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as work:
-        for group in groups(parts):
-            left = end - time.monotonic()
-            if left < 5:
-                print(f"{group[0].name}: no time is left")
-                break
-            for running in [Running(part, Path(work), left) for part in group]:
-                found = running.wait()
-                name = running.part.name
-                results["parts"][name] = found
-                page = save(results, options.results)
-                print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
-                if found["status"] != "passed":
-                    failed = True
+        for group in groups([known[name] for name in chosen]):
+            if end - time.monotonic() < 1 or "info" in failed:
+                print(f"not run: {', '.join(part.name for part in group)}")
+                continue
+            for part, found in run(group, options.tiny, Path(work), end):
+                results["parts"][part.name] = found
+                save(results, options.results)
+                print(f"{part.name}: {found['status']}, {found['seconds']} s", flush=True)
+                if found["status"] not in ("passed", "skipped"):
+                    failed.append(part.name)
                     print(found["output"], flush=True)
-                    if running.part.needed:
-                        return 1
-    print(f"results: {page}")
     return 1 if failed else 0
 
 

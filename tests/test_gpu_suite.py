@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,107 +23,103 @@ def suite():
     del sys.modules["gpu_suite"]
 
 
-def part(suite, name, code, needs=""):
-    return suite.Part(name, (sys.executable, "-c", code, "{out}"), needs)
-
-
 @pytest.fixture
-def parts(suite, monkeypatch, tmp_path):
-    """Small parts, each of which leaves a line in `log` when it runs."""
-    log = tmp_path / "log"
-    note = f"import sys; open({str(log)!r}, 'a').write('%s\\n'); "
-    found = [
-        part(suite, "good", note % "good" + "open(sys.argv[1], 'w').write('{\"benchmarks\": []}')"),
-        part(suite, "bad", note % "bad" + "print('what went wrong'); sys.exit(3)"),
-        part(suite, "hangs", note % "hangs" + "import time; time.sleep(600)"),
-        part(suite, "other", note % "other"),
-        part(suite, "absent", note % "absent", needs="a program that is nowhere"),
-    ]
-    monkeypatch.setattr(suite, "tiny_parts", lambda: found)
-    monkeypatch.setattr(
-        suite, "about", lambda tiny: {"device": "A GPU", "torch": "2", "cuda": "13", "python": "3",
-                                      "commit": "c", "sources": "s"},
-    )  # fmt: skip
-    return lambda: log.read_text().split() if log.exists() else []
+def run(suite, monkeypatch, tmp_path):
+    """Runs the suite with parts made of Python code; returns the exit status and the results."""
+    about = {"device": "A GPU", "torch": "2", "cuda": "13", "python": "3", "commit": "c"}
+    monkeypatch.setattr(suite, "about", lambda tiny: dict(about))
+
+    def call(parts, *arguments):
+        made = [
+            suite.Part(name, (sys.executable, "-c", code, "{out}", "{work}", "{left}"), cap, (), b)
+            for name, code, cap, b in parts
+        ]
+        monkeypatch.setattr(suite, "parts", lambda pipelines: made)
+        status = suite.main(["--results", str(tmp_path), *arguments])
+        path = tmp_path / "a-gpu.json"
+        found = json.loads(path.read_text())["parts"] if path.exists() else {}
+        return status, found, path.with_suffix(".md").read_text() if path.exists() else ""
+
+    return call
 
 
-def run(suite, tmp_path, *arguments):
-    return suite.main(["--tiny", "--results", str(tmp_path), "--timeout", "3", *arguments])
+WRITES = "import sys; open(sys.argv[1], 'w').write('{\"markdown\": \"a table\"}'); "
 
 
-def test_results_are_kept_part_by_part_and_a_later_call_goes_on(suite, parts, tmp_path, capsys):
-    assert run(suite, tmp_path) == 1
-    assert parts() == ["good", "bad", "hangs", "other"]
-    path = tmp_path / "a-gpu.json"
-    found = json.loads(path.read_text())
-    status = {name: one["status"] for name, one in found["parts"].items()}
-    assert status == {
-        "good": "passed", "bad": "failed", "hangs": "timed out", "other": "passed",
-        "absent": "skipped",
+def test_results_are_kept_part_by_part(run):
+    status, found, page = run(
+        [
+            ("good", WRITES, 60, False),
+            ("bad", "print('what went wrong'); raise SystemExit(3)", 60, True),
+            ("hangs", WRITES + "import time; time.sleep(600)", 1, True),
+            ("absent", "print('a program is not there'); raise SystemExit(127)", 60, False),
+        ]
+    )
+    assert status == 1
+    assert {name: one["status"] for name, one in found.items()} == {
+        "good": "passed", "bad": "failed", "hangs": "timed out", "absent": "skipped",
     }  # fmt: skip
-    assert "what went wrong" in found["parts"]["bad"]["output"]
-    assert found["parts"]["good"]["data"] == {"benchmarks": []}
-    assert found["parts"]["hangs"]["seconds"] < 60
-    page = (tmp_path / "a-gpu.md").read_text()
-    assert "| bad | failed |" in page and "a program that is nowhere is not on the PATH" in page
-
-    assert run(suite, tmp_path, "--parts", "good,bad") == 1  # only what has not passed
-    assert parts()[4:] == ["bad"]
-    assert run(suite, tmp_path, "--parts", "good", "--again") == 0
-    assert parts()[5:] == ["good"]
-    assert run(suite, tmp_path, "--parts", "o*") == 0 and len(parts()) == 6
-    capsys.readouterr()
-    assert run(suite, tmp_path, "--list") == 0
-    assert "bad: failed" in capsys.readouterr().out
+    assert "what went wrong" in found["bad"]["output"]
+    # what a part wrote before its time was over is kept
+    assert found["hangs"]["data"] == found["good"]["data"] == {"markdown": "a table"}
+    assert 1 <= found["hangs"]["seconds"] < 30
+    assert "| bad | failed |" in page and page.count("a table") == 2
 
 
-def test_other_sources_begin_anew(suite, parts, tmp_path, monkeypatch):
-    run(suite, tmp_path, "--parts", "good")
-    known = suite.about(True)
-    monkeypatch.setattr(suite, "about", lambda tiny: {**known, "commit": "another"})
-    run(suite, tmp_path, "--parts", "good")
-    assert parts() == ["good"]
-    monkeypatch.setattr(suite, "about", lambda tiny: {**known, "sources": "others"})
-    run(suite, tmp_path, "--parts", "good")
-    assert parts() == ["good", "good"]
+def test_checks_run_side_by_side_and_timings_alone(run, tmp_path):
+    """Each part writes down when it began and ended."""
+    code = (
+        "import pathlib, sys, time; begun = time.time(); time.sleep(0.5); "
+        "pathlib.Path(sys.argv[2], '{0}').write_text(''); "
+        f"open({str(tmp_path / 'log')!r}, 'a').write(f'{{0}} {{{{begun}}}} {{{{time.time()}}}}\\n')"
+    )
+    parts = [(name, code.format(name), 60, name in "bc") for name in "abcd"]
+    assert run(parts)[0] == 0
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    times = {name: (float(begun), float(ended)) for name, begun, ended in lines}
+    assert times["b"][0] < times["c"][1] and times["c"][0] < times["b"][1]
+    assert times["a"][1] < min(times["b"][0], times["c"][0])
+    assert times["d"][0] > max(times["b"][1], times["c"][1])
 
 
-def test_the_time_is_kept(suite, parts, tmp_path):
-    assert run(suite, tmp_path, "--minutes", "0", "--parts", "good") == 0
-    assert parts() == []
+def test_nothing_is_measured_without_the_library(run, capsys):
+    status, found, _ = run([("info", "raise SystemExit(1)", 60, False), ("b", "", 60, False)])
+    assert status == 1 and list(found) == ["info"]
+    assert "not run: b" in capsys.readouterr().out
 
 
-def test_dry_run_needs_no_gpu(suite, capsys, tmp_path):
-    assert suite.main(["--dry-run", "--wheels", str(tmp_path), "--results", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.partition(":")[0] for line in lines]
-    assert names[:5] == ["wheels", "build", "tests-ops", "tests-engine", "memory"]
-    assert {f"bench-{m}-batch{b}-{mode}" for m in ("sd15", "sdxl") for b in (1, 4, 8)
-            for mode in ("eager", "compiled", "graphs")} <= set(names)  # fmt: skip
-    assert "compute-sanitizer" in (PATH.parent / "check_memory.sh").read_text()
-    assert not list(tmp_path.iterdir())
-    assert suite.main(["--dry-run", "--parts", "nothing"]) == 2
+def test_the_time_is_kept(run, capsys):
+    begun = time.monotonic()
+    sleep = "import time; time.sleep(600)"
+    status, found, _ = run([("a", sleep, 60, False), ("b", sleep, 60, False)], "--seconds", "3")
+    assert status == 1 and time.monotonic() - begun < 30
+    assert found["a"]["status"] == "timed out" and "b" not in found
+    assert "not run: b" in capsys.readouterr().out
 
 
-def test_a_bench_is_a_table(suite):
-    timing = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
-    against = {"loop": 2.5, "arrived": 0.9}
-    row = {
-        "name": "fast", "steps": 10, "mode": "compiled", "loop": timing, "against": against,
-        "against_eager": None, "peak_bytes": 2**21, "launches": None,
-    }  # fmt: skip
-    line = suite.bench_table({"rows": [row]})[-1]
-    assert line == "| fast, 10 steps, compiled | 2 [1, 3] | 2.50x | 90% |  | 2 |  |"
+def test_a_part_knows_the_seconds_it_has(run, tmp_path):
+    code = f"import sys; open({str(tmp_path / 'left')!r}, 'w').write(sys.argv[3])"
+    run([("a", code, 40, False)])
+    assert (tmp_path / "left").read_text() == "30"
+
+
+def test_dry_run_needs_no_gpu(suite, capsys):
+    assert suite.main(["--dry-run"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "carry" in first and suite.CALL in first
+    names = [line.partition(" ")[0] for line in lines]
+    assert names[0] == "info" and {"tests-ops", "tests-engine", "pipelines", "ops"} <= set(names)
+    for wrong in (["--dry-run", "--parts", "nothing"], []):
+        with pytest.raises(SystemExit) as error:
+            suite.main(wrong)
+        assert error.value.code == 2
 
 
 @pytest.mark.slow
-def test_the_tiny_suite_runs_on_a_cpu(suite, tmp_path):
-    """pytest and `hgc bench` as the suite calls them."""
-    assert suite.main(["--tiny", "--results", str(tmp_path)]) == 0
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    status = {name: one["status"] for name, one in found["parts"].items()}
-    assert status == {
-        "tests-collected": "passed", "bench-testbed": "passed", "memcheck": "skipped"
-    }  # fmt: skip
-    assert (tmp_path / "charts" / "bench-testbed.png").exists()
-    assert "exact, 2 steps, eager" in next(tmp_path.glob("*.md")).read_text()
+def test_every_part_starts_on_a_cpu(suite, tmp_path):
+    assert suite.main(["--tiny", "--results", str(tmp_path), "--seconds", "1200"]) == 0
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
+    left = {name for name, one in found.items() if one["status"] != "passed"}
+    assert left <= {"memcheck"}
+    assert set(found) == {part.name for part in suite.parts("")}
+    assert "uncached, 5 steps" in next(tmp_path.glob("*.md")).read_text()
