@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
+from hgc.attention import cross_attentions
 from hgc.capturing import CapturedNetworks
 from hgc.engine import HgcWarning
 from hgc.presets import PRESETS
@@ -54,15 +55,15 @@ class Tape(TorchDispatchMode):
         read = {storage(x) for x in tensors_in(args, kwargs)}
         new = [x for x in tensors_in(out) if storage(x) not in read]
         if op._schema.is_mutable or new:
-            self.steps.append((op, args, kwargs, out))
+            self.steps.append((op, args, kwargs, out, {id(x) for x in new}))
         return out
 
     def replay(self):
-        for op, args, kwargs, out in self.steps:
+        for op, args, kwargs, out, new in self.steps:
             again = op(*args, **kwargs)
-            if not op._schema.is_mutable:
-                for old, new in zip(tensors_in(out), tensors_in(again), strict=True):
-                    old.copy_(new)
+            for old, value in zip(tensors_in(out), tensors_in(again), strict=True):
+                if id(old) in new:
+                    old.copy_(value)
 
 
 class OnCpu:
@@ -325,7 +326,7 @@ def test_weights_are_read_where_they_are(shallow):
     ]  # fmt: skip
     for change in changes:
         change()
-        assert shallow.counts() == {"first use": 3, "recorded": 1, "replayed": 5}
+        assert shallow.counts() == {"first use": 3, "recorded": 2, "replayed": 4}
         check(shallow, {})
         assert not torch.equal(shallow.draw(), before)
     # a layer that shallow evaluations do not run
@@ -436,7 +437,9 @@ def test_foreign_code_runs_eagerly(shallow, name):
     before = shallow.draw()
     change(shallow.pipe.unet)
     counts = shallow.counts()
-    assert counts.pop("replayed") in (3, 6) and set(counts) == {why}
+    # of the UNet; where all is computed in full, the ControlNet has a kind more
+    assert counts.pop(why) == 6 and counts.pop("replayed") >= 3
+    assert set(counts) <= {"first use", "recorded"}
     check(shallow, {})
     assert not torch.equal(shallow.draw(), before)
 
@@ -475,26 +478,20 @@ def test_modes_of_torch(shallow):
     assert torch.equal(shallow.draw(), eager)
 
 
-def test_arguments_that_are_no_tensors_are_part_of_the_kind(shallow):
+def test_arguments_that_are_no_tensors_are_part_of_the_kind():
     """A number in them is not kept from the first call."""
-    unet, schedule = shallow.pipe.unet, torch.full((6,), 500)
+    pipe, schedule = small_pipeline(), torch.full((8,), 500)
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text = models.text(0, 2)
-    seen = []
-    original = shallow.networks._by_graph
-
-    def by_graph(kind, function, args):
-        seen.append(args[-1]["cross_attention_kwargs"])
-        return original(kind, function, args)
-
-    shallow.networks._by_graph = by_graph
-    with torch.no_grad():
-        for value in (0.0, -0.0, False, 0.0, object(), None):
-            unet(sample, schedule[0], text, cross_attention_kwargs={"nothing": value})
-    assert len(seen) == 6
-    assert shallow.networks.counts == {
-        "first use": 4, "recorded": 1, "an argument that is no tensor or setting": 1
-    }  # fmt: skip
+    with torch.no_grad(), captured(pipe, Config.preset("exact")) as made:
+        for t, value in zip(schedule, (0.0, -0.0, False, 0, object(), None, 0.0, 0.0), strict=True):
+            pipe.unet(sample, t, text, added_cond_kwargs={"nothing": value})
+        assert made.networks.counts == {
+            "first use": 5,
+            "an argument that is no tensor or setting": 1,
+            "recorded": 1,
+            "replayed": 1,
+        }
 
 
 # -- limits, freeing, threads, failures -----------------------------------------------------------
@@ -533,7 +530,8 @@ def test_a_graph_holds_nothing_of_a_run(shallow):
     original = shallow.networks._by_graph
 
     def by_graph(kind, function, args):
-        held.extend(weakref.ref(x) for x in tensors_in(args))
+        # schedulers keep their timesteps
+        held.extend(weakref.ref(x) for x in tensors_in(args) if x.is_floating_point())
         return original(kind, function, args)
 
     shallow.networks._by_graph = by_graph
@@ -548,17 +546,23 @@ def test_what_did_not_change_is_not_copied_again(shallow, monkeypatch):
     """Keys and values of the text are, once a run."""
     for _ in range(2):
         shallow.draw()
+    graphs = {key[0].name: graph for key, graph in shallow.networks._graphs.items()}
+    buffers = {id(x): name for name, graph in graphs.items() for x in graph._inputs}
     copied = []
     original = torch._foreach_copy_
-    monkeypatch.setattr(
-        torch, "_foreach_copy_", lambda to, come: (copied.append(len(come)), original(to, come))
-    )
-    unet = [g for k, g in shallow.networks._graphs.items() if k[0].name == "unet_depth1_half"]
+
+    def copy(to, come):
+        copied.extend(buffers[id(x)] for x in to if id(x) in buffers)
+        original(to, come)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
     shallow.draw()
-    text = 2 * sum("key/" in name for name in next(iter(shallow.networks._graphs))[0].given)
-    assert text > 0 and len(unet) == 1
-    # sample and timestep at every evaluation, in two launches
-    assert min(copied) == 1 and sum(copied) < 9 * len(unet[0]._inputs)
+    models_of = {"unet_full": shallow.pipe.unet, "controlnet0": shallow.pipe.controlnet}
+    for name, model in models_of.items():
+        # the keys and values and the text, and of a ControlNet the hint
+        constant = 2 * len(cross_attentions(model)) + 1 + (name == "controlnet0")
+        total = len(graphs[name]._inputs)
+        assert copied.count(name) == total + 2 * (total - constant)
 
 
 def test_one_thread_replays_and_others_run_eagerly(shallow):
