@@ -66,6 +66,8 @@ class Recorder(Protocol):
 
 # Recordings that failed half-way: the allocator may hold on to them.
 _FAILED: list[Any] = []
+# Of all devices and installations: the allocator is not to be emptied while somebody records.
+_RECORDING = threading.Lock()
 
 
 class CudaRecorder:
@@ -94,13 +96,18 @@ class CudaRecorder:
     def record(self, call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         """See :class:`Recorder`."""
         assert self._device is not None
-        with torch.cuda.device(self._device), _without_collector():
+        with _RECORDING, torch.cuda.device(self._device), _without_collector():
             if self._stream is None or self._stream.device != self._device:
                 self._stream = torch.cuda.Stream(self._device)
                 self._pool = None
             if self._pool is None or not self._held:  # a pool ends with its last graph
                 self._pool = torch.cuda.graph_pool_handle()
-            torch.cuda.synchronize()
+            self._stream.wait_stream(self._last)
+            with torch.cuda.stream(self._stream):
+                # what libraries choose, load and measure at a thread's first use
+                call()
+            # not the device, on which another thread may be capturing
+            self._stream.synchronize()
             torch.cuda.empty_cache()
             # cuBLAS's workspaces: those of this graph are to lie in its own pool, and to be used by
             # nobody else
@@ -117,7 +124,8 @@ class CudaRecorder:
                         raise
                     graph.capture_end()
             except BaseException:
-                self._abandon(graph)
+                if not _has_ended(graph):
+                    self._abandon(graph)
                 raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
@@ -143,8 +151,17 @@ class CudaRecorder:
 
     def release(self) -> None:
         """See :class:`Recorder`."""
-        if self._device is not None:
-            torch.cuda.synchronize(self._device)
+        if self._last is not None:
+            self._last.synchronize()
+
+
+def _has_ended(graph: Any) -> bool:
+    """Whether a capture came to its end: the graph then gives its memory back itself."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

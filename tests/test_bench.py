@@ -47,6 +47,25 @@ def test_modes_are_compared_with_the_uncached_run_of_their_own_and_the_eager_one
     torch._dynamo.reset()
 
 
+def test_configurations_share_what_was_compiled():
+    """One set of networks a mode: what is of the same kind in two of them is compiled once."""
+    pipe = small_pipeline()
+    nets = [pipe.controlnet]
+    runner = benchmarking._Runner(pipe, nets, {"mode": None, "backend": "eager"})
+    found = []
+    for config in (EXACT, SHALLOW, EXACT.replace(name="again")):
+        variant = benchmarking._Variant(config.name, 4, "compiled", config)
+        with runner.state(variant) as installed, torch._dynamo.config.patch(
+            error_on_recompile=len(found) == 2
+        ):  # fmt: skip
+            models.draw(pipe, steps=4)
+            found.append((installed._compiled, len(installed._compiled.kinds)))
+    networks, counts = zip(*found, strict=True)
+    assert networks[0] is networks[1] is networks[2]
+    assert counts[0] < counts[1] == counts[2]
+    torch._dynamo.reset()
+
+
 def test_fewer_steps_cost_at_least_as_much_and_batches_are_counted():
     pipe = small_pipeline()
     found = bench(pipe, [SHALLOW], steps=6, fewer_steps=True, images=2)
@@ -91,7 +110,12 @@ def test_wrong_arguments_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "DeepCache", None)
     for changes, error, message in (
         ({"modes": ("graphs",)}, ValueError, "CUDA graphs need a CUDA device; got 'cpu'"),
-        ({"modes": ("fast",)}, ValueError, "modes must be some of eager, compiled, graphs"),
+        ({"modes": ("captured",)}, ValueError, "CUDA graphs need a CUDA device; got 'cpu'"),
+        (
+            {"modes": ("fast",)},
+            ValueError,
+            "modes must be some of eager, captured, compiled, graphs",
+        ),
         ({"modes": ()}, ValueError, "modes must be"),
         ({"images": 0}, ValueError, "images must be at least 1"),
         ({"peers": ("tgate",)}, ValueError, "peers must be some of deepcache-2"),
