@@ -202,24 +202,25 @@ class Machine:
 
 # In the order of worth.
 LOSSY = "paper,balanced,fast,turbo"
+BOTH = ("eager", "captured")
 PARTS: dict[str, Callable[[Machine], dict[str, Any]]] = {
-    "sdxl-captured": lambda m: m.bench(
-        "sdxl", LOSSY, repeats=3, modes=("eager", "captured"), fewer_steps=True
+    "sdxl": lambda m: m.bench("sdxl", "paper,fast", repeats=3, modes=BOTH, fewer_steps=True),
+    "sdxl-kinds": lambda m: m.kinds("sdxl", "balanced", "captured"),
+    "sd15": lambda m: m.bench("sd15", LOSSY, modes=BOTH),
+    "sd15-kinds": lambda m: m.kinds("sd15", "balanced,turbo", "captured"),
+    "sd15-batch8": lambda m: m.bench("sd15", "paper,fast", images=8, repeats=3, modes=BOTH),
+    "sd15-batch8-channels-last": lambda m: m.bench(
+        "sd15", "paper,fast", images=8, layout=torch.channels_last, repeats=3, modes=BOTH
     ),
-    "sdxl-captured-kinds": lambda m: m.kinds("sdxl", "balanced", "captured"),
-    "sd15-captured": lambda m: m.bench("sd15", LOSSY, modes=("eager", "captured")),
-    "sd15-captured-kinds": lambda m: m.kinds("sd15", "balanced,turbo", "captured"),
+    "sd15-compiled": lambda m: m.bench(
+        "sd15", "fast", repeats=3, modes=("eager", "captured", "compiled")
+    ),
     "sd15-rivals": lambda m: m.bench(
         "sd15", f"exact,{LOSSY}", fewer_steps=True, peers=("deepcache-3",)
     ),
-    "sd15-kinds": lambda m: m.kinds("sd15", "paper,balanced,turbo", "eager"),
-    "sdxl-kinds": lambda m: m.kinds("sdxl", "balanced", "eager"),
-    "sd15-unipc": lambda m: m.bench("sd15", "paper,fast", "UniPCMultistep"),
-    "sd15-batch8": lambda m: m.bench("sd15", "paper,fast", images=8, repeats=3),
-    "sd15-batch8-channels-last": lambda m: m.bench(
-        "sd15", "paper,fast", images=8, layout=torch.channels_last, repeats=3
-    ),
-    "sd15-compiled": lambda m: m.bench("sd15", "paper,fast", modes=("eager", "compiled")),
+    "sd15-eager-kinds": lambda m: m.kinds("sd15", "paper,balanced,turbo", "eager"),
+    "sdxl-eager-kinds": lambda m: m.kinds("sdxl", "balanced", "eager"),
+    "sd15-unipc": lambda m: m.bench("sd15", "paper,fast", "UniPCMultistep", modes=BOTH),
 }
 
 
