@@ -5,7 +5,6 @@ tile.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
@@ -14,39 +13,23 @@ from hgc_kernels.backend import Unsupported
 MAX_HEAD_SIZE = 256
 
 
-@dataclass(frozen=True)
-class HeadTiles:
-    """A head of any size as one or two powers of two: 40 is 32 + 16, not 64; 160 is 128 + 32."""
-
-    first: int
-    second: int  # 0: none
-
-    @property
-    def padded(self) -> int:
-        return self.first + self.second
-
-
 def next_power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and at least `least`."""
+    """The smallest power of two that is at least n and at least `least`, what matrix instructions
+    want.
+    """
     power = least
     while power < n:
         power *= 2
     return power
 
 
-def head_tiles(size: int) -> HeadTiles:
-    """Tiles for a head size. Matrix instructions want 16 and Triton powers of two. Raises
-    Unsupported above 256.
+def head_block(size: int) -> int:
+    """The tile of a head: one power of two, as two tiles are miscompiled for Hopper (decision 016).
+    Raises Unsupported above 256.
     """
     if size > MAX_HEAD_SIZE:
         raise Unsupported(f"head size {size} is above {MAX_HEAD_SIZE}")
-    whole = next_power_of_two(size)
-    half = whole // 2
-    if half >= 16:
-        rest = next_power_of_two(size - half)
-        if half + rest < whole:
-            return HeadTiles(half, rest)
-    return HeadTiles(whole, 0)
+    return next_power_of_two(size)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Launch configurations that were measured: `launch/<device>.json`, one file a device.
 
     {"device": "NVIDIA H200", "about": {"torch": "2.13.0", ...},
-     "configs": {"apply_map": {"float16, map float16, over 32 queries, 64 keys, head 48":
+     "configs": {"apply_map": {"float16, map float16, over 32 queries, 64 keys, head 64":
                                {"block_m": 128, "num_warps": 8}}}}
 
 What tells one call from another, its bucket, is what the heuristic of the op looks at. A field that

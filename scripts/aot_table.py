@@ -5,9 +5,9 @@ it.
     python scripts/aot_table.py --quick      # a subset, for CI
 
 Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta
-tensors and their launches are recorded. Exits with 1 where a kernel spills, an attention kernel
-leaves the matrix units unused in a 16-bit dtype, a CUDA kernel uses local memory, or one of its
-16-byte paths lacks 128-bit loads or stores.
+tensors and their launches are recorded. Exits with 1 where a kernel spills or wants more shared
+memory than a block has, an attention kernel leaves the matrix units unused in a 16-bit dtype, a
+CUDA kernel uses local memory, or one of its 16-byte paths lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ POINTER = {
     torch.uint8: "*u8",
 }
 LIBRARY = Path(hk.__file__).parent / "lib" / "libhgc_cuda.so"
+# What a block may have; sm_80's kernels also serve sm_86 and sm_89, which have less than sm_80.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|OMMA|UTC\w*MMA)\b")
 
 
@@ -231,6 +233,8 @@ def triton_table(architectures, quick, jobs):
             groups[case.kernel, case.dtype, case.arch].append(result)
             if result["spills"]:
                 problems.append(f"{where}: {result['spills']} spills")
+            if result["shared"] > SHARED_BYTES[case.arch]:
+                problems.append(f"{where}: {result['shared']} bytes of shared memory")
             if case.dtype != "fp32" and not result["matrix"]:
                 problems.append(f"{where}: no matrix instructions")
     rows = []
@@ -330,7 +334,12 @@ def main():
         "--write", action="store_true", help="write the tables into docs/measured.md"
     )
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=None, help="compute capabilities, as 80 90"
+        "--arch",
+        type=int,
+        nargs="+",
+        default=None,
+        choices=ARCHITECTURES,
+        help="compute capabilities, as 80 90",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA library out")

@@ -24,17 +24,29 @@ def max_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def assert_within_rule(
-    out: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype
+    out: torch.Tensor,
+    reference: torch.Tensor,
+    eager: torch.Tensor,
+    dtype: torch.dtype,
+    beside: float = 0.0,
 ) -> None:
     """The error against an fp64 reference is at most twice that of unfused eager PyTorch in the
-    same dtype, plus twice what the dtype itself cannot hold at the scale of the result.
+    same dtype, plus twice what the dtype itself cannot hold at the scale of the result, plus
+    `beside`, where eager sums in another order.
     """
     assert out.shape == reference.shape
     rounded = reference.to(dtype)
     step = float((rounded + 0.3 - 0.3 - rounded).abs().max()) if rounded.numel() else 0.0
-    bound = 2 * max_error(eager, reference) + 2 * step
+    bound = 2 * max_error(eager, reference) + 2 * step + beside
     error = max_error(out, reference)
     assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
+
+
+def chain_error(terms: int, sums: torch.Tensor) -> float:
+    """What one fp32 accumulator loses over so many additions: each rounds by up to 2^-24 of the
+    partial sum, to either side, so the errors grow as the root of their number.
+    """
+    return terms**0.5 * 2**-24 * float(sums.abs().max())
 
 
 def guarded(x: torch.Tensor, fill: float = float("nan")) -> torch.Tensor:

@@ -14,6 +14,7 @@ from kernel_checks import (
     assert_within_rule,
     attend64,
     attend_eager,
+    chain_error,
     decode64,
     guarded,
     heads,
@@ -157,6 +158,31 @@ def test_the_rule_catches_a_dropped_key():
     assert max_error(dropped, reference) < 1e-1
     with pytest.raises(AssertionError, match="is above"):
         assert_within_rule(dropped, reference, eager, torch.bfloat16)
+
+
+def test_the_rule_of_one_accumulator():
+    """apply_map_project's folded form at the length of an image prompt, one addition after another
+    as a GPU does them: within the rule, and not without its last key.
+    """
+    v = heads(1, 257, 4, 64, torch.float32)
+    map = stored_map(text_probabilities(1, 300, 4, 257), "fp32")
+    weight = torch.randn(256, 256) / 16
+    values = torch.cat([v[:, :1], v[:, 1:] - v[:, :1]], 1)
+    folded = torch.einsum("bkhd,chd->hkc", values, weight.unflatten(1, (4, 64))).flatten(0, 1)
+    left = map[0, :, :, :257].flatten(1)
+    reference = project64(apply64(map, v), weight, None, None)
+    eager = project_eager(apply_eager(map, v), weight, None, None)
+    beside = chain_error(4 * 272, reference)
+
+    def summed(terms):
+        out = torch.zeros(1, 300, 256)
+        for term in terms:
+            out.addcmul_(left[:, term, None], folded[term])
+        return out
+
+    assert_within_rule(summed(range(4 * 257)), reference, eager, torch.float32, beside)
+    with pytest.raises(AssertionError, match="is above"):
+        assert_within_rule(summed(range(4 * 257 - 1)), reference, eager, torch.float32, beside)
 
 
 def test_new_map_attends_to_the_first_token():

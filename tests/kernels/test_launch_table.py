@@ -18,7 +18,7 @@ from hgc_kernels.ops.attend_and_store import launch as attend_and_store
 OPS = Path(__file__).resolve().parents[2] / "benchmarks" / "ops"
 CPU = torch.device("cpu")
 CALL = (torch.float16, torch.float16, 37, 77, 40)
-BUCKET = "float16, map float16, over 32 queries, 64 keys, head 48"
+BUCKET = "float16, map float16, over 32 queries, 64 keys, head 64"
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_the_heuristic_serves_what_was_not_measured(device):
     device({"apply_map": {BUCKET: {"block_m": 128, "num_warps": 8}}})
     found = measured("apply_map", CPU, apply_map.bucket(*CALL), chosen)
     assert (found.block_m, found.num_warps) == (128, 8)
-    assert (found.block_n, found.head, found.num_stages) == (
-        chosen.block_n, chosen.head, chosen.num_stages,
+    assert (found.block_n, found.block_d, found.num_stages) == (
+        chosen.block_n, chosen.block_d, chosen.num_stages,
     )  # fmt: skip
     few = apply_map.bucket(*CALL[:2], 32, *CALL[3:])
     assert measured("apply_map", CPU, few, chosen) is chosen
@@ -96,8 +96,7 @@ def test_what_the_heuristic_tells_apart_has_a_bucket_of_its_own(form):
                         ),
                     ):  # fmt: skip
                         key = launch_table.name_of(name)
-                        tiles = {**vars(config), "head": config.head.padded}
-                        assert seen.setdefault(key, tiles) == tiles, key
+                        assert seen.setdefault(key, config) == config, key
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -242,16 +242,15 @@ def test_e4m3_codec_is_torchs():
     assert torch.equal(encoded, x.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
-def test_head_tiles_cover_and_waste_little():
-    from hgc_kernels.launch_config import head_tiles
+def test_a_head_is_one_tile():
+    """Two tiles a head gave wrong results on Hopper: docs/decisions/016-one-head-tile.md."""
+    from hgc_kernels.backend import Unsupported
+    from hgc_kernels.launch_config import head_block
 
-    for size in range(1, 257):
-        tiles = head_tiles(size)
-        assert tiles.padded >= size
-        assert tiles.padded <= max(16, 1.5 * size + 15)
-        for part in (tiles.first, tiles.second):
-            assert part & (part - 1) == 0 and (part == 0 or part >= 16)
-    assert [head_tiles(size).padded for size in (40, 64, 80, 160)] == [48, 64, 80, 160]
+    sizes = (1, 16, 17, 40, 64, 80, 128, 160, 256)
+    assert [head_block(size) for size in sizes] == [16, 16, 32, 64, 64, 128, 128, 256, 256]
+    with pytest.raises(Unsupported, match="head size 257 is above 256"):
+        head_block(257)
 
 
 def test_form_follows_the_counts():

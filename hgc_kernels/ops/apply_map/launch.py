@@ -6,10 +6,9 @@ import torch
 
 from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
-    HeadTiles,
     as_bytes,
     dot_precision,
-    head_tiles,
+    head_block,
     next_power_of_two,
     on_device_of,
 )
@@ -23,7 +22,7 @@ E4M3_UNIT = 256.0 / 448.0
 class LaunchConfig:
     block_m: int
     block_n: int
-    head: HeadTiles
+    block_d: int
     num_warps: int
     num_stages: int
 
@@ -32,16 +31,16 @@ def heuristic(
     dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
 ) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
-    head = head_tiles(size)
+    block_d = head_block(size)
     if dtype == torch.float32:
-        block_m = 32 if head.padded <= 80 else 16
-        return LaunchConfig(block_m, 16, head, num_warps=4, num_stages=1)
+        block_m = 32 if block_d <= 64 else 16
+        return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
     # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head or an
     # fp32 map wants the registers that such a step takes.
-    wide = head.padded > 128
+    wide = block_d > 128
     block_n = min(next_power_of_two(s_kv), 32 if wide or map_dtype == torch.float32 else 64)
     block_m = 64 if s_q > 32 else 32
-    return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
+    return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
 
 def bucket(
@@ -50,7 +49,7 @@ def bucket(
     """What :func:`heuristic` looks at, as launch_table names it."""
     queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
     keys = min(next_power_of_two(s_kv), 64)
-    return dtype, f"map {map_dtype}", queries, f"{keys} keys", f"head {head_tiles(size).padded}"
+    return dtype, f"map {map_dtype}", queries, f"{keys} keys", f"head {head_block(size)}"
 
 
 def apply_map(
@@ -72,8 +71,7 @@ def apply_map(
         apply_map_kernel[grid](
             as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
             D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
-            IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
+            BLOCK_D=config.block_d, IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

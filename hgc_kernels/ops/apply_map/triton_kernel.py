@@ -5,20 +5,6 @@ from hgc_kernels.map_codec import load_weights
 
 
 @triton.jit
-def _finish(
-    acc, first_weight, v_ptr, out_ptr, m, columns, rows_left, H, stride_vd, unit, D: tl.constexpr
-):
-    first = tl.load(v_ptr + columns * stride_vd, mask=columns < D, other=0.0).to(tl.float32)
-    result = acc * unit + first_weight[:, None] * first[None, :]
-    mask = (m[:, None] < rows_left) & (columns[None, :] < D)
-    tl.store(
-        out_ptr + m[:, None] * (H * D) + columns[None, :],
-        result.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
-
-
-@triton.jit
 def apply_map_kernel(
     map_ptr,  # [B, S_q, H, S_KV_PAD] contiguous
     v_ptr,  # [B, S_kv, H, D]
@@ -36,7 +22,6 @@ def apply_map_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     IS_E4M3: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -49,7 +34,6 @@ def apply_map_kernel(
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    rest = BLOCK_D + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 16)
     rows_left = S_q - m_first
 
     row = (b * S_q + m_first) * H + h
@@ -60,8 +44,6 @@ def apply_map_kernel(
 
     others = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if BLOCK_REST > 0:
-        acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
     for start in range(0, S_kv, BLOCK_N):
         in_keys = start + n < S_kv
         in_map = (m[:, None] < rows_left) & (in_keys & (start + n > 0))[None, :]
@@ -69,17 +51,14 @@ def apply_map_kernel(
         p = load_weights(map_ptr + start, offsets, in_map, IS_E4M3, v_ptr.dtype.element_ty)
         # Summed as the product sees them, so that the weights add up to one whatever was rounded.
         others += tl.sum(p.to(tl.float32), 1)
-        rows = v_tile + n[:, None] * stride_vs
         in_v = in_keys[:, None] & (d[None, :] < D)
-        v = tl.load(rows + d[None, :] * stride_vd, mask=in_v, other=0.0)
+        offsets = n[:, None] * stride_vs + d[None, :] * stride_vd
+        v = tl.load(v_tile + offsets, mask=in_v, other=0.0)
         acc = tl.dot(p, v, acc, input_precision=PRECISION)
-        if BLOCK_REST > 0:
-            in_v = in_keys[:, None] & (rest[None, :] < D)
-            v = tl.load(rows + rest[None, :] * stride_vd, mask=in_v, other=0.0)
-            acc_rest = tl.dot(p, v, acc_rest, input_precision=PRECISION)
         v_tile += tl.full((), BLOCK_N, tl.int64) * stride_vs
 
-    first_weight = 1.0 - others * unit
-    _finish(acc, first_weight, v_ptr, out_ptr, m, d, rows_left, H, stride_vd, unit, D)
-    if BLOCK_REST > 0:
-        _finish(acc_rest, first_weight, v_ptr, out_ptr, m, rest, rows_left, H, stride_vd, unit, D)
+    first = tl.load(v_ptr + d * stride_vd, mask=d < D, other=0.0).to(tl.float32)
+    result = acc * unit + (1.0 - others * unit)[:, None] * first[None, :]
+    mask = (m[:, None] < rows_left) & (d[None, :] < D)
+    offsets = m[:, None] * (H * D) + d[None, :]
+    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hgc_kernels import counts, launch_table
-from hgc_kernels.launch_config import HeadTiles, as_bytes, dot_precision, head_tiles, on_device_of
+from hgc_kernels.launch_config import as_bytes, dot_precision, head_block, on_device_of
 from hgc_kernels.map_format import FORMATS
 from hgc_kernels.ops.apply_map.launch import E4M3_UNIT
 from hgc_kernels.ops.apply_map.launch import apply_map as apply_map_triton
@@ -23,7 +23,7 @@ _BYTES_PER_S = 4e12
 @dataclass(frozen=True)
 class LaunchConfig:
     form: str  # "folded" or "two_stage"
-    head: HeadTiles
+    block_d: int
     block_m: int
     block_n: int
     block_k: int
@@ -48,7 +48,7 @@ def estimate(
     format: str,
 ) -> dict[str, float]:
     """Seconds that each form should take, by counted operations and bytes of its two kernels."""
-    padded_size = head_tiles(size).padded
+    padded_size = head_block(size)
     folded = _seconds(
         counts.fold_flops(batch, s_kv, heads, padded_size, channels),
         counts.fold_bytes(batch, s_kv, heads, size, channels, itemsize),
@@ -57,7 +57,7 @@ def estimate(
         counts.folded_main_bytes(batch, s_q, s_kv, heads, channels, itemsize, format),
     )
     two_stage = _seconds(
-        # The tile of keys is padded to a power of two at most 64, the head as its tiles are.
+        # The tile of keys is padded to a power of two at most 64, the head to one.
         counts.apply_map_flops(batch, s_q, -(-s_kv // 64) * 64, heads, padded_size),
         counts.apply_map_bytes(batch, s_q, s_kv, heads, size, itemsize, format),
     ) + _seconds(
@@ -81,13 +81,13 @@ def heuristic(
     format = next(name for name, stored in FORMATS.items() if stored == map_dtype)
     costs = estimate(batch, s_q, s_kv, heads, size, channels, dtype.itemsize, format)
     form = "folded" if costs["folded"] <= costs["two_stage"] else "two_stage"
-    head = head_tiles(size)
+    block_d = head_block(size)
     if dtype == torch.float32:
-        return LaunchConfig(form, head, 32, 32, 16, 4, 1, 16, 32 if head.padded <= 80 else 16)
+        return LaunchConfig(form, block_d, 32, 32, 16, 4, 1, 16, 32 if block_d <= 64 else 16)
     # Steps of 32 divide the inner size wherever the number of heads is even. Few queries get narrow
     # tiles, for more programs; 64 x 64 would also spill on sm_100 and sm_120.
     block_m, block_n = (128, 64) if s_q > 512 else (64, 32)
-    return LaunchConfig(form, head, block_m, block_n, 32, 4, 3, 16, 64)
+    return LaunchConfig(form, block_d, block_m, block_n, 32, 4, 3, 16, 64)
 
 
 def bucket(
@@ -95,7 +95,7 @@ def bucket(
 ) -> tuple[object, ...]:
     """What :func:`heuristic` looks at, as launch_table names it, with the form that it chose."""
     queries = "over 512 queries" if s_q > 512 else "up to 512 queries"
-    return config.form, dtype, f"map {map_dtype}", queries, f"head {config.head.padded}"
+    return config.form, dtype, f"map {map_dtype}", queries, f"head {config.block_d}"
 
 
 def _main(
@@ -169,8 +169,7 @@ def apply_map_project(
         apply_map_project_fold_kernel[grid](
             v, weight, folded, s_kv, heads, channels, *v.stride(), *weight.stride(),
             D=size, S_KV_PAD=padded_s_kv, BLOCK_N=config.fold_block_n, BLOCK_C=config.fold_block_c,
-            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
-            PRECISION=dot_precision(v.dtype), num_warps=4, num_stages=1,
+            BLOCK_D=config.block_d, PRECISION=dot_precision(v.dtype), num_warps=4, num_stages=1,
         )  # fmt: skip
     unit = E4M3_UNIT if map.dtype == torch.float8_e4m3fn else 1.0
     _main(map.view(batch, s_q, heads * padded_s_kv), folded, bias, residual, out, unit, config)

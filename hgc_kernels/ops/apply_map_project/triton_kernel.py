@@ -5,28 +5,6 @@ from hgc_kernels.map_codec import load_weights
 
 
 @triton.jit
-def _fold_part(
-    v_ptr, weight_ptr, i, c, columns, S_kv, C, stride_vs, stride_vd, stride_wc, stride_wk,
-    D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    in_head = columns < D
-    first = tl.load(v_ptr + columns * stride_vd, mask=in_head, other=0.0).to(tl.float32)
-    in_v = (i[:, None] < S_kv) & in_head[None, :]
-    v = tl.load(
-        v_ptr + i[:, None].to(tl.int64) * stride_vs + columns[None, :] * stride_vd,
-        mask=in_v,
-        other=0.0,
-    ).to(tl.float32)
-    u = tl.where((i[:, None] > 0) & (i[:, None] < S_kv), v - first[None, :], v)
-    w = tl.load(
-        weight_ptr + c[None, :].to(tl.int64) * stride_wc + columns[:, None] * stride_wk,
-        mask=(c[None, :] < C) & in_head[:, None],
-        other=0.0,
-    )
-    return tl.dot(u.to(w.dtype), w, input_precision=PRECISION)
-
-
-@triton.jit
 def apply_map_project_fold_kernel(
     v_ptr,  # [B, S_kv, H, D]
     weight_ptr,  # [C, H * D]
@@ -45,7 +23,6 @@ def apply_map_project_fold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The projection folded into the values: row h * S_KV_PAD + i is U_i W_h (map_format)."""
@@ -60,27 +37,20 @@ def apply_map_project_fold_kernel(
     weight_ptr += h.to(tl.int64) * D * stride_wk
 
     d = tl.arange(0, BLOCK_D)
-    acc = _fold_part(
-        v_ptr,
-        weight_ptr,
-        i,
-        c,
-        d,
-        S_kv,
-        C,
-        stride_vs,
-        stride_vd,
-        stride_wc,
-        stride_wk,
-        D,
-        PRECISION,
+    in_head = d < D
+    first = tl.load(v_ptr + d * stride_vd, mask=in_head, other=0.0).to(tl.float32)
+    v = tl.load(
+        v_ptr + i[:, None].to(tl.int64) * stride_vs + d[None, :] * stride_vd,
+        mask=(i[:, None] < S_kv) & in_head[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    u = tl.where((i[:, None] > 0) & (i[:, None] < S_kv), v - first[None, :], v)
+    w = tl.load(
+        weight_ptr + c[None, :].to(tl.int64) * stride_wc + d[:, None] * stride_wk,
+        mask=(c[None, :] < C) & in_head[:, None],
+        other=0.0,
     )
-    if BLOCK_REST > 0:
-        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        acc += _fold_part(
-            v_ptr, weight_ptr, i, c, rest, S_kv, C, stride_vs, stride_vd, stride_wc, stride_wk,
-            D, PRECISION,
-        )  # fmt: skip
+    acc = tl.dot(u.to(w.dtype), w, input_precision=PRECISION)
     row = (b * H + h) * S_KV_PAD + i[:, None]
     mask = (i[:, None] < S_KV_PAD) & (c[None, :] < C)
     tl.store(folded_ptr + row * C + c[None, :], acc.to(folded_ptr.dtype.element_ty), mask=mask)

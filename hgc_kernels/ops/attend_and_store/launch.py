@@ -7,10 +7,9 @@ import torch
 
 from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
-    HeadTiles,
     as_bytes,
     dot_precision,
-    head_tiles,
+    head_block,
     next_power_of_two,
     on_device_of,
 )
@@ -21,25 +20,25 @@ from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kern
 class LaunchConfig:
     block_m: int
     block_n: int
-    head: HeadTiles
+    block_d: int
     num_warps: int
     num_stages: int
 
 
 def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
-    head = head_tiles(size)
+    block_d = head_block(size)
     keys = next_power_of_two(s_kv)
     if dtype == torch.float32:
         # Full fp32 runs on the ordinary units, with both operands in registers: small tiles.
-        if head.padded > 64:
-            return LaunchConfig(16, 16, head, num_warps=8, num_stages=1)
-        return LaunchConfig(32, min(keys, 32), head, num_warps=4, num_stages=1)
+        if block_d > 64:
+            return LaunchConfig(16, 16, block_d, num_warps=8, num_stages=1)
+        return LaunchConfig(32, min(keys, 32), block_d, num_warps=4, num_stages=1)
     # A text prompt (77 tokens) is one tile of 128: all scores of a query stay in registers.
-    wide = head.padded > 128
+    wide = block_d > 128
     block_n = keys if keys <= 128 else 32 if wide else 64
     block_m = 64 if s_q > 32 else 32
-    return LaunchConfig(block_m, block_n, head, num_warps=8 if wide else 4, num_stages=2)
+    return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
 
 def bucket(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> tuple[object, ...]:
@@ -47,7 +46,7 @@ def bucket(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> tuple[object, 
     queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
     keys = next_power_of_two(s_kv)
     named = f"{keys} keys" if keys <= 128 else "over 128 keys"
-    return dtype, queries, named, f"head {head_tiles(size).padded}"
+    return dtype, queries, named, f"head {head_block(size)}"
 
 
 def attend_and_store(
@@ -74,8 +73,8 @@ def attend_and_store(
             q, k, v, stored, out, scale / math.log(2), s_q, s_kv, heads,
             *q.stride(), *k.stride(), *v.stride(),
             D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=config.head.first, BLOCK_REST=config.head.second,
-            IS_E4M3=map.dtype == torch.float8_e4m3fn, PRECISION=dot_precision(q.dtype),
+            BLOCK_D=config.block_d, IS_E4M3=map.dtype == torch.float8_e4m3fn,
+            PRECISION=dot_precision(q.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -15,8 +15,7 @@ def _load_tile(ptr, rows, columns, stride_row, stride_column, n_rows, n_columns)
 
 @triton.jit
 def _scores(
-    q_first,
-    q_second,
+    q,
     k_ptr,
     n,
     keys_left,
@@ -25,16 +24,11 @@ def _scores(
     stride_kd,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
     k = _load_tile(k_ptr, n[None, :], d[:, None], stride_ks, stride_kd, keys_left, D)
-    scores = tl.dot(q_first, k, input_precision=PRECISION)
-    if BLOCK_REST > 0:
-        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        k = _load_tile(k_ptr, n[None, :], rest[:, None], stride_ks, stride_kd, keys_left, D)
-        scores = tl.dot(q_second, k, scores, input_precision=PRECISION)
+    scores = tl.dot(q, k, input_precision=PRECISION)
     return tl.where(n[None, :] < keys_left, scores * scale_log2, float("-inf"))
 
 
@@ -80,7 +74,6 @@ def attend_and_store_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     IS_E4M3: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -93,7 +86,6 @@ def attend_and_store_kernel(
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    rest = BLOCK_D + tl.arange(0, BLOCK_REST if BLOCK_REST > 0 else 16)
     rows_left = S_q - m_first
 
     row = (b * S_q + m_first) * H + h
@@ -103,26 +95,19 @@ def attend_and_store_kernel(
     map_ptr += row * S_KV_PAD
     out_ptr += row * D
 
-    q_first = _load_tile(q_ptr, m[:, None], d[None, :], stride_qs, stride_qd, rows_left, D)
-    q_second = q_first
-    if BLOCK_REST > 0:
-        q_second = _load_tile(q_ptr, m[:, None], rest[None, :], stride_qs, stride_qd, rows_left, D)
+    q = _load_tile(q_ptr, m[:, None], d[None, :], stride_qs, stride_qd, rows_left, D)
 
     if BLOCK_N >= S_KV_PAD:
         # All keys at once, as with a text prompt: one pass.
         scores = _scores(
-            q_first, q_second, k_ptr, n, S_kv, scale_log2, stride_ks, stride_kd,
-            D, BLOCK_D, BLOCK_REST, PRECISION,
+            q, k_ptr, n, S_kv, scale_log2, stride_ks, stride_kd,
+            D, BLOCK_D, PRECISION,
         )  # fmt: skip
         p = tl.exp2(scores - tl.max(scores, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]
         _store_map(map_ptr, p, m, n, 0, rows_left, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
         v = _load_tile(v_ptr, n[:, None], d[None, :], stride_vs, stride_vd, S_kv, D)
-        p = p.to(v.dtype)
-        acc = tl.dot(p, v, input_precision=PRECISION)
-        if BLOCK_REST > 0:
-            v = _load_tile(v_ptr, n[:, None], rest[None, :], stride_vs, stride_vd, S_kv, D)
-            acc_rest = tl.dot(p, v, input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     else:
         # More keys than a tile holds: one pass for each row's maximum and sum, one for the rest.
         # The map wants final probabilities, so an online softmax would have to visit it twice.
@@ -132,38 +117,26 @@ def attend_and_store_kernel(
         k_tile = k_ptr
         for start in range(0, S_kv, BLOCK_N):
             scores = _scores(
-                q_first, q_second, k_tile, n, S_kv - start, scale_log2, stride_ks, stride_kd,
-                D, BLOCK_D, BLOCK_REST, PRECISION,
+                q, k_tile, n, S_kv - start, scale_log2, stride_ks, stride_kd,
+                D, BLOCK_D, PRECISION,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(scores, 1))
             total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
             top = new_top
             k_tile += step
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        if BLOCK_REST > 0:
-            acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
         for start in range(0, S_kv, BLOCK_N):
             scores = _scores(
-                q_first, q_second, k_ptr, n, S_kv - start, scale_log2, stride_ks, stride_kd,
-                D, BLOCK_D, BLOCK_REST, PRECISION,
+                q, k_ptr, n, S_kv - start, scale_log2, stride_ks, stride_kd,
+                D, BLOCK_D, PRECISION,
             )  # fmt: skip
             p = tl.exp2(scores - top[:, None]) / total[:, None]
             _store_map(map_ptr, p, m, n, start, rows_left, H * S_KV_PAD, S_KV_PAD, IS_E4M3)
             v = _load_tile(v_ptr, n[:, None], d[None, :], stride_vs, stride_vd, S_kv - start, D)
-            p = p.to(v.dtype)
-            acc = tl.dot(p, v, acc, input_precision=PRECISION)
-            if BLOCK_REST > 0:
-                v = _load_tile(
-                    v_ptr, n[:, None], rest[None, :], stride_vs, stride_vd, S_kv - start, D
-                )
-                acc_rest = tl.dot(p, v, acc_rest, input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             k_ptr += step
             v_ptr += tl.full((), BLOCK_N, tl.int64) * stride_vs
 
-    in_rows = m[:, None] < rows_left
-    dtype = out_ptr.dtype.element_ty
-    offsets = m[:, None] * (H * D)
-    tl.store(out_ptr + offsets + d[None, :], acc.to(dtype), mask=in_rows & (d[None, :] < D))
-    if BLOCK_REST > 0:
-        mask = in_rows & (rest[None, :] < D)
-        tl.store(out_ptr + offsets + rest[None, :], acc_rest.to(dtype), mask=mask)
+    mask = (m[:, None] < rows_left) & (d[None, :] < D)
+    offsets = m[:, None] * (H * D) + d[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
