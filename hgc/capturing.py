@@ -378,7 +378,7 @@ class _Layers:
             if type(p).__module__.startswith("peft.") and hasattr(p, "active_adapters")
         ]
         self._fusers = [p for p in inside.values() if isinstance(p, GatedSelfAttentionDense)]
-        self._up_blocks = [p for n, p in inside.items() if n.count(".") == 1 and "up_bl" in n]
+        self._up_blocks = [p for n, p in inside.items() if n.rpartition(".")[0] == "up_blocks"]
         self.why = self._why_not(inside.values())
         if not self.why:
             self._addresses = [*map(_pointer, self._weights)]
