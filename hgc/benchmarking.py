@@ -29,7 +29,7 @@ from hgc.evaluation.models import KNOWN, ModelError
 from hgc.structure import controlnets
 
 if TYPE_CHECKING:
-    from hgc.macs import Macs
+    from hgc.macs import MacCount, Macs
 
 __all__ = [
     "MODES",
@@ -59,6 +59,9 @@ _GUIDANCE = 5.0
 _PROMPT = "a small house under a tall tree"
 _POOL = 1 << 20
 _GRAPHS = 64  # of all configurations together
+_EXACT = Config.preset("exact")
+# Counting takes seconds, and reads the models' configurations only.
+_COUNTED: dict[Any, MacCount] = {}
 
 
 def random_weights(model: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -656,11 +659,18 @@ def count_macs_of(
 ) -> Callable[[Config | None, int], Macs]:
     """Counts MACs of evaluations under a configuration, or without hgc (None), at one size."""
 
+    size: dict[str, Any] = {"height": height, "width": width, "images": images}
+
     def count(config: Config | None, evaluations: int) -> Macs:
-        counted = hgc.count_macs(
-            unet, nets, config or "exact", num_evaluations=evaluations if config else 1,
-            height=height, width=width, images=images,
+        key = (
+            *(model.to_json_string() for model in (unet, *nets)),
+            (config or _EXACT).to_json(), evaluations, *size.values(),
         )  # fmt: skip
+        if key not in _COUNTED:
+            _COUNTED[key] = hgc.count_macs(
+                unet, list(nets), config or _EXACT, num_evaluations=evaluations, **size
+            )
+        counted = _COUNTED[key]
         if config is None:
             return counted.full_evaluation * evaluations
         return type(counted.full_evaluation)(counted.total, counted.paper)

@@ -32,7 +32,7 @@ from torch.utils._device import DeviceContext
 from hgc.attention import Text, unwrapped
 from hgc.kinds import Kind, Networks
 from hgc.networks import control_function, freeu_of, run_unet
-from hgc.structure import UNetStructure, has_compiled_parts
+from hgc.structure import UNetStructure
 from hgc_kernels import get_backend
 
 __all__ = ["CapturedNetworks", "CudaRecorder", "Recorder"]
@@ -378,7 +378,7 @@ class _Layers:
             if type(p).__module__.startswith("peft.") and hasattr(p, "active_adapters")
         ]
         self._fusers = [p for p in inside.values() if isinstance(p, GatedSelfAttentionDense)]
-        self._up_blocks = [p for n, p in inside.items() if n.count(".") == 1 and "up_bl" in n]
+        self._up_blocks = [p for n, p in inside.items() if n.rpartition(".")[0] == "up_blocks"]
         self.why = self._why_not(inside.values())
         if not self.why:
             self._addresses = [*map(_pointer, self._weights)]
@@ -389,18 +389,18 @@ class _Layers:
     def _why_not(self, inside: Iterable[torch.nn.Module]) -> str:
         if any(name in self._model for name in ("_hf_hook", "_diffusers_hook")):
             return "the model is moved or changed by hooks"
-        for part in inside:
-            if type(part).__module__.partition(".")[0] not in _PACKAGES:
-                return f"a layer of another package: {type(part).__name__}"
-        for own in self._processors:
-            if type(unwrapped(own)) not in _PROCESSORS:
-                return f"an attention processor: {type(unwrapped(own)).__name__}"
-        for forward, own in zip(self._forwards, inside, strict=True):
-            back = getattr(forward, "__func__", None) is type(own).forward
-            if forward is not None and not (back and getattr(forward, "__self__", None) is own):
-                return f"the forward of a {type(own).__name__} was replaced"
-        if has_compiled_parts(_Inside(inside)):
-            return "blocks are compiled one by one"
+        for part, forward in zip(inside, self._forwards, strict=True):
+            kind = type(part)
+            if kind.__module__.partition(".")[0] not in _PACKAGES:
+                return f"a layer of another package: {kind.__name__}"
+            back = getattr(forward, "__func__", None) is kind.forward
+            if forward is not None and not (back and getattr(forward, "__self__", None) is part):
+                return f"the forward of a {kind.__name__} was replaced"
+            if "_compiled_call_impl" in part.__dict__ or kind.__name__ == "OptimizedModule":
+                return "blocks are compiled one by one"
+        for processor in map(unwrapped, self._processors):
+            if type(processor) not in _PROCESSORS:
+                return f"an attention processor: {type(processor).__name__}"
         if any(self._hooks):
             return "hooks on layers"
         if not all(type(x) in (Tensor, torch.nn.Parameter) for x in self._weights):
@@ -454,13 +454,6 @@ class _Layers:
             *(fuser.enabled for fuser in self._fusers),
             *map(freeu_of, self._up_blocks),
         )
-
-
-class _Inside:
-    """Modules as if they were those inside of another."""
-
-    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        self._modules = dict(enumerate(modules))
 
 
 def _run_at(structure: UNetStructure, depth: int | None, encodes: bool) -> Callable[[str], bool]:

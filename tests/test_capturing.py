@@ -220,7 +220,7 @@ def test_true_topologies(name, request):
         assert made.counts(steps=4) == {"replayed": 4 + 3}
 
 
-def test_several_controlnets_and_unions():
+def test_several_controlnets():
     two = [models.small_controlnet(1), models.small_controlnet(5)]
     pipe = models.sd15_pipeline(models.small_unet(), MultiControlNetModel(two))
     call = {
