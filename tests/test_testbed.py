@@ -331,6 +331,27 @@ def other_model(tmp_path_factory) -> Path:
     return work / "model"
 
 
+def test_an_exported_model_is_trained_further(other_model, tmp_path):
+    from benchmarks.testbed_training import models, run
+
+    recipe = dataclasses.replace(
+        run.RECIPES["other"], scenes=48, sizes=models.TINY, until=0.0, start=other_model
+    )
+    out = tmp_path / "model"
+    run.train(recipe, tmp_path, out, stages=("diffusion",), device=torch.device("cpu"))
+    # its time is over, so no step is made and what is written is what was read
+    files = sorted(path.relative_to(out) for path in out.rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (out / file).read_bytes() == (other_model / file).read_bytes(), file
+    # trained on its own, a trunk no longer is the other's copy
+    depth, segmentation = (
+        (out / f"controlnet_{c}" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for c in ("depth", "segmentation")
+    )
+    assert depth != segmentation
+
+
 def test_another_model_of_the_testbed_has_its_own_networks_and_the_shipped_vae(other_model):
     assert testbed.conditions_in(other_model) == ("segmentation", "depth")
     assert not (other_model / "vae").exists() and not (other_model / "judge").exists()
