@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         "--until", type=float, metavar="UNIX_TIME", help="end the stage that runs then"
     )
     own.add_argument("--base", type=Path, help="a model's folder whose VAE is used")
+    own.add_argument("--start", type=Path, help="a model's folder to train further")
     own.add_argument("--train-scenes", dest="scenes_", type=int, metavar="N")
     own.add_argument("--steps", type=int, help="diffusion steps")
     own.add_argument("--minutes", type=float, help="end the diffusion part after so long")

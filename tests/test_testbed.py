@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +316,145 @@ def test_training_resumes_from_its_checkpoints(tmp_path):
     assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {4}
     assert (tmp_path / "model" / "controlnet_canny" / "config.json").exists()
     assert (tmp_path / "model" / "judge" / "judge.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory) -> Path:
+    """What the recipe of the second model exports, at tiny sizes and barely trained."""
+    from benchmarks.testbed_training import models, run
+
+    work = tmp_path_factory.mktemp("other")
+    recipe = dataclasses.replace(
+        run.RECIPES["other"], scenes=48, sizes=models.TINY, steps=2, batch=16, split_at=0.5
+    )
+    run.train(recipe, work, work / "model", stages=("diffusion",), device=torch.device("cpu"))
+    return work / "model"
+
+
+def test_an_exported_model_is_trained_further(other_model, tmp_path):
+    from benchmarks.testbed_training import models, run
+
+    recipe = dataclasses.replace(
+        run.RECIPES["other"], scenes=48, sizes=models.TINY, until=0.0, start=other_model
+    )
+    out = tmp_path / "model"
+    run.train(recipe, tmp_path, out, stages=("diffusion",), device=torch.device("cpu"))
+    # its time is over, so no step is made and what is written is what was read
+    files = sorted(path.relative_to(out) for path in out.rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (out / file).read_bytes() == (other_model / file).read_bytes(), file
+    # trained on its own, a trunk no longer is the other's copy
+    depth, segmentation = (
+        (out / f"controlnet_{c}" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for c in ("depth", "segmentation")
+    )
+    assert depth != segmentation
+
+
+def test_another_model_of_the_testbed_has_its_own_networks_and_the_shipped_vae(other_model):
+    assert testbed.conditions_in(other_model) == ("segmentation", "depth")
+    assert not (other_model / "vae").exists() and not (other_model / "judge").exists()
+    pipe = testbed.load_pipeline("depth", folder=other_model)
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    shipped = testbed.load_pipeline("depth")
+    ours = pipe.vae.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in shipped.vae.state_dict().items())
+    assert pipe.unet.config.block_out_channels != shipped.unet.config.block_out_channels
+    scene = testbed.held_out(1)[0]
+    image = testbed.condition_image(scene, "depth")
+    pictures = pipe([scene.caption], image=[image], num_inference_steps=2).images
+    assert testbed.read_images(pictures).shape == (1, 64, 64, 3)
+
+
+def test_another_model_is_evaluated_on_the_same_scenes(other_model, tmp_path):
+    from commands import refused, run
+
+    written = ("--scenes", 2, "--batch", 2, "--steps", 2, "--rows", "1-steps", "--worst", 0)
+    out = tmp_path / "out"
+    said = run("eval", "--testbed", other_model, *written, "--guidance", 7.5, "--out", out)
+    assert "Testbed, model" in said
+    table = json.loads((out / "table.json").read_text())
+    assert {row["condition"] for row in table["rows"]} == {"segmentation", "depth"}
+    assert (table["about"]["guidance_scale"], table["about"]["scheduler"]) == (7.5, "unipc")
+    assert "canny" in refused("eval", "--testbed", other_model, "--conditions", "canny")
+    assert "holds no model" in refused("eval", "--testbed", tmp_path, "--out", out)
+    assert "--model" in refused("eval", "--testbed", other_model, "--model", "sd15", "--out", out)
+
+
+def test_predicting_the_noise_counts_every_timestep_as_predicting_the_velocity():
+    from benchmarks.testbed_training import diffusion, models
+
+    model = diffusion.Trained(models.TINY, models.make_tokenizer(), ("depth",), 1)
+    data = diffusion.Resident(
+        latents=torch.randn(8, 4, 16, 16),
+        ids=torch.zeros(8, 32, dtype=torch.long),
+        no_ids=torch.zeros(32, dtype=torch.long),
+        maps={"depth": torch.zeros(8, 64, 64, dtype=torch.uint8)},
+        palette=torch.zeros(10, 3),
+    )
+    # no alpha is so small that the weight of its sample would be cut
+    alphas = models.make_scheduler().alphas_cumprod.clamp(min=1 / diffusion.MOST)
+
+    def noise(noisy, *_, **__):
+        return (noisy.sin(),)
+
+    def velocity(noisy, timesteps, *_, **__):
+        """What a model says that predicts the velocity and means the same picture."""
+        alpha = alphas[timesteps][:, None, None, None]
+        clean = (noisy - (1 - alpha).sqrt() * noisy.sin()) / alpha.sqrt()
+        return (alpha.sqrt() * noisy.sin() - (1 - alpha).sqrt() * clean,)
+
+    losses = []
+    for prediction, unet in (("epsilon", noise), ("v_prediction", velocity)):
+        torch.manual_seed(0)
+        losses.append(
+            diffusion.sample_loss(
+                model, unet, list(model.trunks), data, alphas, prediction, torch.arange(8)
+            )
+        )
+    # a handful of roundings in fp32, and the velocity divides by sqrt(alpha)
+    bound = 8 * torch.finfo(torch.float32).eps * diffusion.MOST**0.5
+    assert torch.isclose(losses[0], losses[1], rtol=bound), losses
+
+
+def test_a_stage_ends_at_the_time_it_was_given():
+    from benchmarks.testbed_training.loop import Clock
+
+    assert Clock(1000, None, time.time() - 1).progress() == 1
+    clock = Clock(1000, None, time.time() + 50)
+    assert clock.progress() < 0.1
+    clock.load({"step": 10, "elapsed_s": 50.0})  # half of it was trained before
+    assert 0.5 <= clock.progress() < 0.6
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_as_one_that_is_not():
+    from benchmarks.testbed_training import loop
+
+    def trained(captured: bool) -> tuple[list[float], torch.Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(64, 8, device="cuda")
+        model = torch.nn.Linear(8, 1).cuda()
+        optimizer = loop.make_optimizer(model.parameters(), 1e-2, 0.0)
+
+        def step(index: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (model(x[index]) - x[index].sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        run = loop.Captured(step) if captured else step
+        losses = []
+        for i, index in zip(range(12), loop.batches(64, 16, 0, x.device), strict=False):
+            loop.set_rate(optimizer, 1e-2 / (1 + i))
+            losses.append(run(index).item())
+        return losses, model.weight.detach()
+
+    ours, theirs = trained(True), trained(False)
+    assert len(set(ours[0])) == 12
+    assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
 
 
 CALIBRATED = [(steps, name) for steps in (20, 50) for name in testbed.plans(steps)]

@@ -53,6 +53,27 @@ class Trained(nn.Module):
         for _ in self.conditions[1:]:
             self.trunks.append(copy.deepcopy(self.trunks[0]))
 
+    def load_exported(self, folder: Path) -> None:
+        """Load the weights of a model that was exported, where every condition has its trunk."""
+        from diffusers import ControlNetModel, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        nets = [
+            ControlNetModel.from_pretrained(folder / f"controlnet_{c}", local_files_only=True)
+            for c in self.conditions
+        ]
+        read = (
+            CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True),
+            UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
+            *(net.controlnet_cond_embedding for net in nets),
+            *nets,
+        )
+        own = (self.text_encoder, self.unet, *self.embeddings.values(), *self.trunks)
+        for net in nets:
+            net.controlnet_cond_embedding = nn.Identity()
+        for module, loaded in zip(own, read, strict=True):
+            module.load_state_dict(loaded.state_dict())
+
     def controlnet(self, condition: str) -> Any:
         """The condition's ControlNetModel, a copy with its own condition embedding in place."""
         index = self.conditions.index(condition) if len(self.trunks) > 1 else 0
@@ -239,6 +260,7 @@ def train_diffusion(
     save_minutes: float = 4.0,
     compiled: bool = False,
     captured: bool = False,
+    start: Path | None = None,
     device: torch.device,
     on_save: Callable[[Trained, Any, int], None] | None = None,
     log: Callable[[str], None] = print,
@@ -246,14 +268,18 @@ def train_diffusion(
     """Train (or resume) stage 3. Returns the averaged models and the tokenizer.
 
     `on_save(average, tokenizer, step)` is called after every checkpoint. captured: every step is
-    one CUDA graph.
+    one CUDA graph. start: a model's folder to begin with where there is no checkpoint.
     """
     torch.manual_seed(seed)
     tokenizer = models.make_tokenizer()
     path = work / "diffusion.pt"
     saved = loop.load_checkpoint(path, device)
-    trunks = saved["trunks"] if saved is not None else 1
+    begun = 1 if start is None else len(conditions)
+    trunks = saved["trunks"] if saved is not None else begun
     model = Trained(sizes, tokenizer, conditions, trunks).to(device)
+    if saved is None and start is not None:
+        model.load_exported(start)
+        log(f"diffusion begins with the weights of {start}")
     average = Average(model, 0.998)
     optimizer = loop.make_optimizer(model.parameters(), peak, WEIGHT_DECAY)
     clock = loop.Clock(steps, minutes, until)

@@ -21,7 +21,8 @@ class Clock:
     def __init__(
         self, steps: int, minutes: float | None = None, until: float | None = None
     ) -> None:
-        self.steps, self.minutes, self.until = steps, minutes, until
+        self.steps, self.minutes = steps, minutes
+        self._most_minutes, self._until = minutes, until
         self.load({"step": 0, "elapsed_s": 0.0})
 
     def progress(self) -> float:
@@ -46,9 +47,9 @@ class Clock:
     def load(self, state: dict[str, Any]) -> None:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self._since = time.monotonic()
-        if self.until is not None:
-            left = max(self.until - time.time(), 0.0)
-            self.minutes = min(self.minutes or math.inf, (self.elapsed_s + left) / 60)
+        if self._until is not None:
+            left = max(self._until - time.time(), 1e-9)
+            self.minutes = min(self._most_minutes or math.inf, (self.elapsed_s + left) / 60)
 
 
 def make_optimizer(

@@ -28,6 +28,7 @@ class Recipe:
 
     base: folder of a model whose VAE is used where the stage `vae` was not trained here; what is
         exported then holds no VAE and no judge of its own.
+    start: folder of a model that the stage `diffusion` begins with, where it has no checkpoint.
     until: a Unix time at which the stage that is running ends.
     captured: steps of `decoder` and `diffusion` are CUDA graphs.
 
@@ -41,6 +42,7 @@ class Recipe:
     prediction: str = "v_prediction"
     seed: int = 2
     base: Path | None = None
+    start: Path | None = None
     vae_steps: int = 6000
     vae_minutes: float | None = None
     decoder_steps: int = 5000
@@ -219,6 +221,7 @@ def train(
             save_minutes=recipe.save_minutes,
             compiled=recipe.compiled,
             captured=recipe.captured,
+            start=recipe.start,
             device=device,
             on_save=on_save,
             log=log,

@@ -115,8 +115,10 @@ def train_decoder(
         optimizer.zero_grad()
         x = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
         z = latents[index]
-        # A generated latent is not exactly one of the encoder's.
-        z = z + 0.05 * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
+        # A generated latent is not exactly one of the encoder's. Most noise is little, or it would
+        # hide what the encoder says of fine patterns.
+        level = 0.05 * torch.rand(len(z), 1, 1, 1, device=device) ** 3
+        z = z + level * torch.randn_like(z)
         difference = vae.decode(z, return_dict=False)[0] - x
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         loss = difference.abs().mean() + 2 * difference.square().mean() + edges
