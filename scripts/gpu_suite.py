@@ -104,8 +104,8 @@ def about(tiny: bool) -> dict[str, object]:
     found["device"] = found["device"] or "cpu tiny"
     head = ("git", "rev-parse", "--short=12", "HEAD")
     done = subprocess.run(head, cwd=ROOT, capture_output=True, text=True)
-    # a copied tree has no git to ask
-    found["commit"] = done.stdout.strip() or os.environ.get("HGC_COMMIT", "unknown")
+    # a copied tree may have no git to ask, or the wrong one
+    found["commit"] = os.environ.get("HGC_COMMIT") or done.stdout.strip() or "unknown"
     return found
 
 
