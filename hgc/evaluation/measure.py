@@ -288,7 +288,7 @@ class _Studio:
             return *self._call(one.steps, inputs), 0
         import hgc
 
-        with hgc.install(self._pipe.unet, self._pipe.controlnet, config=one.config) as cached:
+        with hgc.install(self._pipe, config=one.config) as cached:
             images, seconds = self._call(one.steps, inputs)
             return images, seconds, cached.peak_bytes
 
