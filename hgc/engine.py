@@ -1974,15 +1974,13 @@ def _installation_of(module: Any) -> Installation | None:
 
 def _models_of(unet: Any, controlnet: Any) -> tuple[Any, Any, Any]:
     """The UNet, the ControlNets and the pipeline, where one was given in place of the UNet."""
-    if not isinstance(unet, DiffusionPipeline):
+    if not isinstance(unet, DiffusionPipeline) or getattr(unet, "unet", None) is None:
         return unet, controlnet, None
     if controlnet is not None:
         raise TypeError(
             f"controlnet must be left out where a pipeline is given; got "
             f"{type(controlnet).__name__} beside a {type(unet).__name__}"
         )
-    if getattr(unet, "unet", None) is None:
-        raise TypeError(f"hgc caches pipelines with a UNet; this {type(unet).__name__} has none")
     return unet.unet, getattr(unet, "controlnet", None), unet
 
 
@@ -2010,7 +2008,7 @@ def install(
 
     Raises:
         TypeError: a model is not supported, or is compiled already; its class is named. Or a
-            pipeline was given without a UNet, or with something for ``controlnet`` beside it.
+            pipeline was given, and something for ``controlnet`` beside it.
         ValueError: ``config`` names no preset, or does not fit the model.
         RuntimeError: hgc is installed on one of the models already.
     """

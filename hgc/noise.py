@@ -170,6 +170,7 @@ class NoiseLevels:
         x0 = cache.read("x0", (1.0 + apart, -apart))
         if apart == slope or math.isclose(apart, slope):
             return x0
+        halves, more = x0.unflatten(0, (2, -1)), slope - apart
         newest, previous = map(conditional_half, cache.values("x0")[:2])
-        moved = torch.sub(newest, previous).mul_(slope - apart)
-        return x0.unflatten(0, (2, -1)).add_(moved).flatten(0, 1)
+        halves.add_(newest, alpha=more).add_(previous, alpha=-more)
+        return x0
