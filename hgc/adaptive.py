@@ -20,6 +20,7 @@ import torch
 
 from hgc.cache import Cache, conditional_half
 from hgc.config import Config, StepPlan
+from hgc.noise import NoiseLevels, to_host
 from hgc.planning import Past, Rule, longest_gap, reads
 
 if TYPE_CHECKING:
@@ -43,36 +44,40 @@ class AdaptiveSchedule:
         config: With ``adaptive`` above 0.
         num_layers: Decoder layers of the model.
         total: Evaluations of the run.
+        in_x0: Whether x0 can be forecast; else the model's own outputs are.
 
     Attributes:
         plan: A step an evaluation: what was decided, and for those to come what may read most.
         history, captures, residuals, needed, halves, keeps_attention: As there.
     """
 
-    def __init__(self, config: Config, num_layers: int, total: int) -> None:
+    def __init__(self, config: Config, num_layers: int, total: int, *, in_x0: bool = True) -> None:
         assert config.adaptive is not None
         self._allowed = config.adaptive
-        # a forecast's error grows with the distance, that of a first-order one with its square
-        self._exponent = 0.5 if config.forecast else 1.0
         self._longest = longest_gap(config, total)
-        self._rule, self._num_layers = Rule(config, total), num_layers
+        self._rule, self._num_layers, self._in_x0 = Rule(config, total), num_layers, in_x0
         self._by_rule = frozenset(self._rule.keys)
-        self._entry = f"feature/{config.depth}" if config.depth else "output"
         self._distances: dict[int, int] = {}  # of key evaluations from those before
         self._errors: dict[int, float] = {}
         self._under_way: dict[int, tuple[Tensor, Any]] = {}  # on their way to the host
-        self._forecast: tuple[float, ...] = (1.0,)  # of the evaluation under way, were it no key
 
-        keys = [self._rule.step(i, is_key=True, past=Past()) for i in range(total)]
-        shallow = self._rule.step(total, is_key=False, past=Past())
+        keys = [self._step(i, is_key=True, past=Past()) for i in range(total)]
+        shallow = self._step(total, is_key=False, past=Past())
+        self._otherwise = shallow  # the evaluation under way, were it no key
+        self._entry = f"feature/{config.depth}"
+        if config.depth == 0:
+            self._entry = "output" if shallow.damping is None else "x0"
+        # a forecast's error grows with the distance, that of a first-order one with its square
+        first_order = config.forecast if config.depth else config.damping
+        self._exponent = 0.5 if first_order else 1.0
         # cross-attention is kept for all layers where a key evaluation may reuse it
         self.plan = [key if key.attention == "reuse" else shallow for key in keys]
-        self.history = 2 if config.forecast or config.guidance_forecast else 1
+        self.history = 2 if first_order or config.forecasts_x0 or config.guidance_forecast else 1
         read = reads(shallow, num_layers)
         self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
         self.residuals: list[tuple[str, ...]] = [()] * total
         self.needed: list[tuple[str, ...]] = [()] * total
-        self.halves = any(step.guidance != "both" for step in (shallow, *keys))
+        self.halves = any(step.tells_halves for step in (shallow, *keys))
         reuses = any(step.attention == "reuse" for step in (shallow, *keys))
         self.keeps_attention = [reuses and i < total - 1 for i in range(total)]
         # after each evaluation, what may be read
@@ -82,6 +87,10 @@ class AdaptiveSchedule:
             more = reads(key, num_layers)
             names, half_only = names | more, half_only and (key.guidance != "both" or not more)
             self._will_read.insert(0, (names, half_only and bool(names)))
+
+    def _step(self, at: int, *, is_key: bool, past: Past) -> StepPlan:
+        step = self._rule.step(at, is_key=is_key, past=past)
+        return step if self._in_x0 else step.in_output
 
     def whole(self, index: int) -> StepPlan:
         """As :meth:`hgc.runs.Schedule.whole`."""
@@ -104,10 +113,10 @@ class AdaptiveSchedule:
             [row.index for row in made if row.plan.is_key and row.plan.guidance == "both"],
         )
         is_key, why = self._is_key(index, keys)
-        step = self._rule.step(index, is_key=is_key, past=past)
-        self._forecast = self._rule.step(index, is_key=False, past=past).forecast
+        step = self._step(index, is_key=is_key, past=past)
+        self._otherwise = self._step(index, is_key=False, past=past)
         self._distances[index] = index - keys[-1] if keys else 0
-        names = reads(self._rule.step(index, is_key=is_key, past=Past()), self._num_layers)
+        names = reads(self._step(index, is_key=is_key, past=Past()), self._num_layers)
         self.plan[index] = step
         self.residuals[index] = tuple(sorted(n for n in names if n.startswith("residual/")))
         self.needed[index] = tuple(
@@ -143,25 +152,38 @@ class AdaptiveSchedule:
         return self._errors
 
     def measure(
-        self, now: Evaluation, computed: Mapping[str, Tensor], cache: Cache, *, is_pair: bool
+        self,
+        now: Evaluation,
+        computed: Mapping[str, Tensor],
+        cache: Cache,
+        *,
+        is_pair: bool,
+        noise: NoiseLevels | None = None,
     ) -> None:
         """Measure how far what a key evaluation computed is from what the cache forecasts for it.
 
         Args:
             now: The evaluation, whose results are not in the cache yet.
-            computed: Its features and its output, [B, C, H, W] each.
+            computed: Its features, its output and its x0, [B, C, H, W] each.
             cache: The run's.
             is_pair: Whether the batch may be a guidance pair: then its conditional half counts.
+            noise: The run's, where it forecasts x0.
         """
-        from hgc.runs import to_host
-
         if now.index + _LATE >= len(self.plan):
             return  # nobody would read it
         new = computed[self._entry]
         half = now.half or (is_pair and self.halves and len(new) % 2 == 0)
         if not cache.has(self._entry, half=half):
             return  # the first one, or what was cached was dropped
-        old = cache.read(self._entry, self._forecast, half=half)
+        step = self._otherwise
+        if self._entry == "x0":
+            assert noise is not None and step.damping is not None
+            old = noise.forecast(
+                cache, now.index, step.damping, step.guidance_damping, is_pair=False
+            )
+            old = conditional_half(old) if half else old
+        else:
+            old = cache.read(self._entry, step.forecast, half=half)
         if half and len(new) == 2 * len(old):
             new = conditional_half(new)
         if new.shape == old.shape:

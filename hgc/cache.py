@@ -122,6 +122,14 @@ class Cache:
             total = torch.add(total, value.rows(half).float(), alpha=coefficient)
         return total.to(newest.dtype)
 
+    def values(self, name: str) -> list[Tensor]:
+        """The values held of ``name`` as they were written, newest first; read-only."""
+        return [value.tensor for value in self._entries.get(name, ())]
+
+    def evaluations(self, name: str) -> list[int]:
+        """The evaluations that wrote the values held of ``name``, newest first."""
+        return [value.evaluation for value in self._entries.get(name, ())]
+
     def prepare(self, name: str, coefficients: Sequence[float]) -> None:
         """Hold what :meth:`read` returns with ``coefficients``, for :meth:`subtract`, until another
         value of ``name`` is written, it is dropped or the bytes are wanted for something else."""

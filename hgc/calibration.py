@@ -119,7 +119,7 @@ class Trial:
             if config is None:
                 latents = self._draw(i, steps)
             else:
-                with install(pipe.unet, getattr(pipe, "controlnet", None), config=config):
+                with install(pipe, config=config):
                     latents = self._draw(i, steps)
             reference = self.references[i].flatten(1)
             found += ((latents.flatten(1) - reference) / reference.norm(dim=1, keepdim=True)).cpu()

@@ -81,6 +81,13 @@ class StepPlan:
             ``output_forecast[1 + i]`` times the one computed at the ``i``-th last key evaluation:
             ``(1.0,)`` leaves it as computed. It makes the run's scheduler a multistep method of
             another order, with coefficients of its own at each evaluation.
+        damping: Where ``depth`` is 0, the output is what says of its sample the x0 (the clean
+            latents) that is forecast from the last two key evaluations', on a line in the log-SNR
+            of which so much of the slope is taken. ``None``, or where the run's scheduler is not
+            known: the model's own output is forecast, by ``forecast``.
+        guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
+        gain: Where ``depth`` is an integer above 0, the output is the x0 forecast plus so much of
+            what the computed layers say beyond it: 1.0 is what they say, 0.0 the forecast.
     """
 
     control: str = "compute"
@@ -92,6 +99,9 @@ class StepPlan:
     guidance_forecast: tuple[float, ...] = (1.0,)
     control_forecast: tuple[float, ...] | None = None
     output_forecast: tuple[float, ...] = (1.0,)
+    damping: float | None = None
+    guidance_damping: float | None = None
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         _choice("StepPlan", "control", self.control, _CONTROL)
@@ -111,11 +121,26 @@ class StepPlan:
                 raise ConfigError(f"StepPlan.{name} must be a non-empty tuple; got {value!r}")
             for coefficient in value:
                 _number("StepPlan", name, coefficient, -100.0, 100.0)
+        for name in ("damping", "guidance_damping", "gain"):
+            if getattr(self, name) is not None:
+                _number("StepPlan", name, getattr(self, name), -2.0, 2.0)
 
     @property
     def of_residuals(self) -> tuple[float, ...]:
         """Coefficients of the ControlNets' residuals."""
         return self.forecast if self.control_forecast is None else self.control_forecast
+
+    @property
+    def tells_halves(self) -> bool:
+        """Whether the halves of a guidance pair are not treated alike."""
+        return self.guidance != "both" or self.guidance_damping not in (None, self.damping)
+
+    @property
+    def in_output(self) -> StepPlan:
+        """The step with the model's own output forecast instead of x0."""
+        if self.damping is None:
+            return self
+        return dataclasses.replace(self, damping=None, guidance_damping=None, gain=1.0)
 
     @property
     def is_key(self) -> bool:
@@ -232,6 +257,12 @@ class Config:
             after the last key, the keys before it ``g`` apart, reads
             ``(1 + a d/g) last - (a d/g) previous``. 0.0 is plain reuse.
         guidance_forecast: The same for the cached guidance difference.
+        damping: Of the forecast of x0, see :class:`StepPlan`: what evaluations of ``depth=0`` are,
+            and what those of another depth correct where ``gain`` is not 1.0. ``forecast`` is of
+            features, which evaluations of ``depth=0`` do not read.
+        guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
+        gain: How much of what evaluations of a ``depth`` above 0 say beyond the forecast of x0
+            counts. 1.0: x0 is not forecast.
         adaptive: Each run places its key evaluations itself. At every key evaluation it measures
             how far the cached feature's forecast was from what was computed, in relative L2 (that
             of the row of the batch where it is largest), and sets the distance to the next one so
@@ -264,6 +295,9 @@ class Config:
     control_key_steps: tuple[int, ...] | None = None
     forecast: float = 0.0
     guidance_forecast: float = 0.0
+    damping: float = 0.5
+    guidance_damping: float | None = None
+    gain: float = 1.0
     adaptive: float | None = None
     max_gap: int | None = None
     fresh_values: bool = False
@@ -288,6 +322,10 @@ class Config:
         _number("Config", "attention_gate", self.attention_gate, 0.0, 1.0)
         _number("Config", "forecast", self.forecast, -2.0, 2.0)
         _number("Config", "guidance_forecast", self.guidance_forecast, -2.0, 2.0)
+        _number("Config", "damping", self.damping, -2.0, 2.0)
+        if self.guidance_damping is not None:
+            _number("Config", "guidance_damping", self.guidance_damping, -2.0, 2.0)
+        _number("Config", "gain", self.gain, -2.0, 2.0)
         if not isinstance(self.fresh_values, bool):
             raise ConfigError(f"Config.fresh_values must be a bool; got {self.fresh_values!r}")
         if self.max_cache_bytes is not None:
@@ -369,6 +407,12 @@ class Config:
         return (
             every and all_control and not self.conditional_key_steps and self.attention_gate >= 1.0
         )
+
+    @property
+    def forecasts_x0(self) -> bool:
+        """Whether an evaluation forecasts x0, for which the scheduler must be known."""
+        by_rule = self.key_steps is not None and (self.depth == 0 or self.gain != 1.0)
+        return by_rule or any(step.damping is not None for step in self.steps or ())
 
     @property
     def rule(self) -> Config | None:

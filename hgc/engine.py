@@ -11,11 +11,17 @@ import operator
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import GatedSelfAttentionDense
 from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet import ControlNetOutput
@@ -38,6 +44,7 @@ from hgc.networks import (
     run_unet,
     scale_residuals,
 )
+from hgc.noise import NoiseLevels, to_host
 from hgc.promises import Promise, PromiseSet, Terms, Zeros, fresh
 from hgc.runs import (
     ControlSlot,
@@ -51,7 +58,6 @@ from hgc.runs import (
     _is_part,
     position_of,
     scheduler_of,
-    to_host,
 )
 from hgc.structure import (
     UNetStructure,
@@ -543,7 +549,8 @@ class Installation:
         "_by_rule", "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch",
         "_epochs", "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
         "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
-        "_said", "_scaled_processors", "_schedules", "_seen", "_stateful", "_structure",
+        "_said", "_scaled_processors", "_scheduler", "_schedules", "_seen", "_stateful",
+        "_structure",
         "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
     )  # fmt: skip
 
@@ -553,6 +560,7 @@ class Installation:
         nets: tuple[ControlNetModel | ControlNetUnionModel, ...],
         config: Config,
         *,
+        scheduler: Callable[[], Any] = lambda: None,
         assume_pair: bool | None = None,
     ) -> None:
         self.unet = unet
@@ -563,6 +571,7 @@ class Installation:
         # of the rule, where the plan is one of fitted steps with a rule
         rule = None if config.steps is None else config.rule
         self._by_rule = None if rule is None else Schedules(rule, self._structure.num_layers)
+        self._scheduler = scheduler  # of the pipeline, as it is now
         self._assume_pair = assume_pair
         self._of_thread = _OfThread()
         self._forwards: list[_Forward] = []
@@ -1045,7 +1054,8 @@ class Installation:
         self._collect_lora()
         if self._compiled is not None:
             self._compiled.begin_run()
-        run = runs.add(Run(self._schedules, text, position, self._assume_pair))
+        noise = self._noise_of(position)
+        run = runs.add(Run(self._schedules, text, position, self._assume_pair, noise))
         run.placing = self._placing
         try:
             self._check_length(run)
@@ -1065,6 +1075,31 @@ class Installation:
             self._fail(run)
             raise
         return run
+
+    def _noise_of(self, position: Position) -> NoiseLevels | None:
+        """The levels of noise of a run whose plan forecasts x0; None where they are not known."""
+        if not self._config.forecasts_x0:
+            return None
+        scheduler = self._scheduler()
+        if not NoiseLevels.fits(scheduler):
+            unknown = (
+                "the scheduler is not known: install on the pipeline, hgc.install(pipe), or pass "
+                "scheduler=pipe.scheduler"
+                if scheduler is None
+                else f"what {type(scheduler).__name__} hands a model is not known to be "
+                "alpha x0 + sigma noise with epsilon, v or x0 predicted"
+            )
+            self._say(
+                "noise",
+                f"{unknown}. Outputs are forecast as the model gives them instead of in x0, and "
+                "images are much farther from the uncached ones",
+            )
+            return None
+        assert position.timestep is not None
+        timesteps = position.timestep.as_strided((position.total,), (1,), 0)
+        own = getattr(scheduler, "timesteps", None)
+        is_own = isinstance(own, Tensor) and own.untyped_storage()._cdata == position.storage
+        return NoiseLevels(scheduler, timesteps, is_own=is_own)
 
     def _text_changed(self, run: Run, now: Evaluation, text: Tensor) -> None:
         planned = run.schedule.plan[now.index]
@@ -1436,8 +1471,7 @@ class Installation:
         self, run: Run, now: Evaluation, slot: ControlSlot, call: _ControlCall
     ) -> Sequence[Tensor]:
         net, sample, text, scale = slot.net, call.sample, call.text, call.scale
-        is_zero = isinstance(scale, (int, float)) and scale == 0.0
-        if is_zero or now.plan.control == "off":
+        if isinstance(scale, (int, float)) and scale == 0.0:
             now.control[slot.index] = "off"
             # constants, which may be handed out until somebody adds something to them
             if slot.zeros is None or slot.zeros.is_touched:
@@ -1445,6 +1479,9 @@ class Installation:
                 slot.zeros = PromiseSet(*made, Zeros(*made))
             return slot.zeros.hand_out()
 
+        if now.plan.control == "off":
+            now.control[slot.index] = "off"
+            return self._promises(run, now, slot, call)
         # guess_mode hands over the conditional half itself: there is nothing to cut
         half = now.half and (text is run.text.value or not _is_part(text, run.text))
         if now.plan.control == "reuse":
@@ -1698,14 +1735,14 @@ class Installation:
                 run.latent_size = (shape[-2], shape[-1])
             looked, halves = now.plan.depth, None
             self._look(run, unet, looked)
-            if run.schedule.halves or run.maps is not None:
+            # an evaluation that computes nothing does not compare either
+            if (run.schedule.halves or run.maps is not None) and looked != 0:
                 halves = self._look_for_pair(run, now, sample, encoder_hidden_states, arguments)
             if now.plan.depth != looked:
                 self._look(run, unet, now.plan.depth)
             now.batch = shape[0]
             if now.plan.depth == 0:
-                # what is read may be the cache's own buffer
-                out = run.cache.read("output", now.plan.forecast).clone()
+                out = self._forecast(run, now, sample)
             else:
                 out = self._compute_unet(
                     run, now, sample, timestep, encoder_hidden_states, arguments,
@@ -1717,6 +1754,23 @@ class Installation:
             raise
         run.end((runs.clock() - start) * 1e3)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _forecast(self, run: Run, now: Evaluation, sample: Tensor) -> Tensor:
+        """The output of an evaluation that computes nothing; new."""
+        step = now.plan
+        if step.damping is None:
+            # what is read may be the cache's own buffer
+            return run.cache.read("output", step.forecast).clone()
+        return self._forecast_in_x0(run, now, sample).to(run.output_dtype)
+
+    def _forecast_in_x0(self, run: Run, now: Evaluation, sample: Tensor) -> Tensor:
+        """The output that says of ``sample`` the x0 that is forecast, in float32 at least; new."""
+        step = now.plan
+        assert run.noise is not None and step.damping is not None
+        x0 = run.noise.forecast(
+            run.cache, now.index, step.damping, step.guidance_damping, is_pair=now.is_pair
+        )
+        return run.noise.output(sample, x0, now.index)
 
     def _look_for_pair(
         self, run: Run, now: Evaluation, sample: Tensor, text: Tensor, arguments: dict[str, Any]
@@ -1759,7 +1813,7 @@ class Installation:
         intrablock: Any,
         halves: Sequence[Tensor] | None,
     ) -> Tensor:
-        step, half, batch = now.plan, now.half, sample.shape[0]
+        step, half, batch, given = now.plan, now.half, sample.shape[0], sample
         depth = step.depth if isinstance(step.depth, int) else None
         count = self._structure.num_layers if depth is None else depth
         residuals = None
@@ -1816,8 +1870,11 @@ class Installation:
             blend = whole
         else:
             blend = run.cache.blend(whole, "output", step.output_forecast)
+        if step.gain != 1.0:
+            forecast = self._forecast_in_x0(run, now, given)
+            blend = forecast.lerp_(blend.to(forecast.dtype), step.gain).to(whole.dtype)
         if step.is_key:
-            self._write_features(run, now, captured, whole)
+            self._write_features(run, now, captured, given, whole)
         return blend
 
     def _write_features(
@@ -1825,13 +1882,19 @@ class Installation:
         run: Run,
         now: Evaluation,
         captured: dict[str, Tensor],
+        sample: Tensor,
         out: Tensor,
     ) -> None:
         half = now.half
-        if isinstance(run.schedule, AdaptiveSchedule):
-            computed = {**captured, "output": out}
-            run.schedule.measure(now, computed, run.cache, is_pair=run.pair.wants)
         wanted, half_only = run.schedule.will_read(after=now.index)
+        x0 = None
+        if "x0" in wanted:
+            assert run.noise is not None
+            x0 = run.noise.x0(sample, out, now.index)
+            run.output_dtype = out.dtype
+        if isinstance(run.schedule, AdaptiveSchedule):
+            computed = {**captured, "output": out, **({} if x0 is None else {"x0": x0})}
+            run.schedule.measure(now, computed, run.cache, is_pair=run.pair.wants, noise=run.noise)
         cut = half_only and not half and run.pair.confirmed()
         index, history = now.index, run.schedule.history
         for name, value in captured.items():
@@ -1841,6 +1904,8 @@ class Installation:
             run.cache.write(name, value, evaluation=index, history=history, half=half or cut)
         if "output" in wanted:
             run.cache.write("output", out, evaluation=index, history=history, half=False)
+        if x0 is not None:
+            run.cache.write("x0", x0, evaluation=index, history=history, half=False)
         if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
             unconditional, conditional = out.chunk(2)
             run.cache.write(
@@ -1853,7 +1918,7 @@ class Installation:
         stale = [
             n
             for n in run.cache.names()
-            if n.startswith(("feature/", "skip/", "guidance", "output")) and n not in wanted
+            if n.startswith(("feature/", "skip/", "guidance", "output", "x0")) and n not in wanted
         ]
         run.cache.drop(stale)
         if run.cache.refused:
@@ -1920,6 +1985,8 @@ class _Turn:
         slot, plan, cache = self.slot, self.now.plan, self.run.cache
         if self.values:
             return [(self.values[slot.names[j]], 1.0)] if half else None
+        if plan.control == "off":
+            return []
         entry = slot.entries[j]
         # promoted after the ControlNet's turn: what was reused then is not wanted any more
         if plan.control != "reuse" or not cache.has(entry, half=half):
@@ -1951,29 +2018,48 @@ def _installation_of(module: Any) -> Installation | None:
     return None if mark is None else mark.installation
 
 
+def _models_of(unet: Any, controlnet: Any) -> tuple[Any, Any, Any]:
+    """The UNet, the ControlNets and the pipeline, where one was given in place of the UNet."""
+    if not isinstance(unet, DiffusionPipeline) or getattr(unet, "unet", None) is None:
+        return unet, controlnet, None
+    if controlnet is not None:
+        raise TypeError(
+            f"controlnet must be left out where a pipeline is given; got "
+            f"{type(controlnet).__name__} beside a {type(unet).__name__}"
+        )
+    return unet.unet, getattr(unet, "controlnet", None), unet
+
+
 def install(
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | DiffusionPipeline,
     controlnet: Any = None,
     *,
     config: Config | str = "balanced",
+    scheduler: Any = None,
 ) -> Installation:
     """Make a UNet and its ControlNets reuse features between the steps of a run.
 
     Args:
-        unet: ``pipe.unet``.
+        unet: A pipeline, or its ``pipe.unet``.
         controlnet: ``pipe.controlnet``: a ControlNetModel, a list of them, a MultiControlNetModel,
-            the same of ControlNetUnionModel, or None for a pipeline without one.
+            the same of ControlNetUnionModel, or None for a pipeline without one. To be left out
+            where a pipeline is given, whose own is taken.
         config: A :class:`~hgc.Config`, the name of a preset, or the path of a JSON file.
+        scheduler: That of the pipeline. A pipeline's own is known, and looked up at every run. Only
+            configurations that forecast x0 ask for it; without one they forecast the model's own
+            outputs, which is much worse, and warn.
 
     Returns:
         The :class:`Installation`; ``with hgc.install(...):`` uninstalls at the end of the block.
 
     Raises:
-        TypeError: a model is not supported, or is compiled already; its class is named.
+        TypeError: a model is not supported, or is compiled already; its class is named. Or a
+            pipeline was given, and something for ``controlnet`` beside it.
         ValueError: ``config`` names no preset, or does not fit the model.
         RuntimeError: hgc is installed on one of the models already.
     """
     config = Config.of(config)
+    unet, controlnet, pipe = _models_of(unet, controlnet)
     check_unet(unet)
     nets = controlnets(controlnet)
     for module in (unet, *nets):
@@ -1982,22 +2068,29 @@ def install(
                 f"hgc is already installed on this {type(module).__name__}; call "
                 "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first"
             )
-    installation = Installation(unet, nets, config)
+    # a pipeline holds its UNet, which holds the installation
+    held = weakref.ref(pipe) if pipe is not None and scheduler is None else None
+
+    def current() -> Any:
+        return scheduler if held is None else getattr(held(), "scheduler", None)
+
+    installation = Installation(unet, nets, config, scheduler=current)
     installation._check_calibration()
     installation._install()
     return installation
 
 
-def uninstall(unet: UNet2DConditionModel, controlnet: Any = None) -> None:
+def uninstall(unet: UNet2DConditionModel | DiffusionPipeline, controlnet: Any = None) -> None:
     """Undo :func:`install`: both models are exactly as they were.
 
     Args:
-        unet: The UNet hgc was installed on.
+        unet: The UNet hgc was installed on, or a pipeline with it.
         controlnet: Its ControlNets; they are uninstalled with the UNet whether given or not.
 
     Raises:
         RuntimeError: hgc is not installed on ``unet``, or its forward was replaced since.
     """
+    unet, controlnet, _ = _models_of(unet, controlnet)
     installation = _installation_of(unet)
     if installation is None:
         raise RuntimeError(f"hgc is not installed on this {type(unet).__name__}")

@@ -189,7 +189,7 @@ def _count(
     kinds = [
         (
             dataclasses.replace(
-                s,
+                s.in_output,
                 forecast=(1.0,),
                 guidance_forecast=(1.0,),
                 control_forecast=None,
@@ -272,7 +272,8 @@ def _run_models(
     schedule = torch.arange(max(count, 2))
     installation = None
     if steps is not None:
-        padded = (*steps, *([StepPlan()] * (len(schedule) - count)))
+        # what is forecast, and how, costs nothing
+        padded = (*(step.in_output for step in steps), *([StepPlan()] * (len(schedule) - count)))
         config = Config(name="counted", num_evaluations=len(padded), steps=padded)
         installation = Installation(unet, tuple(nets), config, assume_pair=pair)
         installation._install()

@@ -172,7 +172,14 @@ class Rule:
                 control_forecast=None if computes else of_residuals,
             )
         if config.depth == 0:
-            return StepPlan(control="off", depth=0, forecast=forecast)
+            return StepPlan(
+                control="off",
+                depth=0,
+                forecast=_first_order(config.damping, past.keys, at),
+                damping=config.damping,
+                guidance_damping=config.guidance_damping,
+            )
+        corrects = config.gain != 1.0
         return StepPlan(
             control=config.control,
             depth=config.depth,
@@ -182,6 +189,9 @@ class Rule:
             forecast=forecast,
             guidance_forecast=of_guidance if config.guidance == "reuse" else (1.0,),
             control_forecast=None if of_residuals == forecast else of_residuals,
+            damping=config.damping if corrects else None,
+            guidance_damping=config.guidance_damping if corrects else None,
+            gain=config.gain,
         )
 
 
@@ -278,6 +288,16 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
                     f"evaluation {i}: depth=0 computes nothing, so output_forecast must be (1.0,) "
                     f"and forecast says what is read; got {step.output_forecast!r}"
                 )
+        corrects = step.depth != 0 and step.gain != 1.0
+        if corrects and (step.is_key or step.damping is None):
+            raise ConfigError(
+                f"evaluation {i}: gain={step.gain} corrects a forecast of x0, so depth must be an "
+                "integer and damping be given"
+            )
+        if step.damping is not None and not (corrects or step.depth == 0):
+            raise ConfigError(f"evaluation {i}: damping is of a forecast that nothing reads")
+        if step.guidance_damping is not None and step.damping is None:
+            raise ConfigError(f"evaluation {i}: guidance_damping needs damping")
         if len(step.output_forecast) > 1 and not full:
             raise ConfigError(f"evaluation {i}: output_forecast reads an output nothing wrote")
         if step.is_key and step.encoder == "reuse":
@@ -296,12 +316,12 @@ def reads(step: StepPlan, num_layers: int) -> frozenset[str]:
     ``feature/k``: the input of the ``k``-th outermost decoder layer (ControlNet's share of it
     included); ``skip/j``: the ``j``-th
     encoder skip before any residual; ``residual/j``: a ControlNet's residual for it (``mid`` for
-    the middle block's); ``guidance``; ``output``; ``attention``.
+    the middle block's); ``guidance``; ``output``; ``x0``; ``attention``.
     """
     names: set[str] = set()
     used = range(num_layers) if step.is_key else range(int(step.depth))
     if step.depth == 0:
-        return frozenset({"output"})
+        return frozenset({"output" if step.damping is None else "x0"})
     if not step.is_key:
         names.add(f"feature/{step.depth}")
         if step.encoder == "reuse":
@@ -316,4 +336,6 @@ def reads(step: StepPlan, num_layers: int) -> frozenset[str]:
         names.add("attention")
     if len(step.output_forecast) > 1:
         names.add("output")
+    if step.damping is not None:
+        names.add("x0")
     return frozenset(names)

@@ -25,6 +25,7 @@ from hgc.adaptive import AdaptiveSchedule
 from hgc.cache import Cache, conditional_half
 from hgc.config import Config, StepPlan
 from hgc.maps import MapSums
+from hgc.noise import NoiseLevels, to_host
 from hgc.planning import plan, reads
 from hgc.promises import PromiseSet
 
@@ -163,19 +164,6 @@ def position_of(timestep: Any, last: Position | None = None) -> Position | None:
     if total < 2:
         return None
     return Position(timestep, int(timestep.storage_offset()), total, storage._cdata, base)
-
-
-def to_host(value: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host that is under way, and the event after which it is there."""
-    if value.device.type == "cpu":
-        return value.clone(), None
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-    copy.copy_(value, non_blocking=True)
-    event = None
-    if value.is_cuda:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(value.device))
-    return copy, event
 
 
 def scheduler_of(position: Position) -> SchedulerMixin | None:
@@ -318,6 +306,7 @@ class Evaluation:
         milliseconds: Host time spent in hgc and the models; on a GPU, the time to launch.
         batch: Rows of the batch.
         half: Whether only the conditional half was computed.
+        is_pair: Whether the batch is known to be a guidance pair, where the plan asks for it.
     """
 
     index: int
@@ -327,6 +316,7 @@ class Evaluation:
     milliseconds: float = 0.0
     batch: int = 0
     half: bool = False
+    is_pair: bool = False
     held_bytes: int = 0
 
 
@@ -343,7 +333,7 @@ class Schedule:
             so that compiled ones are one graph.
         residuals: For each evaluation, what it reads of a ControlNet.
         needed: For each evaluation, what else must be cached before any network is called.
-        halves: Whether any evaluation computes the conditional half only.
+        halves: Whether any evaluation tells the halves of the batch apart.
         keeps_attention: For each evaluation, whether a later one reuses cross-attention.
     """
 
@@ -352,7 +342,7 @@ class Schedule:
         self.history = max(
             max(
                 len(s.forecast), len(s.of_residuals), len(s.guidance_forecast),
-                len(s.output_forecast) - 1,
+                len(s.output_forecast) - 1, 2 if s.damping is not None else 1,
             )
             for s in steps
         )  # fmt: skip
@@ -366,7 +356,7 @@ class Schedule:
             tuple(sorted(names - {"attention", "guidance", *residuals}))
             for names, residuals in zip(self._reads, self.residuals, strict=True)
         ]
-        self.halves = any(step.guidance != "both" for step in steps)
+        self.halves = any(step.tells_halves for step in steps)
         later = [i for i, step in enumerate(steps) if step.attention == "reuse"]
         self.keeps_attention = [bool(later) and i < later[-1] for i in range(len(steps))]
         self._whole: dict[int, StepPlan] = {}
@@ -411,7 +401,8 @@ class Schedule:
                 group = name.partition("/")[0]
                 if overwritten.get(group, overwritten["features"]) < self.history:
                     names.add(name)
-                    if step.guidance == "both":
+                    # outputs are kept whole whoever reads them
+                    if step.guidance == "both" and group not in ("output", "x0"):
                         half_only = False
             overwritten["residual"] += step.control == "compute"
             overwritten["features"] += step.is_key
@@ -428,23 +419,28 @@ class Schedules:
     def __init__(self, config: Config, num_layers: int) -> None:
         self.config = config
         self._num_layers = num_layers
-        self._known: dict[tuple[int, bool], Schedule] = {}
+        self._known: dict[tuple[int, str], Schedule] = {}
 
-    def of(self, total: int) -> Schedule | AdaptiveSchedule:
-        """What the configuration plans for ``total`` evaluations, or what plans them in one run."""
+    def of(self, total: int, *, in_x0: bool = True) -> Schedule | AdaptiveSchedule:
+        """What the configuration plans for ``total`` evaluations, or what plans them in one run.
+
+        in_x0: Whether the run can forecast x0; the model's own outputs are forecast otherwise.
+        """
         if self.config.adaptive:
-            return AdaptiveSchedule(self.config, self._num_layers, total)
-        return self._of(total, full=False)
+            return AdaptiveSchedule(self.config, self._num_layers, total, in_x0=in_x0)
+        return self._of(total, "x0" if in_x0 else "output")
 
     def full(self, total: int) -> Schedule:
         """Every evaluation in full."""
-        return self._of(total, full=True)
+        return self._of(total, "full")
 
-    def _of(self, total: int, *, full: bool) -> Schedule:
-        if (total, full) not in self._known:
-            steps = [_FULL_STEP] * total if full else plan(self.config, total)
-            self._known[total, full] = Schedule(steps, self._num_layers)
-        return self._known[total, full]
+    def _of(self, total: int, kind: str) -> Schedule:
+        if (total, kind) not in self._known:
+            steps = [_FULL_STEP] * total if kind == "full" else plan(self.config, total)
+            if kind == "output":
+                steps = [step.in_output for step in steps]
+            self._known[total, kind] = Schedule(steps, self._num_layers)
+        return self._known[total, kind]
 
 
 class Run:
@@ -454,13 +450,18 @@ class Run:
     __slots__ = (
         "__weakref__", "_assume", "_changed_at", "_schedules", "broken", "cache",
         "changes_in_a_row", "completed", "config", "factor", "finished", "first", "freeu",
-        "latent_size", "looked", "maps", "may_keep", "mean_maps", "now", "pair", "placing",
-        "plain_text", "position", "report", "schedule", "slots", "text", "timesteps", "tokens",
-        "trains", "unet_signature", "warned", "was_pair", "weights",
+        "latent_size", "looked", "maps", "may_keep", "mean_maps", "noise", "now", "output_dtype",
+        "pair", "placing", "plain_text", "position", "report", "schedule", "slots", "text",
+        "timesteps", "tokens", "trains", "unet_signature", "warned", "was_pair", "weights",
     )  # fmt: skip
 
     def __init__(
-        self, schedules: Schedules, text: Tensor, position: Position, assume: bool | None
+        self,
+        schedules: Schedules,
+        text: Tensor,
+        position: Position,
+        assume: bool | None,
+        noise: NoiseLevels | None = None,
     ) -> None:
         config = schedules.config
         self.config = config
@@ -483,6 +484,8 @@ class Run:
         self.freeu: dict[str, tuple[float, ...] | None] = {}  # of each up block
         self.plain_text: dict[str, Any] = {}  # by the prefix of the network
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
+        self.noise = noise  # where outputs are forecast in x0
+        self.output_dtype = torch.float32  # of the UNet's
         self.broken: str | None = None
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
@@ -504,7 +507,7 @@ class Run:
                 f"run has {position.total}"
             )
         else:
-            self.schedule = schedules.of(position.total)
+            self.schedule = schedules.of(position.total, in_x0=noise is not None)
 
     # -- what an evaluation does ------------------------------------------------------------
 
@@ -561,7 +564,8 @@ class Run:
         if step is _FULL_STEP:
             return
         half = step.guidance != "both"
-        if half and not self.pair.confirmed():
+        now.is_pair = step.tells_halves and self.pair.confirmed()
+        if half and not now.is_pair:
             step, half = self.schedule.whole(index), False
         for name in self.schedule.needed[index]:
             if not self.cache.has(name, half=half):
@@ -594,7 +598,7 @@ class Run:
         in full."""
         self._schedules = schedules
         if self.broken is None:
-            self.schedule = schedules.of(len(self.schedule.plan))
+            self.schedule = schedules.of(len(self.schedule.plan), in_x0=self.noise is not None)
 
     def change(self, why: str, *, keep_maps: bool = False) -> None:
         """Something that features depend on has changed: drop them and compute in full."""

@@ -1624,7 +1624,14 @@ refuse(
     lambda: group_offload(sd(), "block_level"),
     "install hgc first",
 )
-refuse("A whole pipeline given to `hgc.install`", lambda: Bare(sd()), "not the pipeline")
+
+
+def twice() -> Any:
+    pipe = sd()
+    return Bare(pipe, pipe.controlnet)
+
+
+refuse("A whole pipeline and its ControlNet given to `hgc.install`", twice, "must be left out")
 
 
 def other_class(name: str) -> Any:

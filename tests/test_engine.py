@@ -849,8 +849,8 @@ def test_models_of_other_families_are_refused_by_name(sd15):
                 up_block_types=("UpBlock2D",) * 2,
             )
         )
-    with pytest.raises(TypeError, match=r"Pass pipe.unet and pipe.controlnet, not the pipeline"):
-        hgc.install(sd15)
+    with pytest.raises(TypeError, match=r"controlnet must be left out.*got ControlNetModel"):
+        hgc.install(sd15, sd15.controlnet)
     with pytest.raises(TypeError, match=r"ControlNetModel, a list of them.*got AutoencoderKL"):
         hgc.install(sd15.unet, sd15.vae)
     odd = models.sd15_unet(

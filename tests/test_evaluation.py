@@ -255,17 +255,67 @@ def test_schedules_of_peers_are_plans_as_they_were_published(steps):
     assert all(s.attention == "reuse" and s.control == "compute" for s in plans["t-gate"][gate:])
 
 
-@pytest.mark.parametrize("name", ["deepcache-2", "faster-diffusion", "t-gate"])
+@pytest.mark.parametrize("count", range(1, 21))
+def test_a_grid_is_so_many_of_the_steps(count):
+    found = peers.grid(count, 20)
+    assert len(set(found)) == count and sorted(found) == [*found]
+    assert found[0] == 0 and found[-1] == (19 if count > 1 else 0)
+    assert len(peers.grid(count, 50)) == len(set(peers.grid(count, 50))) == count
+    assert peers.grid(7, 20) == (0, 2, 5, 8, 11, 15, 19)
+    with pytest.raises(ConfigError, match="a grid of 20 steps has no 21 of them"):
+        peers.grid(21, 20)
+
+
+def test_rows_of_the_free_rivals():
+    rows = all_candidates(["skip-x0", "6-steps@grid", "6-steps", "skip-x0-10", "6-steps@deis-grid"])
+    assert [(r.name, r.group) for r in rows[1:]] == [
+        ("skip-x0-8", ""), ("skip-x0-7", ""), ("skip-x0-6", ""), ("skip-x0-5", ""),
+        ("skip-x0-10", ""), ("6 steps@unipc-grid", "6 steps@grid"),
+        ("6 steps@dpm++2m-grid", "6 steps@grid"), ("6 steps", "6 steps"),
+        ("6 steps@deis-grid", ""),
+    ]  # fmt: skip
+    for row in rows[1:6]:
+        steps = hgc.plan(row.config, row.steps)
+        keys = int(row.name.rpartition("-")[2])
+        assert sum(step.is_key for step in steps) == keys
+        ours, theirs = sd15_macs(row.config, row.steps), sd15_macs(None, keys)
+        # the condition is embedded once
+        assert 0.98 * theirs.total < ours.total < theirs.total and row.steps == 20
+        assert {step.damping for step in steps if not step.is_key} == {0.5}
+    for name in ("ddim-grid", "grid-grid"):
+        with pytest.raises(ConfigError, match=f"no scheduler named '{name}'"):
+            all_candidates([f"6-steps@{name}"])
+
+
+@pytest.mark.parametrize("name", ["unipc-grid", "dpm++2m-grid", "euler-grid"])
+def test_steps_on_the_grid_are_at_timesteps_of_the_uncached_run(name):
+    pipe = models.sd15_pipeline()
+    own = pipe.scheduler.config
+    pipe.scheduler = subject.make_scheduler(name.removesuffix("-grid"), own)
+    whole = models.draw(pipe, steps=6)
+    timesteps, sigmas = pipe.scheduler.timesteps, pipe.scheduler.sigmas
+    pipe.scheduler = subject.make_scheduler(name, own, 6)
+    assert torch.equal(models.draw(pipe, steps=6), whole)
+    assert not torch.equal(models.draw(pipe, steps=4), whole)
+    kept = [*peers.grid(4, 6)]
+    assert torch.equal(pipe.scheduler.timesteps, timesteps[kept])
+    assert torch.equal(pipe.scheduler.sigmas, sigmas[[*kept, 6]])
+    with pytest.raises(ValueError, match="steps of the uncached run"):
+        subject.make_scheduler(name, own)
+
+
+@pytest.mark.parametrize("name", ["deepcache-2", "faster-diffusion", "t-gate", "skip-x0-3"])
 def test_schedules_of_peers_run(name):
     pipe = models.sd15_pipeline()
     config = peers.peer(name, 4)
-    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installation:
+    with hgc.install(pipe, config=config) as installation:
         models.draw(pipe, steps=4)
         done = installation.report().rows
     for row, step in zip(done, hgc.plan(config, 4), strict=True):
         assert (row.depth, row.encoder) == (step.depth, step.encoder)
         assert (row.attention, row.guidance) == (step.attention, step.guidance)
-        assert row.control == ({"compute": "computed", "reuse": "reused"}[step.control],)
+        words = {"compute": "computed", "reuse": "reused", "off": "off"}
+        assert row.control == (words[step.control],)
 
 
 def test_of_runs_that_differ_in_the_scheduler_the_nearest_is_shown_and_is_the_rival():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hgc.config import Config, ConfigError, model_name
 from hgc.evaluation.models import sd15_macs
-from hgc.evaluation.peers import PACKAGES, PEERS, method_of, package_row, peer
+from hgc.evaluation.peers import PACKAGES, PEERS, SKIPS, grid, method_of, package_row, peer
 from hgc.evaluation.subject import Subject, Testbed, check_scheduler
 from hgc.planning import plan
 from hgc.presets import PRESETS
@@ -22,6 +22,8 @@ __all__ = ["Candidate", "candidates", "equal_steps", "own_schedulers", "steps_of
 # The number of steps the presets' key steps are written for, and of the uncached run.
 REFERENCE_STEPS = 20
 _STEPS = re.compile(r"(\d+)-steps?")
+# The solvers of "6-steps@grid".
+_GRID = ("unipc-grid", "dpm++2m-grid")
 
 
 @functools.cache
@@ -124,10 +126,11 @@ def candidates(
     testbed, `hgc.testbed.plans`, against 20 steps and against ``steps``), "calibrated-rules" (the
     rules they were fitted from, without a fitted coefficient), the path of a JSON file written by
     ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
-    of them ("deepcache-3"), "deepcache-pypi-3" (the package DeepCache at that interval),
+    of them ("deepcache-3"), "skip-x0" (both networks left out between key steps, at four numbers of
+    them) or one of them ("skip-x0-7"), "deepcache-pypi-3" (the package DeepCache at that interval),
     "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps" (the
     uncached pipeline at 6 steps); each but the last but one also with a scheduler of its own, as
-    "fast@dpm++2m".
+    "fast@dpm++2m". "6-steps@grid" is the nearer of two solvers at timesteps of the uncached run.
     steps: steps of the uncached run.
     subject: what they are for; None: the testbed.
     schedulers: of the runs with fewer steps, each a row; None: that of the evaluation.
@@ -139,8 +142,8 @@ def candidates(
     plans: dict[str, _Planned] = {}
     peers: dict[str, _Planned] = {}
     packages: list[tuple[str, str | None]] = []
-    # steps, scheduler, and whether it competes with other schedulers
-    fewer: dict[tuple[int, str | None, bool], None] = {}
+    # steps, scheduler, and the group of those it competes with
+    fewer: dict[tuple[int, str | None, str], None] = {}
     equal = False
     for asked in names:
         name, scheduler = _split(asked)
@@ -148,8 +151,8 @@ def candidates(
         if name == "presets":
             for label, config in PRESETS.items():
                 plans[_at(label, scheduler)] = _Planned(config, scheduler)
-        elif name == "peers":
-            for label in PEERS:
+        elif name in ("peers", "skip-x0"):
+            for label in PEERS if name == "peers" else SKIPS:
                 schedule = peer(label, steps, layers)
                 assert schedule is not None
                 peers[_at(label, scheduler)] = _Planned(schedule, scheduler)
@@ -169,9 +172,13 @@ def candidates(
                 raise ConfigError(f"row {name!r}: the number of steps must be at least 1")
             count = int(short.group(1))
             if scheduler is None:
-                fewer.update(dict.fromkeys((count, one, True) for one in schedulers))
+                fewer.update(dict.fromkeys((count, one, _steps(count)) for one in schedulers))
+            elif scheduler == "grid":
+                grid(count, steps)  # there are so many
+                group = f"{_steps(count)}@grid"
+                fewer.update(dict.fromkeys((count, one, group) for one in _GRID))
             else:
-                fewer[count, scheduler, False] = None
+                fewer[count, scheduler, ""] = None
         elif name == "uncached":
             continue
         elif (package := package_row(name)) is not None:
@@ -197,15 +204,16 @@ def candidates(
     for count, labels in matched.items():
         if count < steps:
             at = max(i for i, c in enumerate(found) if c.name in labels)
-            found[at + 1 : at + 1] = [_fewer(count, s, tuple(labels)) for s in schedulers]
+            group = _steps(count)
+            found[at + 1 : at + 1] = [_fewer(count, s, group, tuple(labels)) for s in schedulers]
             for s in schedulers:
-                fewer.pop((count, s, True), None)
-                fewer.pop((count, s, False), None)
+                fewer.pop((count, s, _steps(count)), None)
+                fewer.pop((count, s, ""), None)
     found += [
         Candidate(_at(name, scheduler), None, steps, scheduler=scheduler, package=name)
         for name, scheduler in dict.fromkeys(packages)
     ]
-    return found + [_fewer(count, s, competes=competes) for count, s, competes in fewer]
+    return found + [_fewer(*one) for one in fewer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +229,8 @@ def _split(asked: str) -> tuple[str, str | None]:
     name, at, scheduler = asked.rpartition("@")
     if not at or asked.endswith(".json"):
         return asked, None
+    if scheduler == "grid" and _STEPS.fullmatch(name):
+        return name, scheduler
     return name, check_scheduler(scheduler)
 
 
@@ -228,12 +238,15 @@ def _at(name: str, scheduler: str | None) -> str:
     return f"{name}@{scheduler}" if scheduler else name
 
 
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}"
+
+
 def _fewer(
-    count: int, scheduler: str | None, labels: tuple[str, ...] = (), *, competes: bool = True
+    count: int, scheduler: str | None, group: str, labels: tuple[str, ...] = ()
 ) -> Candidate:
-    name = f"{count} step{'s' * (count > 1)}"
-    group = name if competes else ""
-    return Candidate(_at(name, scheduler), None, count, labels, scheduler, group=group)
+    name = _at(_steps(count), scheduler)
+    return Candidate(name, None, count, labels, scheduler, group=group)
 
 
 def _fits(label: str, config: Config, steps: int, layers: int) -> None:
@@ -264,5 +277,6 @@ def _config(name: str, subject: Subject) -> Config:
     except ConfigError as error:
         raise ConfigError(
             f"{error} A row is also 'presets', 'calibrated', 'calibrated-rules', 'peers', "
-            f"{', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps' or a .json file."
+            f"'skip-x0', {', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps', "
+            "'6-steps@grid' or a .json file."
         ) from None

@@ -40,7 +40,7 @@ class Settings:
         device: "cpu" or "cuda".
         guidance: Guidance scale; None: the testbed's 3.5, or 7.5 with another checkpoint.
         scheduler: One of `hgc.evaluation.subject.SCHEDULERS`, made from the configuration of the
-            pipeline's own, or one of them with "-trailing"; None: the pipeline's own.
+            pipeline's own, or one of them with "-trailing" or "-grid"; None: the pipeline's own.
     """
 
     scenes: int = 64
@@ -288,7 +288,7 @@ class _Studio:
             return *self._call(one.steps, inputs), 0
         import hgc
 
-        with hgc.install(self._pipe.unet, self._pipe.controlnet, config=one.config) as cached:
+        with hgc.install(self._pipe, config=one.config) as cached:
             images, seconds = self._call(one.steps, inputs)
             return images, seconds, cached.peak_bytes
 
@@ -296,7 +296,7 @@ class _Studio:
         """A scheduler of the pipeline's own configuration; another class than its own by name."""
         if name is None:
             return self._own
-        return make_scheduler(name, self._own.config)
+        return make_scheduler(name, self._own.config, self._settings.steps)
 
     def _call(self, steps: int, inputs: Sequence[Input]) -> tuple[np.ndarray, float]:
         from PIL import Image

@@ -11,6 +11,12 @@ so what differs is the schedule.
 - T-GATE (arXiv 2404.02747): after evaluation 10 of 25 the cross-attention is not computed again and
   guidance ends. The kept cross-attention is the conditional half's, where T-GATE averages both.
 
+- "skip-x0" needs no cache of features: between key steps neither network is run, and the output is
+  what x0 on a line in the log-SNR says (Config's `depth=0`). With 8, 7, 6 and 5 key steps of 20.
+
+The same evaluations, made by a plain pipeline and nothing between them, are the rows "8-steps@grid"
+and so on: see :func:`grid`.
+
 Of the packages DeepCache 0.1.1 runs with a ControlNet: the rows "deepcache-pypi-N", with the extra
 ``peers``. T-GATE 1.0.0 has no ControlNet pipeline: its row is refused with that reason.
 """
@@ -21,6 +27,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PACKAGES",
     "PEERS",
+    "SKIPS",
+    "grid",
     "installed_package",
     "method_of",
     "package_macs",
@@ -42,6 +51,17 @@ __all__ = [
 
 # The rows that "peers" stands for.
 PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gate")
+
+# Where evaluations of a run of 20 do most, by how many are made.
+_PLACES = {
+    8: (0, 2, 4, 7, 10, 13, 16, 19),
+    7: (0, 2, 5, 8, 11, 15, 19),
+    6: (0, 3, 7, 11, 16, 19),
+    5: (0, 4, 9, 14, 19),
+}
+# The rows that "skip-x0" stands for.
+SKIPS = tuple(f"skip-x0-{count}" for count in _PLACES)
+_SKIP = re.compile(r"skip-x0-(\d+)")
 
 _DEEPCACHE = re.compile(r"deepcache-(\d+)")
 _ENCODER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -55,7 +75,8 @@ _PACKAGE = re.compile(r"deepcache-pypi-([2-9]|[1-9]\d+)")
 def peer(name: str, steps: int, layers: int = 12) -> Config | None:
     """The schedule called ``name`` for a run of ``steps`` evaluations; None: no peer has that name.
 
-    name: "deepcache-N" with an interval of at least 2, "faster-diffusion" or "t-gate".
+    name: "deepcache-N" with an interval of at least 2, "faster-diffusion", "t-gate", or "skip-x0-N"
+        with N key steps of 20, and that share of them in a longer run.
     layers: all decoder layers of the UNet; SD1.5 has 12.
     """
     interval = _DEEPCACHE.fullmatch(name)
@@ -66,6 +87,10 @@ def peer(name: str, steps: int, layers: int = 12) -> Config | None:
             key_steps=tuple(range(0, steps, int(interval.group(1)))),
             control="compute",
         )
+    skip = _SKIP.fullmatch(name)
+    if skip and 1 < int(skip.group(1)) <= 20:
+        keys = grid(int(skip.group(1)), 20)
+        return Config(name=name, num_evaluations=20, key_steps=keys, depth=0)
     if name == "faster-diffusion":
         scale = steps / _ENCODER_REFERENCE
         keys = tuple(sorted({round(key * scale) for key in _ENCODER_KEYS}))
@@ -84,10 +109,33 @@ def peer(name: str, steps: int, layers: int = 12) -> Config | None:
     return None
 
 
+def grid(count: int, steps: int) -> tuple[int, ...]:
+    """The ``count`` of ``steps`` evaluations that are worth most: close at first, the last one
+    among them. Other counts than those that were looked for lie between.
+
+    Raises ConfigError where there are not so many.
+    """
+    if not 1 <= count <= steps:
+        raise ConfigError(f"a grid of {steps} steps has no {count} of them")
+    places = _PLACES[min(max(count, min(_PLACES)), max(_PLACES))]
+    found: list[int] = []
+    for j in range(count):
+        at = Fraction(j * (len(places) - 1), max(count - 1, 1))
+        low = places[int(at)]
+        high = places[min(int(at) + 1, len(places) - 1)]
+        place = (low + (at - int(at)) * (high - low)) * Fraction(steps - 1, places[-1])
+        # none twice, and room for those to come
+        least, most = found[-1] + 1 if found else 0, steps - count + j
+        found.append(min(max(int(place + Fraction(1, 2)), least), most))
+    return tuple(found)
+
+
 def method_of(name: str) -> str | None:
     """The method whose schedule the row ``name`` is; None: of no peer."""
     if _DEEPCACHE.fullmatch(name):
         return "DeepCache's schedule"
+    if _SKIP.fullmatch(name):
+        return "skipped, x0 forecast"
     known = {"faster-diffusion": "Faster Diffusion's schedule", "t-gate": "T-GATE's schedule"}
     return known.get(name)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hgc.config import ConfigError
 from hgc.evaluation.models import ModelShapes, load_shapes
+from hgc.evaluation.peers import grid
 from hgc.evaluation.record import fingerprint
 
 if TYPE_CHECKING:
@@ -44,31 +45,57 @@ SCHEDULERS = {
 }
 # With its timesteps spaced from the end of training on, as "dpm++2m-trailing".
 _TRAILING = "-trailing"
+# With fewer steps at timesteps of the uncached run, as "dpm++2m-grid": of those that go by sigmas.
+_GRID = "-grid"
+_WITH_GRID = ("unipc", "dpm++2m", "deis", "euler")
 # What a configuration of another class does not say, as SD1.5's own DDIM has it.
 _EXTRA = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}}
 
 
 def check_scheduler(name: str) -> str:
     """``name`` where it is a scheduler's; ConfigError where it is not."""
-    if name.removesuffix(_TRAILING) not in SCHEDULERS:
+    on_grid = name.endswith(_GRID)
+    base = name.removesuffix(_GRID).removesuffix(_TRAILING)
+    if base not in (_WITH_GRID if on_grid else SCHEDULERS):
         raise ConfigError(
             f"no scheduler named {name!r}; schedulers: {', '.join(SCHEDULERS)}, each also with "
-            f"{_TRAILING!r}"
+            f"{_TRAILING!r}, and {', '.join(_WITH_GRID)} with {_GRID!r} at the end"
         )
     return name
 
 
-def make_scheduler(name: str, config: Any) -> Any:
-    """The scheduler ``name`` with the noise schedule of ``config``, another scheduler's."""
+def make_scheduler(name: str, config: Any, steps: int | None = None) -> Any:
+    """The scheduler ``name`` with the noise schedule of ``config``, another scheduler's.
+
+    steps: of the uncached run, whose timesteps one "-grid" keeps to.
+    """
     import diffusers
 
-    base = check_scheduler(name).removesuffix(_TRAILING)
+    base = check_scheduler(name).removesuffix(_GRID).removesuffix(_TRAILING)
     changes: dict[str, Any] = dict(_EXTRA.get(base, {}))
     if config.get("_class_name") == SCHEDULERS[base]:
         changes = {}
-    if name.endswith(_TRAILING):
+    if name.removesuffix(_GRID).endswith(_TRAILING):
         changes["timestep_spacing"] = "trailing"
-    return getattr(diffusers, SCHEDULERS[base]).from_config(config, **changes)
+    kind = getattr(diffusers, SCHEDULERS[base])
+    if name.endswith(_GRID):
+        if steps is None:
+            raise ValueError(f"steps of the uncached run must be given for {name!r}; got None")
+        kind = _on_grid(kind, steps)
+    return kind.from_config(config, **changes)
+
+
+def _on_grid(kind: Any, steps: int) -> Any:
+    """The scheduler class ``kind`` whose timesteps are some of those it makes for ``steps``."""
+
+    def set_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
+        kind.set_timesteps(self, steps, *args, **kwargs)
+        kept = list(grid(num_inference_steps, steps))
+        self.timesteps = self.timesteps[kept]
+        self.sigmas = self.sigmas[[*kept, steps]]
+        self.num_inference_steps = num_inference_steps
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
 
 
 def saved_scheduler(folder: Path) -> str:

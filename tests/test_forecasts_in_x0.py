@@ -1,0 +1,481 @@
+"""Evaluations that compute nothing, and those that correct a forecast: x0 on a line in the log-SNR.
+
+The expected outputs are made from what the UNet was given and gave, with the levels of noise that
+the scheduler itself goes by.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import warnings
+import weakref
+
+import models
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    UniPCMultistepScheduler,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hgc
+from hgc import Config, ConfigError, StepPlan
+from hgc.engine import HgcWarning
+from hgc.noise import NoiseLevels
+
+SKIP = Config(
+    name="skip", num_evaluations=8, key_steps=(0, 2, 5), depth=0, damping=0.6, guidance_damping=0.3
+)
+SCHEDULERS = {
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "UniPC, Karras": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M, Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "Euler": (EulerDiscreteScheduler, {}),  # timesteps that are no integers
+    "Euler, Karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "Euler ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "DDIM": (DDIMScheduler, {}),
+    "DDIM, zero SNR": (
+        DDIMScheduler,
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "Heun": (HeunDiscreteScheduler, {}),
+    "PNDM": (PNDMScheduler, {}),
+    "LMS": (LMSDiscreteScheduler, {}),
+    "KDPM2 ancestral": (KDPM2AncestralDiscreteScheduler, {}),
+}
+
+
+def small(name="UniPC", prediction="epsilon", **kinds):
+    cls, changes = SCHEDULERS[name]
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet(), **kinds)
+    pipe.scheduler = models.scheduler(cls, prediction_type=prediction, **changes)
+    return pipe
+
+
+def alpha_and_sigma(scheduler, index, t):
+    """Of the sample that the UNet was given just now, as the scheduler has it."""
+    if hasattr(scheduler, "sigmas"):
+        between = hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order
+        ratio = scheduler.sigmas_interpol[index - 1] if between else scheduler.sigmas[index]
+        alpha = float(1 / (1 + ratio.double() ** 2).sqrt())
+        return alpha, alpha * float(ratio)
+    # bounded as diffusers bounds it where it divides by it
+    alpha_squared = max(float(scheduler.alphas_cumprod[int(t)]), 2.0**-24)
+    return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+
+
+class Watched:
+    """What the UNet of a pipeline was given and gave, evaluation by evaluation."""
+
+    def __init__(self, pipe):
+        self.seen, self.pipe = [], pipe
+
+    def __enter__(self):
+        def hook(module, args, kwargs, out):
+            sample, t = args[0], args[1] if len(args) > 1 else kwargs["timestep"]
+            index = int(t.storage_offset())
+            levels = alpha_and_sigma(self.pipe.scheduler, index, t)
+            out = out[0] if isinstance(out, tuple) else out.sample
+            self.seen.append((index, sample[:, :4].double(), out.double(), *levels))
+
+        self.handle = self.pipe.unet.register_forward_hook(hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc):
+        self.handle.remove()
+
+
+def x0_of(prediction, sample, out, alpha, sigma):
+    if prediction == "epsilon":
+        return (sample - sigma * out) / alpha
+    return alpha * sample - sigma * out if prediction == "v_prediction" else out
+
+
+def out_of(prediction, sample, x0, alpha, sigma):
+    if prediction == "epsilon":
+        return (sample - alpha * x0) / sigma
+    return (alpha * sample - x0) / sigma if prediction == "v_prediction" else x0
+
+
+def expected(seen, keys, i, prediction, damping, guidance_damping):
+    """The output of evaluation ``i`` by those of ``keys``."""
+    _, sample, _, alpha, sigma = seen[i]
+    past = [seen[k] for k in keys if k < i][-2:]
+    x0 = [x0_of(prediction, *row[1:]) for row in past]
+    snr = [torch.tensor(row[3] / row[4]).log().item() for row in (*past, seen[i])]
+    forecast = x0[-1]
+    if len(past) == 2 and snr[1] != snr[0]:
+        ahead = (snr[2] - snr[1]) / (snr[1] - snr[0])
+        (u0, c0), (u1, c1) = (each.chunk(2) for each in x0)
+        conditional = c1 + damping * ahead * (c1 - c0)
+        difference = (c1 - u1) + guidance_damping * ahead * ((c1 - u1) - (c0 - u0))
+        forecast = torch.cat([conditional - difference, conditional])
+    return out_of(prediction, sample, forecast, alpha, sigma)
+
+
+def check(pipe, prediction, config=SKIP, **changes):
+    with hgc.install(pipe, config=config) as installed, Watched(pipe) as watched:
+        draw = changes.pop("draw", models.draw)
+        draw(pipe, **changes)
+        rows = installed.report().rows
+    keys = [row.index for row in rows if row.depth == "full"]
+    skipped = [row.index for row in rows if row.depth == 0]
+    seen = {row[0]: row for row in watched.seen}
+    assert len(skipped) > 2 and all(rows[i - rows[0].index].why == "plan" for i in skipped)
+    for i in skipped:
+        gave, wanted = seen[i][2], expected(
+            seen, keys, i, prediction, config.damping, config.guidance_damping
+        )  # fmt: skip
+        # x0 is held in float32, and comes back divided by what it was multiplied with
+        size = max(float(row[1].abs().max() + row[2].abs().max()) for row in watched.seen)
+        worst = max((row[3] / row[4] + row[4] / row[3]) for row in (seen[k] for k in keys))
+        bound = 64 * torch.finfo(torch.float32).eps * size * min(worst, 100.0)
+        assert (gave - wanted).abs().max() <= bound, i
+    return rows
+
+
+KINDS = [
+    *((name, "v_prediction") for name in SCHEDULERS),
+    # noise says nothing of x0 where there is nothing but noise
+    *((name, "epsilon") for name in SCHEDULERS if name != "DDIM, zero SNR"),
+    *((name, "sample") for name in ("UniPC", "DPM++ 2M", "Euler", "DDIM, zero SNR")),
+]
+
+
+@pytest.mark.parametrize(("name", "prediction"), KINDS)
+def test_an_output_says_the_x0_that_is_forecast(name, prediction):
+    check(small(name, prediction), prediction, steps=8)
+
+
+@pytest.mark.parametrize("name", ["UniPC", "Euler", "DDIM"])
+def test_image_to_image_begins_later_in_the_schedule(name):
+    pipe = small(name, "v_prediction", cls=StableDiffusionControlNetImg2ImgPipeline)
+
+    def draw(pipe, **changes):
+        return pipe(**models.request(pipe, steps=12, strength=0.7, **changes))
+
+    config = SKIP.replace(num_evaluations=12, key_steps=(0, 4, 7, 10))
+    rows = check(pipe, "v_prediction", config, draw=draw)
+    assert rows[0].index > 0
+
+
+def test_other_channels_beside_the_latents():
+    """An inpainting UNet is given a mask and the masked picture too."""
+    pipe = models.sd15_pipeline(
+        models.small_unet(in_channels=9), models.small_controlnet(),
+        cls=StableDiffusionControlNetInpaintPipeline,
+    )  # fmt: skip
+
+    def draw(pipe, **changes):
+        return pipe(**models.request(pipe, steps=8, strength=1.0, **changes))
+
+    check(pipe, "epsilon", draw=draw)
+
+
+def test_without_guidance_the_batch_goes_by_the_first_damping():
+    pipe = small()
+    alone = SKIP.replace(guidance_damping=None)
+    latents = {}
+    for config in (SKIP, alone):
+        with hgc.install(pipe, config=config):
+            latents[config.guidance_damping] = models.draw(pipe, steps=8, guidance_scale=1.0)
+    assert torch.equal(latents[0.3], latents[None])
+
+
+# -- gains -----------------------------------------------------------------------------------
+
+
+def shallow(gain, **changes):
+    return Config(
+        name="shallow", num_evaluations=6, key_steps=(0, 2, 4), guidance="reuse", forecast=0.7,
+        guidance_forecast=0.4, damping=0.6, gain=gain, **changes,
+    )  # fmt: skip
+
+
+def outputs(pipe, config, **changes):
+    with hgc.install(pipe, config=config) as installed, Watched(pipe) as watched:
+        latents = models.draw(pipe, **changes)
+        assert {row.why for row in installed.report().rows} == {"plan"}
+    return latents, [row[2] for row in watched.seen]
+
+
+def test_a_gain_is_a_share_of_the_way_from_the_forecast_to_the_layers():
+    pipe = small()
+    skip = SKIP.replace(num_evaluations=6, key_steps=(0, 2, 4), guidance_damping=None)
+    plain, whole = outputs(pipe, shallow(1.0))
+    nothing, forecast = outputs(pipe, shallow(0.0))
+    skipped, _ = outputs(pipe, skip)
+    assert torch.equal(plain, outputs(pipe, shallow(1.0, guidance_damping=0.2))[0])
+    assert torch.allclose(nothing, skipped, rtol=0, atol=float(64 * 2**-23 * skipped.abs().max()))
+    # the first evaluation that the plans differ at is given the same by all three
+    assert torch.equal(whole[0], forecast[0])
+    half = outputs(pipe, shallow(0.25))[1][1]
+    wanted = forecast[1] + 0.25 * (whole[1] - forecast[1])
+    assert not torch.allclose(whole[1], forecast[1])
+    assert (half - wanted).abs().max() <= 16 * 2**-23 * wanted.abs().max()
+
+
+def test_plans_that_forecast_nothing_are_refused():
+    key = StepPlan()
+    for step, match in (
+        (StepPlan(control="reuse", depth=1, gain=0.5), "gain=0.5 corrects a forecast of x0"),
+        (StepPlan(gain=0.5, damping=0.5), "gain=0.5 corrects a forecast of x0"),
+        (StepPlan(damping=0.5), "damping is of a forecast that nothing reads"),
+        (StepPlan(control="off", depth=0, guidance_damping=0.5), "guidance_damping needs damping"),
+    ):
+        with pytest.raises(ConfigError, match=f"evaluation 1: {match}"):
+            hgc.plan(Config(num_evaluations=2, steps=(key, step)), 2)
+    with pytest.raises(ConfigError, match=r"StepPlan.damping must lie in \[-2.0, 2.0\]; got 3"):
+        StepPlan(damping=3)
+
+
+def test_a_rule_and_its_plan_are_the_same_as_json():
+    assert Config.from_json(SKIP.to_json()) == SKIP
+    steps = tuple(hgc.plan(SKIP, 8))
+    assert {step.damping for step in steps if step.depth == 0} == {SKIP.damping}
+    written = Config(num_evaluations=8, steps=steps)
+    assert Config.from_json(written.to_json()) == written
+
+
+# -- nothing is launched ---------------------------------------------------------------------
+
+
+class Launched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {"slice", "view", "alias", "_unsafe_view", "split", "as_strided", "detach"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_evaluation_launches_its_forecast_and_nothing_else(dtype):
+    pipe = small()
+    for model in (pipe.unet, pipe.controlnet):
+        model.to(dtype)
+    launched = []
+    text, cond = models.text(1, 2).to(dtype), models.picture(0).repeat(2, 1, 1, 1).to(dtype)
+    pipe.scheduler.set_timesteps(8)
+    sample = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1).to(dtype)
+    with torch.no_grad(), hgc.install(pipe, config=SKIP) as installed:
+        for t in pipe.scheduler.timesteps:
+            with Launched() as ops:
+                down, mid = pipe.controlnet(sample, t, text, cond, return_dict=False)
+                out = pipe.unet(
+                    sample, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                ).sample  # fmt: skip
+            launched.append([op for op in ops.ops if op not in VIEWS])
+            sample = sample - 0.1 * out.mean(0, keepdim=True)
+        macs = [row.macs.total for row in installed.report().rows]
+    assert out.dtype == dtype
+    for step, ops, done in zip(hgc.plan(SKIP, 8), launched, macs, strict=True):
+        if step.depth == 0:
+            assert len(ops) <= 6 and set(ops) <= {"lerp", "mul", "add_", "_to_copy"}
+            assert done == 0
+        else:
+            assert len(ops) > 100 and done > 0
+
+
+def test_residuals_that_somebody_reads_are_the_fresh_ones():
+    pipe = small()
+    text, cond = models.text(1, 2), models.picture(0).repeat(2, 1, 1, 1)
+    sample = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1)
+    pipe.scheduler.set_timesteps(8)
+    schedule = pipe.scheduler.timesteps
+    with torch.no_grad():
+        plain = [pipe.controlnet(sample, t, text, cond, return_dict=False)[1] for t in schedule]
+        with hgc.install(pipe, config=SKIP):
+            for t, wanted in zip(schedule, plain, strict=True):
+                down, mid = pipe.controlnet(sample, t, text, cond, return_dict=False)
+                pipe.unet(
+                    sample, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                )  # fmt: skip
+                assert torch.equal(mid + 0.0 * mid, wanted)
+
+
+# -- changes in a run, and other runs ------------------------------------------------------------
+
+
+def test_what_changes_in_a_run_is_computed_in_full():
+    pipe = small()
+    with hgc.install(pipe, config=SKIP) as installed:
+        models.draw(pipe, steps=8, **models.change_text(3))
+        rows = installed.report().rows
+    assert [row.depth for row in rows] == ["full", 0, "full", "full", 0, "full", 0, 0]
+    assert rows[3].why == "the text changed"
+
+
+@pytest.mark.parametrize("control", ["off", "reuse"])
+def test_an_evaluation_made_full_after_its_controlnet_has_its_residuals(control):
+    """The UNet's arguments change at an evaluation whose ControlNet was left out."""
+    pipe = small()
+    text, cond = models.text(1, 2), models.picture(0).repeat(2, 1, 1, 1)
+    sample = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1)
+    pipe.scheduler.set_timesteps(3)
+    depth = 0 if control == "off" else 1
+    plan = (StepPlan(), StepPlan(control=control, depth=depth), StepPlan())
+    found = []
+    for config in (Config(num_evaluations=3, steps=plan), None):
+        installed = None if config is None else hgc.install(pipe, config=config)
+        with torch.no_grad():
+            for i, t in enumerate(pipe.scheduler.timesteps):
+                mask = torch.ones(2, models.TOKENS) if i == 1 else None
+                down, mid = pipe.controlnet(sample, t, text, cond, return_dict=False)
+                out = pipe.unet(
+                    sample, t, text, encoder_attention_mask=mask,
+                    down_block_additional_residuals=down, mid_block_additional_residual=mid,
+                ).sample  # fmt: skip
+                if i == 1:
+                    found.append(out)
+        if installed is not None:
+            installed.uninstall()
+    assert torch.equal(*found)
+
+
+def test_threads_and_interleaved_runs():
+    pipes = [small("UniPC"), small("Euler", "v_prediction")]
+    pipes[1].unet, pipes[1].controlnet = pipes[0].unet, pipes[0].controlnet
+    expected_latents = []
+    for pipe in pipes:
+        with hgc.install(pipe, config=SKIP):
+            expected_latents.append(models.draw(pipe, steps=8))
+    # one installation serves both: told the first one's scheduler, which is of the same training
+    pipes[1].scheduler = models.scheduler(
+        EulerDiscreteScheduler, prediction_type=pipes[0].scheduler.config.prediction_type
+    )
+    with hgc.install(pipes[1], config=SKIP):
+        expected_latents[1] = models.draw(pipes[1], steps=8)
+    found = [None, None]
+    with hgc.install(pipes[0], config=SKIP):
+
+        def draw(i):
+            found[i] = models.draw(pipes[i], steps=8)
+
+        threads = [threading.Thread(target=draw, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        inner = []
+
+        def callback(pipe, i, t, kwargs):
+            if i == 3:
+                inner.append(models.draw(copy.copy(pipes[1]), steps=8))
+            return {}
+
+        outer = models.draw(pipes[0], steps=8, callback_on_step_end=callback)
+    assert torch.equal(found[0], expected_latents[0])
+    assert torch.equal(outer, expected_latents[0])
+    # Euler's own sigmas are not those of a scheduler that it shares alphas with, between timesteps
+    for latents in (found[1], inner[0]):
+        assert torch.allclose(latents, expected_latents[1], rtol=0, atol=1e-3)
+
+
+# -- which scheduler --------------------------------------------------------------------------
+
+
+def test_the_scheduler_of_a_pipeline_is_looked_up_at_every_run():
+    pipe = small()
+    with hgc.install(pipe, config=SKIP):
+        models.draw(pipe, steps=8)
+        pipe.scheduler = models.scheduler(EulerDiscreteScheduler, prediction_type="v_prediction")
+        later = models.draw(pipe, steps=8)
+    with hgc.install(pipe.unet, pipe.controlnet, config=SKIP, scheduler=pipe.scheduler):
+        assert torch.equal(models.draw(pipe, steps=8), later)
+
+
+@pytest.mark.parametrize("scheduler", [None, FlowMatchEulerDiscreteScheduler()])
+def test_without_a_scheduler_outputs_are_forecast_and_one_warning_says_so(scheduler):
+    pipe = small()
+    said = "scheduler is not known" if scheduler is None else "what FlowMatchEulerDiscreteScheduler"
+    installed = hgc.install(pipe.unet, pipe.controlnet, config=SKIP, scheduler=scheduler)
+    with installed:
+        with pytest.warns(HgcWarning, match=f"{said}.* Outputs are forecast as the model gives"):
+            latents = models.draw(pipe, steps=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HgcWarning)
+            models.draw(pipe, steps=8)
+    steps = tuple(step.in_output for step in hgc.plan(SKIP, 8))
+    assert {step.damping for step in steps} == {None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HgcWarning)
+        with hgc.install(pipe, config=Config(num_evaluations=8, steps=steps)):
+            assert torch.equal(models.draw(pipe, steps=8), latents)
+        # a plan that forecasts no output asks for none
+        with hgc.install(pipe.unet, pipe.controlnet, config="balanced"):
+            models.draw(pipe, steps=20)
+
+
+def test_a_pipeline_is_not_kept_alive():
+    pipe = small()
+    unet = pipe.unet
+    installed = hgc.install(pipe, config=SKIP)
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    installed.uninstall()
+    assert "forward" not in unet.__dict__
+
+
+def test_a_pipeline_stands_for_its_models():
+    pipe = small()
+    installed = hgc.install(pipe)
+    assert installed.unet is pipe.unet and installed.controlnets == (pipe.controlnet,)
+    with pytest.raises(RuntimeError, match="already installed"):
+        hgc.install(pipe.unet)
+    hgc.uninstall(pipe)
+
+
+# -- placed by each run ------------------------------------------------------------------------
+
+
+def test_a_run_places_its_keys_by_the_error_of_x0():
+    pipe = small()
+    config = Config(
+        num_evaluations=12, key_steps=(0, 2, 4, 8), depth=0, damping=0.6, guidance_damping=0.3,
+        adaptive=0.3,
+    )  # fmt: skip
+    with hgc.install(pipe, config=config) as installed:
+        latents = models.draw(pipe, steps=12)
+        rows = installed.report().rows
+    keys = tuple(row.index for row in rows if row.depth == "full")
+    assert keys != config.key_steps and 2 < len(keys) < 12
+    assert any(row.why.startswith("error") for row in rows)
+    with hgc.install(pipe, config=config.replace(adaptive=None, key_steps=keys)):
+        assert torch.equal(models.draw(pipe, steps=12), latents)
+
+
+def test_levels_of_noise_are_those_of_trained_timesteps():
+    """Timesteps that are not the scheduler's own: by its alphas alone."""
+    scheduler = models.scheduler(DDIMScheduler)
+    timesteps = torch.tensor([999.0, 500.0, 500.5, 0.0])
+    levels = NoiseLevels(scheduler, timesteps, is_own=False)
+    ones, zeros = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    alphas = [float(levels.output(ones, zeros, i)) for i in range(4)]  # 1 / sigma
+    for i, t in enumerate((999, 500, None, 0)):
+        if t is not None:
+            sigma = float(1 - scheduler.alphas_cumprod[t].double()) ** 0.5
+            assert abs(alphas[i] * sigma - 1) < 1e-5
+    assert alphas[1] > alphas[2] > 0.999 * alphas[1]
