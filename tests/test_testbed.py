@@ -335,7 +335,7 @@ def test_an_exported_model_is_trained_further(other_model, tmp_path):
     from benchmarks.testbed_training import models, run
 
     recipe = dataclasses.replace(
-        run.RECIPES["other"], scenes=48, sizes=models.TINY, until=0.0, start=other_model
+        run.RECIPES["other"], scenes=48, sizes=models.TINY, batch=16, until=0.0, start=other_model
     )
     out = tmp_path / "model"
     run.train(recipe, tmp_path, out, stages=("diffusion",), device=torch.device("cpu"))

@@ -165,6 +165,8 @@ def batches(
     count: int, size: int, seed: int, device: torch.device | None = None
 ) -> Iterator[torch.Tensor]:
     """Endless shuffled index batches, int64 [size], on `device`; None: the CPU."""
+    if count < size:
+        raise ValueError(f"size: expected at most the {count} scenes there are, got {size}")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).to(device)
