@@ -1,6 +1,6 @@
 """hgc: a hybrid-grained cache that makes diffusers ControlNet pipelines faster.
 
-``hgc.install(pipe.unet, pipe.controlnet)`` and the pipeline reuses between neighbouring steps what
+``hgc.install(pipe)`` and the pipeline reuses between neighbouring steps what
 hardly changes between them. See :class:`Config` for what is reused.
 """
 

@@ -550,8 +550,7 @@ class Installation:
         "_epochs", "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
         "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
         "_said", "_scaled_processors", "_scheduler", "_schedules", "_seen", "_stateful",
-        "_structure",
-        "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
+        "_structure", "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
     )  # fmt: skip
 
     def __init__(

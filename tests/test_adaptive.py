@@ -172,7 +172,7 @@ def test_errors_are_read_after_their_event_and_two_evaluations_later(pipe, monke
     hook = pipe.controlnet.register_forward_pre_hook(
         lambda *_: evaluation.__setitem__(0, evaluation[0] + 1)
     )
-    monkeypatch.setattr("hgc.runs.to_host", to_host)
+    monkeypatch.setattr("hgc.adaptive.to_host", to_host)
     try:
         latents, slow = draw(pipe, ADAPTIVE)
     finally:

@@ -32,7 +32,7 @@ from diffusers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
-from hgc import Config, ConfigError, StepPlan
+from hgc import Config, ConfigError, StepPlan, engine
 from hgc.engine import HgcWarning
 from hgc.noise import NoiseLevels
 
@@ -479,3 +479,36 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
             sigma = float(1 - scheduler.alphas_cumprod[t].double()) ** 0.5
             assert abs(alphas[i] * sigma - 1) < 1e-5
     assert alphas[1] > alphas[2] > 0.999 * alphas[1]
+
+
+def test_levels_are_waited_for_once_the_first_evaluation_is_launched(monkeypatch):
+    """A device that copies at the last moment: when somebody waits for the copy."""
+    pipe = small()
+    with hgc.install(pipe, config=SKIP):
+        expected_latents = models.draw(pipe, steps=8)
+    done, waits = [], []
+
+    class Event:
+        def __init__(self, copy, value):
+            self.copy, self.value = copy, value
+
+        def synchronize(self):
+            self.copy.copy_(self.value)
+            waits.append(len(done))
+
+    def to_host(value):
+        late = torch.full_like(value, 500)
+        return late, Event(late, value)
+
+    monkeypatch.setattr("hgc.noise.to_host", to_host)
+    run_unet = engine.run_unet
+
+    def launched(*args, **kwargs):
+        out = run_unet(*args, **kwargs)
+        done.append(1)
+        return out
+
+    monkeypatch.setattr(engine, "run_unet", launched)
+    with hgc.install(pipe, config=SKIP):
+        assert torch.equal(models.draw(pipe, steps=8), expected_latents)
+    assert waits == [1, 1, 1]  # timesteps, alphas and sigmas, after the first evaluation

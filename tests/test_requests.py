@@ -253,7 +253,7 @@ CONFIGS = {
     "balanced": Config.preset("balanced"),
     "some": SOME,
     "attention": SOME.replace(attention="reuse", attention_gate=0.4, fresh_values=True),
-    "output": SOME.replace(depth=0, guidance="both"),
+    "skip": SOME.replace(depth=0, damping=0.6, guidance_damping=0.3),
     "adaptive": SOME.replace(adaptive=0.2),
 }
 
@@ -291,10 +291,10 @@ class Sequences(stateful.RuleBasedStateMachine):
     def install(self, name):
         if self.installed is not None:
             with pytest.raises(RuntimeError, match="already installed"):
-                hgc.install(self.pipe.unet, self.pipe.controlnet, config=CONFIGS[name])
+                hgc.install(self.pipe, config=CONFIGS[name])
             return
         self.config = CONFIGS[name]
-        self.installed = hgc.install(self.pipe.unet, self.pipe.controlnet, config=self.config)
+        self.installed = hgc.install(self.pipe, config=self.config)
 
     @stateful.rule()
     def uninstall(self):
@@ -399,7 +399,7 @@ class Sequences(stateful.RuleBasedStateMachine):
         if self.installed is None or self.config.is_exact:
             expected = request(self.twin)
         else:
-            with hgc.install(self.twin.unet, self.twin.controlnet, config=self.config):
+            with hgc.install(self.twin, config=self.config):
                 expected = request(self.twin)
         assert torch.equal(image, expected)
 

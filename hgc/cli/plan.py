@@ -265,6 +265,13 @@ def _forecast(step: StepPlan) -> str:
     ):
         if values is not None and values != (1.0,):
             parts.append(label + ", ".join(f"{v:+.3g}" for v in values))
+    if step.damping is not None:
+        # coefficients of the output stand in where the scheduler is not known
+        parts = [f"x0 {step.damping:g}"] if step.depth == 0 else [*parts, f"x0 {step.damping:g}"]
+        if step.guidance_damping is not None:
+            parts.append(f"guidance {step.guidance_damping:g}")
+    if step.gain != 1.0:
+        parts.append(f"gain {step.gain:g}")
     return "; ".join(parts) or "-"
 
 
