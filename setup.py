@@ -18,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "scripts"))
-from find_tools import cxx_compiler, nvcc, pybind11_include, torch_include  # noqa: E402
+from find_tools import cxx_compiler, nvcc, obstacle, pybind11_include, torch_include  # noqa: E402
 
 
 class LeftOut(Exception):
@@ -46,21 +46,18 @@ def run_cmake(name, definitions):
 
 
 def common_definitions(package):
-    if os.environ.get("HGC_NO_EXT") == "1":
-        raise LeftOut("HGC_NO_EXT=1 was set")
-    compiler = cxx_compiler()
-    if compiler is None:
-        raise LeftOut("no C++ compiler was found")
+    if reason := obstacle():
+        raise LeftOut(reason)
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
-            raise LeftOut(f"{tool} was not found")
+            raise LeftOut(f"{tool} was not found; install it, then this package again")
     include = torch_include()
     if include is None:
         raise LeftOut(
-            "no headers of torch >= 2.10 were found: install torch first, then this package again"
+            "no headers of torch >= 2.10 were found; install torch, then this package again"
         )
     return {
-        "CMAKE_CXX_COMPILER": compiler,
+        "CMAKE_CXX_COMPILER": cxx_compiler(),
         "HGC_TORCH_INCLUDE": include,
         "HGC_LIBRARY_FOLDER": package / "lib",
     }
@@ -72,11 +69,11 @@ def build_cpu(package):
 
 def build_cuda(package):
     if os.environ.get("HGC_CUDA") == "0":
-        raise LeftOut("HGC_CUDA=0 was set")
+        raise LeftOut("HGC_CUDA=0 was set; install again without it")
     definitions = common_definitions(package)
     compiler = nvcc()
     if compiler is None:
-        raise LeftOut("nvcc was not found")
+        raise LeftOut("nvcc was not found; install the CUDA toolkit, then this package again")
     if architectures := os.environ.get("HGC_CUDA_ARCHITECTURES"):
         definitions["HGC_CUDA_ARCHITECTURES"] = architectures
     run_cmake("cuda", {**definitions, "HGC_TARGET": "cuda", "CMAKE_CUDA_COMPILER": compiler})
@@ -86,7 +83,7 @@ def build_introspection(package):
     include = pybind11_include()
     definitions = common_definitions(package)
     if include is None:
-        raise LeftOut("pybind11 was not found")
+        raise LeftOut("pybind11 was not found; install it, then this package again")
     definitions |= {
         "HGC_TARGET": "introspection",
         "HGC_PACKAGE_FOLDER": package,

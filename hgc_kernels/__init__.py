@@ -2,8 +2,9 @@
 `torch.ops.hgc`.
 """
 
+from hgc_kernels import versions  # noqa: F401  first: refuses what is too old for the others
 from hgc_kernels.backend import BackendError, backends, get_backend, set_backend, use_backend
-from hgc_kernels.library import build_info
+from hgc_kernels.library import build_info, say_what_is_missing
 from hgc_kernels.map_format import FORMATS, map_bytes, map_probabilities, new_map, padded
 from hgc_kernels.ops.apply_map import apply_map
 from hgc_kernels.ops.apply_map_project import apply_map_project
@@ -29,3 +30,5 @@ __all__ = [
     "set_backend",
     "use_backend",
 ]
+
+say_what_is_missing()

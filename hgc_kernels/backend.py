@@ -59,6 +59,7 @@ class _OfThread(threading.local):
 _local = _OfThread()
 _resolved: dict[tuple[str, str, str], tuple[str, Callable[..., Any]]] = {}
 _said: set[tuple[str, str, str]] = set()
+said_at_import: set[str] = set()  # of what `_select` gives as why: not said again an op
 
 
 def register(
@@ -194,7 +195,7 @@ def _resolve(op: str, device: str, choice: str) -> tuple[str, Callable[..., Any]
     found = _resolved.get(key)
     if found is None:
         name, why = _select(op, device, choice)
-        if choice == "auto" and why.startswith("no "):
+        if choice == "auto" and why.startswith("no ") and why not in said_at_import:
             _say_once(op, device, f"running the {name} backend ({why})")
         found = _resolved[key] = (name, _load(_implementations[op, name, device]))
     return found

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hgc_kernels import backend
+from hgc_kernels import backend, elf
 
 # HGC_LIBRARY_FOLDER: libraries built elsewhere, as the sanitizers' build is.
 _FOLDER = Path(os.environ.get("HGC_LIBRARY_FOLDER") or Path(__file__).resolve().parent / "lib")
@@ -50,33 +52,81 @@ def define(
         )
 
 
+def _library(device: str) -> Path:
+    return _FOLDER / f"libhgc_{device}.so"
+
+
+def _left_out() -> dict[str, str]:
+    """What the build recorded: part -> why it was not made, and the remedy."""
+    try:
+        return dict(json.loads((_FOLDER / "left_out.json").read_text()))
+    except (OSError, ValueError):  # no build, or one that was cut short
+        return {}
+
+
+def _fault(part: str, path: Path) -> str | None:
+    """Why the file of a part cannot be loaded, and the remedy; None where it can be tried."""
+    if not path.exists():
+        reason = _left_out().get(part)
+        if reason is not None:
+            return f"{path.name} was left out of this install ({reason})"
+        return f"{path} is not there; install the package again"
+    try:
+        fault = elf.fault(path, Path(torch._C.__file__))
+    except OSError as error:
+        fault = f"{path} cannot be read: {error}"
+    return fault and f"{fault}; install the package again"
+
+
 def _load_libraries() -> dict[str, str | None]:
     """Load what was built. Returns, a device type, None where loaded or the reason it is not."""
     reasons: dict[str, str | None] = {}
     for device in backend.DEVICES:
-        path = _FOLDER / f"libhgc_{device}.so"
-        if not path.exists():
-            reasons[device] = f"{path.name} was not built with this install"
-        elif device == "cuda" and torch.version.cuda is None:
+        path = _library(device)
+        reasons[device] = _fault(device, path)
+        if reasons[device] is not None:
+            continue
+        if device == "cuda" and torch.version.cuda is None:
             reasons[device] = "this torch has no CUDA"
         else:
             try:
                 torch.ops.load_library(str(path))
-                reasons[device] = None
             except OSError as error:
-                reasons[device] = f"{path.name} does not load: {error.__cause__ or error}"
+                reasons[device] = f"{path} does not load: {error.__cause__ or error}"
     return reasons
 
 
 _missing = _load_libraries()
 
 
+def say_what_is_missing() -> None:
+    """Warn of compiled libraries that this process would use and has not; once, at the import."""
+    devices = ["cpu"]
+    if torch.version.cuda is not None and torch.cuda.device_count():
+        devices.append("cuda")
+    for device in devices:
+        reason = _missing[device]
+        if reason is not None:
+            backend.said_at_import.add(f"no native: {reason}")
+            message = f"hgc_kernels has no compiled kernels for {device}: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
 def native_missing(device: str) -> str | None:
     """Why the compiled library of a device type cannot run here, or None where it can."""
     reason = _missing[device]
     if reason is None and device == "cuda":
-        return gpu_refuses(_FOLDER / "libhgc_cuda.so")
+        return gpu_refuses(_library("cuda"))
     return reason
+
+
+def _introspection() -> Any:
+    """hgc_kernels._native. Raises ImportError that names the file, or why there is none."""
+    spec = importlib.util.find_spec("hgc_kernels._native")
+    path = Path(spec.origin if spec and spec.origin else Path(__file__).with_name("_native"))
+    if fault := _fault("introspection", path):
+        raise ImportError(fault)
+    return importlib.import_module("hgc_kernels._native")
 
 
 def gpu_refuses(library: Path) -> str | None:
@@ -84,7 +134,7 @@ def gpu_refuses(library: Path) -> str | None:
     driver, no GPU, or one that they were not compiled for.
     """
     try:
-        introspection = importlib.import_module("hgc_kernels._native")
+        introspection = _introspection()
         introspection.kernel_attributes(str(library))
     except ImportError:  # nobody to ask: a launch will say
         return None
@@ -108,37 +158,36 @@ def native_apply_map(*args: Any) -> torch.Tensor:
 def build_info() -> dict[str, Any]:
     """What was compiled into this install, and what is loaded in this process.
 
-    Keys: "torch"; "libraries" (device type -> "loaded", or the reason it is not); "vector_set" (the
-    CPU kernels' instruction set here); "native" (part -> compilers, flags, CUDA architectures and
-    commit it was built with); "kernels" (on a GPU: name, registers, shared and local bytes and
-    threads of each CUDA kernel; else the reason there are none); "left_out" (part of the build ->
-    why it was not made).
+    Keys: "torch"; "libraries" (device type, or "introspection" -> "loaded", or the reason it is
+    not); "vector_set" (the CPU kernels' instruction set here); "native" (part -> compilers, flags,
+    CUDA architectures and commit it was built with); "kernels" (on a GPU: name, registers, shared
+    and local bytes and threads of each CUDA kernel; else the reason there are none); "left_out"
+    (part of the build -> why it was not made).
     """
-    record = _FOLDER / "left_out.json"
-    left_out = json.loads(record.read_text()) if record.exists() else {}
     info: dict[str, Any] = {
         "torch": torch.__version__,
         "libraries": {device: reason or "loaded" for device, reason in _missing.items()},
         "vector_set": None,
         "native": {},
         "kernels": "the CUDA library is not loaded",
-        "left_out": left_out,
+        "left_out": _left_out(),
     }
     try:
-        introspection = importlib.import_module("hgc_kernels._native")
+        introspection = _introspection()
     except ImportError as error:
-        left_out.setdefault("introspection", str(error))
+        info["libraries"]["introspection"] = str(error)
         return info
+    info["libraries"]["introspection"] = "loaded"
     info["native"]["introspection"] = introspection.build_info()
     for device in backend.DEVICES:
-        path = _FOLDER / f"libhgc_{device}.so"
-        if path.exists():
+        path = _library(device)
+        if _fault(device, path) is None:
             info["native"][device] = _built(introspection, path)
     if _missing["cpu"] is None:
-        info["vector_set"] = introspection.cpu_vector_set(str(_FOLDER / "libhgc_cpu.so"))
+        info["vector_set"] = introspection.cpu_vector_set(str(_library("cpu")))
     if _missing["cuda"] is None:
         try:
-            info["kernels"] = introspection.kernel_attributes(str(_FOLDER / "libhgc_cuda.so"))
+            info["kernels"] = introspection.kernel_attributes(str(_library("cuda")))
         except RuntimeError as error:
             info["kernels"] = str(error)
     return info

@@ -4,14 +4,16 @@
 #     scripts/check_installs.sh                    # every case, a few minutes
 #     scripts/check_installs.sh no-nvcc no-torch   # some
 #
+#   constraints  constraints.txt resolves with the torch that PyPI serves; metadata only
 #   full         torch there: the CPU and the CUDA library and the introspection module
-#   no-torch     no torch in the environment when the package is built: nothing compiled, and said
+#   no-torch     `pip install .` and nothing else, in an empty environment: the same (6 GB for a while)
 #   no-nvcc      no CUDA compiler: all but the CUDA library
-#   no-compiler  no C++ compiler: nothing compiled, the ops run their references
+#   no-compiler  no C++ compiler: nothing compiled, the ops run their references, the import says so
+#   no-ext       HGC_NO_EXT=1: as without a compiler
 #   require      HGC_REQUIRE_EXT=1 and no C++ compiler: an error
+#   old-python   a Python that is too old (OLD_PYTHON names it; left out without it): an error
 #
-# PYTHON chooses the interpreter. The two environments (one without torch) are made in a temporary
-# folder and removed.
+# PYTHON chooses the interpreter. The environments are made in a temporary folder and removed.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -60,19 +62,30 @@ install() {
     (cd "$root" && tar cf - --exclude ./.git --exclude ./build --exclude ./outputs \
         --exclude ./hgc_kernels/lib --exclude './hgc_kernels/_native*' .) | tar xf - -C "$work/source"
     folder=$(environment "$1")
+    options="-c $root/constraints.txt"
+    [ "$1" != no-torch ] || options=
     shift
     "$folder/bin/pip" uninstall --quiet --yes hybrid-grained-cache
-    env "$@" "$folder/bin/pip" install --quiet -c "$root/constraints.txt" "$work/source"
+    began=$(date +%s)
+    # shellcheck disable=SC2086
+    env "$@" "$folder/bin/pip" install --quiet $options "$work/source" || return 1
+    echo "installed in $(($(date +%s) - began)) s"
 }
 
-# expect CASE LIBRARIES LEFT_OUT: words each, compared with what the install says of itself.
+# expect CASE LIBRARIES LEFT_OUT [REASON]: words each, compared with what the install says of itself,
+# in `hgc info` and, where the CPU library is left out, at the first import.
 expect() {
     folder=$(environment "$1")
-    (cd "$work" && "$folder/bin/hgc" info && "$folder/bin/python" - "$2" "$3" <<'PYTHON'
+    (cd "$work" && "$folder/bin/hgc" info && "$folder/bin/python" - "$2" "$3" "${4-}" <<'PYTHON'
 import sys
+import warnings
 import torch
-import hgc_kernels as hk
-built, left_out = (set(words.split()) for words in sys.argv[1:])
+with warnings.catch_warnings(record=True) as said:
+    import hgc_kernels as hk
+built, left_out = (set(words.split()) for words in sys.argv[1:3])
+said = [str(warning.message) for warning in said if "hgc_kernels" in str(warning.message)]
+assert len(said) == ("cpu" in left_out), said
+assert all(f"libhgc_cpu.so was left out of this install ({sys.argv[3]}" in one for one in said), said
 info = hk.build_info()
 assert set(info["left_out"]) == left_out, info["left_out"]
 assert set(info["native"]) == built, info["native"]
@@ -88,13 +101,18 @@ PYTHON
 run() {
     echo "== $1"
     case $1 in
-        full)
-            install full
-            expect full "cpu cuda introspection" ""
+        constraints)
+            "$python" -m venv "$work/resolver"
+            "$work/resolver/bin/pip" install --quiet --upgrade pip
+            # "===" passes by a local build of that torch, whose requirements are others.
+            torch=$(sed -n 's/^torch==/torch===/p' "$root/constraints.txt")
+            (cd "$root" && "$work/resolver/bin/pip" install --quiet --use-feature=fast-deps --dry-run \
+                -c constraints.txt "$torch" ".[test]")
+            echo "constraints: as they should be"
             ;;
-        no-torch)
-            install no-torch
-            expect no-torch "" "cpu cuda introspection"
+        full | no-torch)
+            install "$1"
+            expect "$1" "cpu cuda introspection" ""
             ;;
         no-nvcc)
             install no-nvcc PATH="$(path_without nvcc)" CUDA_HOME=/nonexistent CUDA_PATH=
@@ -102,7 +120,20 @@ run() {
             ;;
         no-compiler)
             install no-compiler PATH="$(path_without c++ g++ clang++)"
-            expect no-compiler "" "cpu cuda introspection"
+            expect no-compiler "" "cpu cuda introspection" "no C++ compiler was found"
+            ;;
+        no-ext)
+            install no-ext HGC_NO_EXT=1
+            expect no-ext "" "cpu cuda introspection" "HGC_NO_EXT=1 was set"
+            ;;
+        old-python)
+            [ -n "${OLD_PYTHON-}" ] || { echo "old-python: OLD_PYTHON names none"; return; }
+            "$OLD_PYTHON" -m venv "$work/old"
+            if "$work/old/bin/pip" install "$root" > "$work/log" 2>&1; then
+                echo "old-python: installed" >&2
+                exit 1
+            fi
+            grep "hgc needs Python >= 3.11, and this is Python" "$work/log"
             ;;
         require)
             if install require HGC_REQUIRE_EXT=1 PATH="$(path_without c++ g++ clang++)" \
@@ -117,5 +148,5 @@ run() {
     esac
 }
 
-[ $# -gt 0 ] || set -- full no-torch no-nvcc no-compiler require
+[ $# -gt 0 ] || set -- constraints full no-torch no-nvcc no-compiler no-ext require old-python
 for case in "$@"; do run "$case"; done

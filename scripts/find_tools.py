@@ -49,6 +49,17 @@ def cxx_compiler():
     return None
 
 
+def obstacle():
+    """Why nothing at all can be compiled here, and the remedy; None where it can."""
+    if os.environ.get("HGC_NO_EXT") == "1":
+        return "HGC_NO_EXT=1 was set; install again without it"
+    if sys.platform != "linux":
+        return f"compiled kernels are for Linux, and this is {sys.platform}"
+    if cxx_compiler() is None:
+        return "no C++ compiler was found; install g++ or clang++, then this package again"
+    return None
+
+
 def nvcc():
     """The CUDA compiler, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"

@@ -63,8 +63,6 @@ def run() -> None:
     built.add_row("CPU vectors", Text(str(build["vector_set"])))
     for name, value in build["native"].items():
         built.add_row(str(name), Text(str(value)))
-    for name, why in build["left_out"].items():
-        built.add_row(f"left out: {name}", Text(str(why)))
     kernels = build["kernels"]
     if isinstance(kernels, str):
         built.add_row("CUDA kernels", Text(kernels))

@@ -14,6 +14,7 @@ from hgc_kernels.launch_config import (
 )
 from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 
+E4M3 = torch.float8_e4m3fn
 # What decode_e4m3 leaves: 448 for the format, 2^-8 for reading its bytes as fp16.
 E4M3_UNIT = 256.0 / 448.0
 
@@ -35,10 +36,11 @@ def heuristic(
     if dtype == torch.float32:
         block_m = 32 if block_d <= 64 else 16
         return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
-    # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head or an
-    # fp32 map wants the registers that such a step takes.
+    # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head, an fp32
+    # map or an e4m3 map that becomes bf16 by way of fp32 wants the registers that such a step takes.
     wide = block_d > 128
-    block_n = min(next_power_of_two(s_kv), 32 if wide or map_dtype == torch.float32 else 64)
+    widened = map_dtype == torch.float32 or (dtype, map_dtype) == (torch.bfloat16, E4M3)
+    block_n = min(next_power_of_two(s_kv), 32 if wide or widened else 64)
     block_m = 64 if s_q > 32 else 32
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
@@ -65,7 +67,7 @@ def apply_map(
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out
-    is_e4m3 = map.dtype == torch.float8_e4m3fn
+    is_e4m3 = map.dtype == E4M3
     grid = (heads * -(-s_q // config.block_m) * batch,)
     with on_device_of(out):
         apply_map_kernel[grid](
