@@ -27,7 +27,7 @@ import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
 from hgc.attention import cross_attentions
-from hgc.capturing import CapturedNetworks
+from hgc.capturing import CapturedNetworks, _flatten, _Graph
 from hgc.engine import HgcWarning
 from hgc.presets import PRESETS
 
@@ -55,7 +55,9 @@ class Tape(TorchDispatchMode):
         read = {storage(x) for x in tensors_in(args, kwargs)}
         new = [x for x in tensors_in(out) if storage(x) not in read]
         if op._schema.is_mutable or new:
-            self.steps.append((op, args, kwargs, out, {id(x) for x in new}))
+            # memory and strides of now: a tensor may be given others
+            kept = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            self.steps.append((op, *kept, out, {id(x) for x in new}))
         return out
 
     def replay(self):
@@ -362,7 +364,7 @@ def test_lora(shallow):
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     unet.add_adapter(config, "a")
-    check(shallow, {}, {"cross_attention_kwargs": {"scale": 0.2}})
+    check(shallow, {}, *({"cross_attention_kwargs": {"scale": scale}} for scale in (0.2, 0.7)))
     assert shallow.counts(cross_attention_kwargs={"scale": 0.2}) == {"replayed": 9}
     unet.add_adapter(config, "b")
     check(shallow, {})
@@ -563,6 +565,31 @@ def test_what_did_not_change_is_not_copied_again(shallow, monkeypatch):
         constant = 2 * len(cross_attentions(model)) + 1 + (name == "controlnet0")
         total = len(graphs[name]._inputs)
         assert copied.count(name) == total + 2 * (total - constant)
+
+
+def test_inputs_that_are_written_to_are_copied_again():
+    """Counted writes, other memory under one tensor, and what the function itself writes."""
+
+    def function(values):
+        values["a"].add_(1)  # as FreeU does
+        return values["a"] * values["b"] + values["scale"]
+
+    tensors, layout = [], []
+    given = {"a": torch.ones(3), "b": torch.full((3,), 2.0), "scale": 0.5}
+    assert _flatten((given,), tensors, layout)
+    graph = _Graph(OnCpu(), function, tensors, tuple(layout))
+    for _ in range(3):
+        assert graph.run(tensors).tolist() == [4.5] * 3
+    given["b"].mul_(2)
+    assert graph.run(tensors).tolist() == [8.5] * 3
+    given["b"].data = torch.full((3,), 3.0)
+    assert graph.run(tensors).tolist() == [6.5] * 3
+    with torch.inference_mode():
+        tensors[1] = torch.full((3,), 5.0)
+        assert graph.run(tensors).tolist() == [10.5] * 3
+        tensors[1].mul_(2)  # not counted
+        assert graph.run(tensors).tolist() == [20.5] * 3
+    assert given["a"].tolist() == [1.0] * 3
 
 
 def test_one_thread_replays_and_others_run_eagerly(shallow):
