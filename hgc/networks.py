@@ -298,7 +298,8 @@ def _encode(
         extra = intrablock.pop(0) if intrablock else None
         resnets = _parts(block, "resnets")
         last = len(resnets) - 1
-        more = last + bool(_parts(block, "downsamplers"))
+        # of a list, `len`: not every torch that compiles this traces `bool` of one
+        more = last + (len(_parts(block, "downsamplers")) > 0)
         whole = full or count - len(skips) > more
         if whole:
             if with_attention:
@@ -362,7 +363,7 @@ def _decode(
                 size = skips[remaining - 1].shape[2:]
         freeu = freeu_of(block) is not None
         with_attention = _has_attention(block)
-        inside = bool(wanted) and any(pb == b and layer > 0 for pb, layer in wanted)
+        inside = len(wanted) > 0 and any(pb == b and layer > 0 for pb, layer in wanted)
         if (b, start) in wanted:
             # FreeU writes into the block's input, which is the tensor we are asked for
             captured[wanted[(b, start)]] = hidden.clone() if freeu else hidden
