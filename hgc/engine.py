@@ -65,8 +65,8 @@ from hgc.structure import (
     controlnets,
     has_compiled_parts,
     has_hooks,
-    known_sources,
     parts,
+    untested,
 )
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
@@ -393,6 +393,12 @@ def _take_lora_scale(arguments: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return {**arguments, "cross_attention_kwargs": rest}, scale
 
 
+def _scales_lora(net: torch.nn.Module) -> bool:
+    """Whether the forward of a ControlNet scales its LoRA layers: it is then in a decorator. Those
+    of ControlNet-Union, and of diffusers before 0.37, hand the scale on to the attentions."""
+    return hasattr(type(net).forward, "__wrapped__")
+
+
 def _lora_scaled(model: torch.nn.Module, scale: float) -> contextlib.AbstractContextManager[None]:
     """What diffusers' ``apply_lora_scale`` does around a forward."""
     if not USE_PEFT_BACKEND or scale == 1.0:
@@ -550,7 +556,7 @@ class Installation:
         "_epochs", "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
         "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
         "_said", "_scaled_processors", "_scheduler", "_schedules", "_seen", "_stateful",
-        "_structure", "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
+        "_structure", "_untested", "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
     )  # fmt: skip
 
     def __init__(
@@ -602,7 +608,8 @@ class Installation:
         self._blocks_compiled = False
         self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
         self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
-        self._active = known_sources()
+        self._untested = untested()
+        self._active = "diffusers" not in self._untested
         self._prompt_grain = True
         self._rows_are_samples = True
         self._compiled: Networks | None = None  # or captured
@@ -786,12 +793,8 @@ class Installation:
                 f"config.depth must be at most {self._structure.num_layers}, the number of decoder "
                 f"layers of this UNet; got {deepest}"
             )
-        if not self._active:
-            self._say(
-                "sources",
-                "this release of diffusers is not one hgc was tested with: every evaluation is "
-                "computed in full by diffusers itself",
-            )
+        for name, what in self._untested.items():
+            self._say(name, what)
         for module in (self.unet, *self.controlnets):
             setattr(module, _MARK, _Mark(self))
             slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
@@ -1540,7 +1543,9 @@ class Installation:
             sample, text = conditional_half(sample), conditional_half(text)
             hints = [conditional_half(hint) for hint in hints]
             arguments = _cut(arguments, batch)
-        arguments, lora_scale = _take_lora_scale(arguments)
+        lora_scale = 1.0
+        if _scales_lora(net):
+            arguments, lora_scale = _take_lora_scale(arguments)
         wrap = self._text_wrapper(run, slot.prefix, half, run.now)
         with _lora_scaled(net, lora_scale):
             return self._function(net, half)(

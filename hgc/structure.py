@@ -9,12 +9,15 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import diffusers
+import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from diffusers.models.unets import unet_2d_blocks as blocks
+from packaging.specifiers import SpecifierSet
 
-__all__ = ["UNetStructure", "check_unet", "controlnets", "known_sources"]
+__all__ = ["UNetStructure", "check_unet", "controlnets", "untested"]
 
 _DOWN = (blocks.CrossAttnDownBlock2D, blocks.DownBlock2D)
 _UP = (blocks.CrossAttnUpBlock2D, blocks.UpBlock2D)
@@ -31,7 +34,16 @@ _STEPPED_THROUGH = (
     blocks.CrossAttnUpBlock2D,
     blocks.UpBlock2D,
 )
-_KNOWN_SOURCES = frozenset({"e9a305c817facb88"})  # diffusers 0.42.1
+_KNOWN_SOURCES = frozenset(
+    {
+        "0d684b977c9c59dc",  # diffusers 0.35 and 0.36
+        "1ecc9e20acd7bbee",  # 0.37 and 0.38
+        "e9a305c817facb88",  # 0.39 to 0.42
+    }
+)
+
+# Those that scripts/check_matrix.sh was run with, as pyproject.toml has them.
+RELEASES = {"torch": ">=2.10,<2.15", "diffusers": ">=0.35.2,<0.43"}
 
 
 def source_fingerprint() -> str:
@@ -43,11 +55,29 @@ def source_fingerprint() -> str:
 
 
 def known_sources() -> bool:
-    """Whether the installed diffusers is one whose forwards hgc was tested to reproduce."""
+    """Whether the installed diffusers' forwards are those that hgc was tested to reproduce."""
     try:
         return source_fingerprint() in _KNOWN_SOURCES
     except OSError:  # no source files: a frozen application
         return False
+
+
+def untested() -> dict[str, str]:
+    """Of torch and diffusers, those with which hgc was not tested, and what to say of them."""
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    said = {
+        name: f"{name} {version} is not one that hgc was tested with: {name}{RELEASES[name]} is"
+        for name, version in found.items()
+        if not SpecifierSet(RELEASES[name]).contains(version, prereleases=True)
+    }
+    if not known_sources():
+        said.setdefault("diffusers", (
+            f"the forwards of diffusers {found['diffusers']} are not those that hgc was tested "
+            f"with: those of diffusers{RELEASES['diffusers']} are"
+        ))  # fmt: skip
+    if "diffusers" in said:
+        said["diffusers"] += "; every evaluation is computed in full by diffusers itself"
+    return said
 
 
 def _is_compiled(module: Any) -> bool:

@@ -1,7 +1,7 @@
 """Compile every kernel for real GPUs on a machine without one, and check what the compilers made of
 it.
 
-    python scripts/aot_table.py --write      # everything, into docs/measured.md
+    python scripts/aot_table.py              # everything
     python scripts/aot_table.py --quick      # a subset, for CI
 
 Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta
@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
-from measured import table, write_section
+from measured import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -331,9 +331,6 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="a subset, for CI")
     parser.add_argument(
-        "--write", action="store_true", help="write the tables into docs/measured.md"
-    )
-    parser.add_argument(
         "--arch",
         type=int,
         nargs="+",
@@ -356,17 +353,6 @@ def main():
             problems.append(f"{LIBRARY.name} was not built: its kernels could not be checked")
     for title, text in sections:
         print(f"\n{title}\n\n{text}")
-    if options.write:
-        note = (
-            f"triton {triton.__version__}, no GPU needed; spans run over head sizes, key counts "
-            "and map formats."
-        )
-        body = "\n\n".join(f"### {title}\n\n{text}" for title, text in sections)
-        write_section(
-            "ahead-of-time",
-            "python scripts/aot_table.py --write",
-            f"## What the compilers made\n\n{note}\n\n{body}",
-        )
     for problem in problems:
         print(f"PROBLEM {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -9,6 +9,9 @@ import functools
 import io
 import itertools
 import pickle
+import tomllib
+import warnings
+from pathlib import Path
 
 import models
 import pytest
@@ -25,6 +28,7 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
+import hgc.structure
 from hgc import Config, StepPlan
 from hgc.engine import HgcWarning
 
@@ -968,6 +972,70 @@ def test_lora_scale_changes_are_obeyed(sd15):
     unet.load_state_dict(saved)
     with hgc.install(unet, sd15.controlnet, config="exact"):
         assert torch.equal(models.draw(pipe, callback_on_step_end=callback), reference)
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_a_controlnet_takes_the_lora_scale_as_its_class_does(union):
+    """Not every class's forward scales its LoRA layers, and not in every release of diffusers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    net = models.small_xl_union() if union else models.sd15_controlnet()
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    inject_adapter_in_model(lora, net)
+    unet = models.small_xl_unet() if union else models.sd15_unet()
+    sample, text = torch.ones(1, 4, 16, 16), models.text(0)
+    added = {"text_embeds": torch.ones(1, 8), "time_ids": torch.ones(1, 6)} if union else None
+    picture, kinds = models.picture(0), {}
+    if union:
+        picture, kinds = [picture], {"control_type": torch.eye(3)[:1], "control_type_idx": [0]}
+
+    @torch.no_grad()
+    def evaluate():
+        outputs = []
+        for t, scale in zip(torch.tensor([900, 600, 300]), (1.0, 0.1, 1.0), strict=True):
+            down, mid = net(
+                sample, t, text, picture, **kinds, added_cond_kwargs=added, return_dict=False,
+                cross_attention_kwargs={"scale": scale},
+            )  # fmt: skip
+            outputs.append(
+                unet(
+                    sample, t, text, added_cond_kwargs=added, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                ).sample
+            )  # fmt: skip
+        return torch.cat(outputs)
+
+    reference = evaluate()
+    with hgc.install(unet, net, config="exact") as installed:
+        assert torch.equal(evaluate(), reference)
+        assert [row.control for row in installed.report().rows] == [("computed",)] * 3
+
+
+def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
+    reference = models.draw(sd15)
+    ranges = hgc.structure.RELEASES
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hgc.install(sd15.unet, sd15.controlnet).uninstall()
+    for name, value, said, reused in (
+        ("diffusers.__version__", "0.43.0", f"diffusers 0.43.0 .*{ranges['diffusers']} is;", False),
+        ("diffusers.__version__", "0.34.0", f"diffusers 0.34.0 .*{ranges['diffusers']} is;", False),
+        ("hgc.structure._KNOWN_SOURCES", (), f"forwards of .*{ranges['diffusers']} are;", False),
+        ("torch.__version__", "2.15.0+cpu", f"torch 2.15.0.cpu .*{ranges['torch']} is", True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.warns(HgcWarning, match=said) as caught:
+                installed = hgc.install(sd15.unet, sd15.controlnet, config=SOME)
+        assert len(caught) == 1
+        with installed:
+            assert torch.equal(models.draw(sd15), reference) != reused
+
+
+def test_the_ranges_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for name, range_ in hgc.structure.RELEASES.items():
+        assert name + range_ in project["dependencies"]
 
 
 def test_report(sd15):

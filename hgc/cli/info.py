@@ -26,7 +26,7 @@ def run() -> None:
 
     import hgc
     import hgc_kernels
-    from hgc.structure import known_sources
+    from hgc.structure import untested
 
     out = console()
     versions = Table(title="versions", title_justify="left", show_header=False)
@@ -39,14 +39,11 @@ def run() -> None:
     for name in ("diffusers", "transformers", "triton"):
         versions.add_row(name, _version(name))
     out.print(versions)
-    if known_sources():
-        out.print("diffusers: its forwards are ones hgc was tested with")
-    else:
-        out.print(
-            "diffusers: its forwards are not ones hgc was tested with, so every evaluation is "
-            "computed in full",
-            style="yellow",
-        )
+    said = untested()
+    for what in said.values():
+        out.print(Text(what), style="yellow")
+    if not said:
+        out.print("torch and diffusers are releases that hgc was tested with")
 
     ops = Table(title="ops", title_justify="left")
     for head in ("op", "device", "backend", "why"):

@@ -1,5 +1,5 @@
-"""What the compilers make of the kernels, on a machine without a GPU: a subset of the table in
-docs/measured.md. `python scripts/aot_table.py` does them all.
+"""What the compilers make of the kernels, on a machine without a GPU: a subset of what
+`python scripts/aot_table.py` prints.
 """
 
 import subprocess

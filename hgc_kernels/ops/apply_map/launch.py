@@ -37,7 +37,7 @@ def heuristic(
         block_m = 32 if block_d <= 64 else 16
         return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
     # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head, an fp32
-    # map or an e4m3 map that becomes bf16 by way of fp32 wants the registers that such a step takes.
+    # map or an e4m3 map that becomes bf16 by way of fp32 wants the registers such a step takes.
     wide = block_d > 128
     widened = map_dtype == torch.float32 or (dtype, map_dtype) == (torch.bfloat16, E4M3)
     block_n = min(next_power_of_two(s_kv), 32 if wide or widened else 64)
