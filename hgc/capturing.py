@@ -487,7 +487,8 @@ _FLAGS = tuple(
         "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "deterministic_algorithms",
         "cublas_allow_fp16_reduced_precision_reduction",
         "cublas_allow_bf16_reduced_precision_reduction", "flash_sdp_enabled",
-        "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled",
+        "cublas_allow_fp16_accumulation", "blas_preferred_backend", "mem_efficient_sdp_enabled",
+        "math_sdp_enabled", "cudnn_sdp_enabled",
     )
 )  # fmt: skip
 _PRECISION = torch._C._get_fp32_precision_getter
@@ -499,6 +500,7 @@ def _of_process() -> tuple[Any, ...]:
         *[flag() for flag in _FLAGS],
         _PRECISION("cuda", "matmul"),
         _PRECISION("cuda", "conv"),
+        *torch._C._get_sdp_priority_order(),
         *map(get_backend, _OPS),
     )
 
