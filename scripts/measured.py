@@ -1,5 +1,5 @@
-"""Generated sections of docs/measured.md: each between two markers, with the command that writes
-it.
+"""Generated sections of docs/measured.md and of other pages: each between two markers, with the
+command that writes it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_section(name: str, command: str, text: str) -> None:
-    """Put `text` into the section `name` of docs/measured.md, at the end if there is none yet."""
+def section(name: str, page: Path = MEASURED) -> str:
+    """The section `name` of a page with its markers; empty where there is none."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    block = f"{begin}\n{text.strip()}\n\nWritten by `{command}`.\n{end}"
-    old = MEASURED.read_text() if MEASURED.exists() else "# Measured\n"
-    if begin in old:
-        head, _, rest = old.partition(begin)
-        _, _, tail = rest.partition(end)
-        new = head + block + tail
-    else:
-        new = old.rstrip() + "\n\n" + block + "\n"
-    MEASURED.parent.mkdir(exist_ok=True)
-    MEASURED.write_text(new)
+    _, found, rest = (page.read_text() if page.exists() else "").partition(begin)
+    return found and found + rest.partition(end)[0] + end
+
+
+def write_section(name: str, command: str, text: str, page: Path = MEASURED) -> None:
+    """Put `text` into the section `name` of a page, at the end if there is none yet."""
+    block = f"<!-- begin {name} -->\n{text.strip()}\n\nWritten by `{command}`.\n<!-- end {name} -->"
+    text = page.read_text() if page.exists() else "# Measured\n"
+    old = section(name, page)
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(text.replace(old, block) if old else text.rstrip() + "\n\n" + block + "\n")

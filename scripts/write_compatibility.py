@@ -18,6 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import compatibility  # noqa: E402
 import torch  # noqa: E402
+from measured import section  # noqa: E402
+
+PAGE = ROOT / "docs" / "compatibility.md"
 
 
 def main() -> int:
@@ -29,7 +32,8 @@ def main() -> int:
         outcomes[i] = compatibility.outcome(row)
         state = "ok" if outcomes[i].good else "FAILS"
         print(f"{i + 1:>4}/{len(compatibility.ROWS)} {state:<6}{row.group}: {row.name}", flush=True)
-    (ROOT / "docs" / "compatibility.md").write_text(compatibility.page(outcomes))
+    releases = section("releases", PAGE)  # scripts/check_matrix.sh writes it
+    PAGE.write_text(f"{compatibility.page(outcomes)}\n{releases}\n")
     return 0 if all(o.good for o in outcomes.values()) else 1
 
 

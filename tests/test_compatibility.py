@@ -9,10 +9,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import compatibility
+import diffusers
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+if f"diffusers {diffusers.__version__}\n" not in PAGE.read_text():
+    # others lack some of these classes; scripts/check_matrix.sh tests them
+    pytest.skip(
+        f"the rows of docs/compatibility.md are not of diffusers {diffusers.__version__}",
+        allow_module_level=True,
+    )
+
+import compatibility  # noqa: E402
 
 
 def _parameters():
@@ -36,7 +44,8 @@ def test_row(row):
 def _written() -> dict[tuple[str, str], list[str]]:
     """The lines of the page: the cells after the first, by heading and first cell."""
     found, group = {}, ""
-    for line in PAGE.read_text().splitlines():
+    # scripts/check_matrix.sh writes what follows
+    for line in PAGE.read_text().partition("<!-- begin releases -->")[0].splitlines():
         if line.startswith("## "):
             group = line.removeprefix("## ")
         elif line.startswith("| ") and not line.startswith(("| pipeline", "|--")):
