@@ -36,7 +36,6 @@ from hgc.benchmarking import (
 )
 from hgc.evaluation.candidate import steps_of
 from hgc.macs import Macs
-from hgc.structure import controlnets
 
 PRESETS = ("exact", "paper", "balanced", "fast", "turbo")
 
@@ -143,7 +142,6 @@ class Machine:
         scale, pipe = self._scale, self.pipe(model, "EulerDiscrete")
         size, cuda = scale.size[model], scale.device == "cuda"
         arguments = _inputs(pipe, size, size, 1, scale.device, scale.dtype)
-        nets = list(controlnets(pipe.controlnet))
 
         def latents(steps: int) -> torch.Tensor:
             return pipe(
@@ -155,7 +153,7 @@ class Machine:
         for name in presets.split(","):
             config = hgc.Config.preset(name)
             steps = steps_of(config, scale.steps[model])
-            with hgc.install(pipe.unet, nets, config=config) as installation:
+            with hgc.install(pipe, config=config) as installation:
                 eager = latents(steps)
                 if mode == "captured" and mode in scale.modes:
                     installation.capture()

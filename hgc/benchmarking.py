@@ -550,7 +550,10 @@ class _Runner:
             with self._uncached(variant.mode):
                 yield None
         else:
-            with hgc.install(self._pipe.unet, self._nets, config=variant.config) as installation:
+            pipe, nets = self._pipe, self._nets
+            with hgc.install(
+                pipe.unet, nets, config=variant.config, scheduler=pipe.scheduler
+            ) as installation:
                 if variant.mode != "eager":
                     if variant.mode not in self._made:
                         if variant.mode == "captured":
