@@ -26,7 +26,7 @@ import torch
 import hgc
 from hgc.config import Config
 from hgc.evaluation.models import KNOWN, ModelError
-from hgc.structure import controlnets
+from hgc.structure import controlnets, in_dtype
 
 if TYPE_CHECKING:
     from hgc.macs import MacCount, Macs
@@ -167,14 +167,11 @@ def load_pipeline(
                 f"no model named {model!r}, and no folder of that name with a model_index.json; "
                 f"models: {', '.join(KNOWN)}, testbed, or the folder of a diffusers pipeline"
             )
-        more: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+        more: dict[str, Any] = {"local_files_only": True, **in_dtype(dtype)}
         cls: Any = DiffusionPipeline
         parts = json.loads(index.read_text())
         if controlnet:
-            nets = [
-                ControlNetModel.from_pretrained(place, dtype=dtype, local_files_only=True)
-                for place in controlnet
-            ]
+            nets = [ControlNetModel.from_pretrained(place, **more) for place in controlnet]
             more["controlnet"] = nets[0] if len(nets) == 1 else nets
             xl = "XL" in str(parts["_class_name"])
             cls = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline

@@ -17,7 +17,7 @@ from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUn
 from diffusers.models.unets import unet_2d_blocks as blocks
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["UNetStructure", "check_unet", "controlnets", "untested"]
+__all__ = ["UNetStructure", "check_unet", "controlnets", "in_dtype", "untested"]
 
 _DOWN = (blocks.CrossAttnDownBlock2D, blocks.DownBlock2D)
 _UP = (blocks.CrossAttnUpBlock2D, blocks.UpBlock2D)
@@ -78,6 +78,12 @@ def untested() -> dict[str, str]:
     if "diffusers" in said:
         said["diffusers"] += "; every evaluation is computed in full by diffusers itself"
     return said
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """``dtype`` as an argument of ``from_pretrained``, which had another name before 0.40."""
+    renamed = SpecifierSet(">=0.40").contains(diffusers.__version__, prereleases=True)
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def _is_compiled(module: Any) -> bool:

@@ -3,6 +3,7 @@
 #
 #     scripts/check_matrix.sh                  # all rows
 #     scripts/check_matrix.sh 2.11.0/0.38.0    # one: torch/diffusers
+#     scripts/check_matrix.sh 2.11.0/0.38.0 ops    # of that, one part again
 #
 # A row installs hgc with its test extra beside those releases and the Triton that this torch requires,
 # in an environment of its own, and tests what was installed, not the checkout. Its line in
@@ -16,12 +17,13 @@ work=${HGC_MATRIX:-$root/build/matrix}
 mkdir -p "$work"
 cd "$root"
 export HGC_REQUIRE_EXT=1 HGC_CUDA=0 OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-failed=0
+failed=0 again=${2:-}
 
 # A part's name, and what its tests are. What fails keeps no later part from being run.
 part() {
     name=$1
     shift
+    if [ "${again:-$name}" != "$name" ]; then return; fi
     echo "$torch/$diffusers: $name"
     # -P: hgc is what was installed
     "$python" -P -m pytest -q -p no:cacheprovider --junitxml="$row/$name.xml" "$@" \
@@ -40,8 +42,8 @@ while read -r version torch triton diffusers transformers; do
     environment=$work/torch-$torch
     python=$environment/bin/python
     row=$work/$torch-$diffusers
-    rm -rf "$row"
-    mkdir "$row"
+    if [ -z "$again" ]; then rm -rf "$row"; fi
+    mkdir -p "$row"
     if [ ! -x "$python" ]; then
         if [ "${HGC_MATRIX_KEEP:-1}" = 0 ]; then rm -rf "$work"/torch-*; fi
         "python$version" -m venv "$environment"

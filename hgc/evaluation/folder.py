@@ -299,12 +299,15 @@ class Folder(Subject):
         import diffusers
         import torch
 
+        from hgc.structure import in_dtype
+
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self._dtype]
+        given: dict[str, Any] = {"local_files_only": True, **in_dtype(dtype)}
         more: dict[str, Any] = {}
         try:
             if self._controlnet is not None:
                 more["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                    self._controlnet, dtype=dtype, local_files_only=True
+                    self._controlnet, **given
                 )
             index = json.loads((self._model / "model_index.json").read_text())
             # a safety checker paints black what it dislikes, cached or not
@@ -314,7 +317,7 @@ class Folder(Subject):
             loader: Any = diffusers.AutoPipelineForText2Image
             if "ControlNet" in str(index.get("_class_name")):
                 loader = diffusers.DiffusionPipeline
-            pipe = loader.from_pretrained(self._model, dtype=dtype, local_files_only=True, **more)
+            pipe = loader.from_pretrained(self._model, **given, **more)
         except (OSError, ValueError) as error:
             raise ModelError(f"{self._model}: {error}") from None
         if not type(pipe).__name__.endswith("ControlNetPipeline"):

@@ -140,18 +140,18 @@ def load_pipeline(
     import torch
     from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline
 
-    dtype = torch.float32 if torch_dtype is None else torch_dtype
+    from hgc.structure import in_dtype
+
+    given = in_dtype(torch.float32 if torch_dtype is None else torch_dtype)
     nets = [
         ControlNetModel.from_pretrained(
-            folder / f"controlnet_{name}", dtype=dtype, local_files_only=True
+            folder / f"controlnet_{name}", local_files_only=True, **given
         )
         for name in names
     ]
     more = {} if scheduler is None else {"scheduler": scheduler}
     if not (folder / "vae").is_dir():
-        more["vae"] = AutoencoderKL.from_pretrained(
-            path() / "vae", dtype=dtype, local_files_only=True
-        )
+        more["vae"] = AutoencoderKL.from_pretrained(path() / "vae", local_files_only=True, **given)
     # Both libraries load behind a progress bar, which is noise at this size.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -168,8 +168,8 @@ def load_pipeline(
             folder,
             controlnet=nets[0] if isinstance(condition, str) else nets,
             safety_checker=None,
-            dtype=dtype,
             local_files_only=True,
+            **given,
             **more,
         )
     finally:
