@@ -33,11 +33,11 @@ part() {
 install() {
     "$python" -m pip install "torch==$torch" "triton$triton" &&
         "$python" -m pip install "$root[test]" "torch==$torch" "triton$triton" \
-            "diffusers==$diffusers" "transformers$transformers" &&
+            "diffusers==$diffusers" transformers &&
         "$python" -m pip check
 }
 
-while read -r version torch triton diffusers transformers; do
+while read -r version torch triton diffusers; do
     if [ "${1:-$torch/$diffusers}" != "$torch/$diffusers" ]; then continue; fi
     environment=$work/torch-$torch
     python=$environment/bin/python
@@ -64,11 +64,11 @@ while read -r version torch triton diffusers transformers; do
     fi
     "$python" scripts/matrix_table.py "$row"
 done <<'ROWS'
-3.11 2.10.0 ==3.6.0 0.35.2 >=4.56,<5
-3.11 2.10.0 ==3.6.0 0.42.1 >=5
-3.12 2.11.0 ==3.6.0 0.38.0 >=5
-3.11 2.13.0 ==3.7.1 0.39.0 >=5
-3.13 2.14.1 ~=3.8.0 0.35.2 >=4.56,<5
-3.13 2.14.1 ~=3.8.0 0.42.1 >=5
+3.11 2.10.0 ==3.6.0 0.35.2
+3.11 2.10.0 ==3.6.0 0.42.1
+3.12 2.11.0 ==3.6.0 0.38.0
+3.11 2.13.0 ==3.7.1 0.39.0
+3.13 2.14.1 ~=3.8.0 0.35.2
+3.13 2.14.1 ~=3.8.0 0.42.1
 ROWS
 exit $failed
