@@ -17,6 +17,7 @@ work=${HGC_MATRIX:-$root/build/matrix}
 mkdir -p "$work"
 cd "$root"
 export HGC_REQUIRE_EXT=1 HGC_CUDA=0 OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export TORCHINDUCTOR_CACHE_DIR="$work/inductor"  # a killed run leaves truncated libraries in the shared one
 failed=0 again=${2:-}
 
 # A part's name, and what its tests are. What fails keeps no later part from being run.
