@@ -183,8 +183,8 @@ class Machine:
                 for k, ms in times.items()
             ]  # fmt: skip
         lines = [
-            f"{model}, {mode}: an evaluation by CUDA events, Euler, one image, fp16; bits of three "
-            "runs against eager.", "",
+            f"{scale.models[model]}, {mode}, {str(scale.dtype).removeprefix('torch.')}, Euler, one "
+            "image: ms of an evaluation, and the bits of three runs against eager.", "",
             "| preset | launches an evaluation | ControlNet | depth | guidance | evaluations | ms "
             "| bitwise eager |",
             "|---|---:|---|---|---|---:|---:|---|",

@@ -354,18 +354,13 @@ def test_an_evaluation_made_full_after_its_controlnet_has_its_residuals(control)
 
 
 def test_threads_and_interleaved_runs():
-    pipes = [small("UniPC"), small("Euler", "v_prediction")]
+    """One installation serves two pipelines of other schedulers, told the first one's."""
+    pipes = [small("UniPC"), small("Euler")]
     pipes[1].unet, pipes[1].controlnet = pipes[0].unet, pipes[0].controlnet
     expected_latents = []
     for pipe in pipes:
-        with hgc.install(pipe, config=SKIP):
+        with hgc.install(pipes[0], config=SKIP):
             expected_latents.append(models.draw(pipe, steps=8))
-    # one installation serves both: told the first one's scheduler, which is of the same training
-    pipes[1].scheduler = models.scheduler(
-        EulerDiscreteScheduler, prediction_type=pipes[0].scheduler.config.prediction_type
-    )
-    with hgc.install(pipes[1], config=SKIP):
-        expected_latents[1] = models.draw(pipes[1], steps=8)
     found = [None, None]
     with hgc.install(pipes[0], config=SKIP):
 
@@ -385,11 +380,8 @@ def test_threads_and_interleaved_runs():
             return {}
 
         outer = models.draw(pipes[0], steps=8, callback_on_step_end=callback)
-    assert torch.equal(found[0], expected_latents[0])
-    assert torch.equal(outer, expected_latents[0])
-    # Euler's own sigmas are not those of a scheduler that it shares alphas with, between timesteps
-    for latents in (found[1], inner[0]):
-        assert torch.allclose(latents, expected_latents[1], rtol=0, atol=1e-3)
+    for latents, expected in zip((*found, outer, inner[0]), 2 * expected_latents, strict=True):
+        assert torch.equal(latents, expected)
 
 
 # -- which scheduler --------------------------------------------------------------------------
@@ -477,7 +469,7 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
     for i, t in enumerate((999, 500, None, 0)):
         if t is not None:
             sigma = float(1 - scheduler.alphas_cumprod[t].double()) ** 0.5
-            assert abs(alphas[i] * sigma - 1) < 1e-5
+            assert abs(alphas[i] * sigma - 1) < 4 * torch.finfo(torch.float32).eps
     assert alphas[1] > alphas[2] > 0.999 * alphas[1]
 
 
