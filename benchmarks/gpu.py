@@ -18,9 +18,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,15 +53,19 @@ class Scale:
         modes: Of :data:`hgc.benchmarking.MODES`, those that run there.
     """
 
-    device: str = "cuda"
-    dtype: torch.dtype = torch.float16
-    models: Mapping[str, str] = MappingProxyType({"sd15": "sd15", "sdxl": "sdxl"})
-    size: Mapping[str, int] = MappingProxyType({"sd15": 512, "sdxl": 1024})
-    steps: Mapping[str, int] = MappingProxyType({"sd15": 20, "sdxl": 30})
-    repeats: int = 5
-    modes: tuple[str, ...] = ("eager", "captured", "compiled")
+    device: str
+    dtype: torch.dtype
+    models: dict[str, str]
+    size: dict[str, int]
+    steps: dict[str, int]
+    repeats: int
+    modes: tuple[str, ...]
 
 
+FULL = Scale(
+    "cuda", torch.float16, {"sd15": "sd15", "sdxl": "sdxl"}, {"sd15": 512, "sdxl": 1024},
+    {"sd15": 20, "sdxl": 30}, 5, ("eager", "captured", "compiled"),
+)  # fmt: skip
 TINY = Scale(
     "cpu", torch.float32, {"sd15": "testbed", "sdxl": "testbed"}, {"sd15": 64, "sdxl": 64},
     {"sd15": 5, "sdxl": 5}, 1, ("eager",),
@@ -141,6 +144,7 @@ class Machine:
         are the eager ones bit for bit."""
         scale, pipe = self._scale, self.pipe(model, "EulerDiscrete")
         size, cuda = scale.size[model], scale.device == "cuda"
+        mode = mode if mode in scale.modes else "eager"
         arguments = _inputs(pipe, size, size, 1, scale.device, scale.dtype)
 
         def latents(steps: int) -> torch.Tensor:
@@ -155,21 +159,18 @@ class Machine:
             steps = steps_of(config, scale.steps[model])
             with hgc.install(pipe, config=config) as installation:
                 eager = latents(steps)
-                if mode == "captured" and mode in scale.modes:
+                if mode == "captured":
                     installation.capture()
                 found = [latents(steps) for _ in range(3)]
                 times: dict[Any, list[float]] = defaultdict(list)
-                clock = _Clock(pipe, scale.device, every=True)
+                clock = _Clock(pipe, scale.device)
                 try:
                     for _ in range(3):
-                        latents(steps)
-                        if cuda:
-                            torch.cuda.synchronize()
-                        for row, ms in zip(
-                            installation.report().rows, clock.evaluations(), strict=True
-                        ):
+                        clock.time(functools.partial(latents, steps))
+                        rows_of = installation.report().rows
+                        for row, seconds in zip(rows_of, clock.evaluations(), strict=True):
                             kind = (",".join(row.control), str(row.depth), row.guidance)
-                            times[kind].append(ms)
+                            times[kind].append(seconds * 1e3)
                 finally:
                     clock.remove()
                 launches = None
@@ -234,7 +235,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="the testbed, few steps, on a CPU")
     options = parser.parse_args()
     begun = time.monotonic()
-    scale = TINY if options.tiny else Scale()
+    scale = TINY if options.tiny else FULL
     if options.count:
         counted = {model: count(scale, model) for model in scale.models}
         options.count.write_text(json.dumps(counted, indent=1) + "\n")

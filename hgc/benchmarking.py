@@ -391,13 +391,10 @@ class _Clock:
     On a GPU the ends are events on its stream, so nothing waits for the device within the loop.
     """
 
-    def __init__(self, pipe: Any, device: str, *, every: bool = False) -> None:
+    def __init__(self, pipe: Any, device: str) -> None:
         self._cuda = device.startswith("cuda")
         self._begin: Any = None
-        self._end: Any = None
-        # where every evaluation is asked for: (begin, end) of each
-        self._marks: list[tuple[Any, Any]] | None = [] if every else None
-        self._first: Any = None
+        self._marks: list[tuple[Any, Any]] = []  # begin and end of each evaluation
         nets = controlnets(getattr(pipe, "controlnet", None))
         self._handles = [
             module.register_forward_pre_hook(self._enter) for module in (pipe.unet, *nets)
@@ -414,26 +411,23 @@ class _Clock:
     def _enter(self, module: torch.nn.Module, arguments: Any) -> None:
         if self._begin is None:
             self._begin = self._now()
-        if self._marks is not None and self._first is None:
-            self._first = self._now()
 
     def _leave(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        self._end = self._now()
-        if self._marks is not None:
-            self._marks.append((self._first, self._end))
-            self._first = None
+        self._marks.append((self._begin, self._now()))
+        self._begin = None
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
 
     def evaluations(self) -> list[float]:
-        """Milliseconds of each evaluation since the last call of this, which is after a
-        synchronisation: from the first ControlNet's start to the UNet's end."""
-        marks, self._marks = self._marks or [], []
-        if self._cuda:
-            return [begin.elapsed_time(end) for begin, end in marks]
-        return [(end - begin) * 1e3 for begin, end in marks]
+        """Seconds of each evaluation of the last call: from the first ControlNet's start to the
+        UNet's end."""
+        return [self._seconds(begin, end) for begin, end in self._marks]
 
     def time(self, call: Callable[[], Any]) -> tuple[float, float]:
         """(seconds of the loop, seconds of the whole call)."""
-        self._begin = self._end = None
+        self._begin = None
+        self._marks.clear()
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -441,11 +435,9 @@ class _Clock:
         if self._cuda:
             torch.cuda.synchronize()
         whole = time.perf_counter() - start
-        if self._begin is None or self._end is None:
+        if not self._marks:
             raise RuntimeError("the pipeline called neither its ControlNet nor its UNet")
-        if self._cuda:
-            return self._begin.elapsed_time(self._end) / 1e3, whole
-        return self._end - self._begin, whole
+        return self._seconds(self._marks[0][0], self._marks[-1][1]), whole
 
     def remove(self) -> None:
         for handle in self._handles:
