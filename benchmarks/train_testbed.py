@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     given = {**vars(args), "scenes": args.scenes_}
     recipe = RECIPES[args.recipe]
     fields = {field.name for field in dataclasses.fields(recipe)}
