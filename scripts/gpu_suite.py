@@ -216,8 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     share = {"cap": options.seconds} if options.parts else {}  # a few may take all the time
-    every = (dataclasses.replace(part, **share) for part in parts(options.pipelines))
-    known = {part.name: part for part in every}
+    known = {p.name: dataclasses.replace(p, **share) for p in parts(options.pipelines)}
     chosen = options.parts.split(",") if options.parts else list(known)
     if unknown := set(chosen) - set(known):
         parser.error(f"--parts: no {', '.join(sorted(unknown))}; parts: {', '.join(known)}")
