@@ -59,13 +59,14 @@ class Budget:
         return max(cost.of(rule) for cost in self.costs)
 
 
-def items(conditions, scenes, first):
-    """A pipeline and the arguments of one call, for each condition. Each has scenes of its own: one
-    that is left out is not among the others under another condition."""
+def items(conditions, scenes, first, load=testbed.load_pipeline):
+    """A pipeline, by ``load`` of its condition, and the arguments of one call, for each condition.
+    Each has scenes of its own: one that is left out is not among the others under another
+    condition."""
     made = []
     for i, condition in enumerate(conditions):
         found = testbed.held_out(scenes, first + i * scenes)
-        pipe = testbed.load_pipeline(condition)
+        pipe = load(condition)
         pipe.set_progress_bar_config(disable=True)
         made.append(
             (
@@ -88,6 +89,31 @@ class Reseeded(Trial):
         for generator in self.items[index][1]["generator"]:
             generator.manual_seed(generator.initial_seed())
         return super()._draw(index, steps)
+
+
+def calibration_of(config, distances, check, uncached, subject):
+    """The record of what was measured.
+
+    distances: of ``config`` to the pictures of ``check``, which its pipelines made.
+    """
+    share = subject.macs(config, config.num_evaluations).total / subject.macs(None, uncached).total
+    fewer = equal_steps(config, config.num_evaluations, subject)
+    plain = check.distances(None, fewer, range(len(check.items)))
+    pipe = check.items[0][0]
+    check.distances(config, config.num_evaluations, [0])  # of its timesteps
+    return Calibration(
+        model=model_name(pipe.unet),
+        scheduler=type(pipe.scheduler).__name__,
+        steps=config.num_evaluations,
+        uncached_steps=uncached,
+        macs_share=round(share, 6),
+        distance=round(sum(distances) / len(distances), 6),
+        distance_worst=round(max(distances), 6),
+        fewer_steps=fewer,
+        fewer_steps_distance=round(sum(plain) / len(plain), 6),
+        inputs=2 * len(distances),
+        timesteps=tuple(float(t) for t in pipe.scheduler.timesteps),
+    )
 
 
 def main() -> None:
@@ -155,28 +181,7 @@ def main() -> None:
             print(f"{name} {condition} {sum(found) / len(found):.4f} worst {max(found):.4f}")
     # the nearest where it was not refined
     best = min((config for _, config in named), key=lambda config: sum(every[config]))
-    # of the plan itself, whose depths may differ from its rule's
-    share = (
-        testbed_subject().macs(best, best.num_evaluations).total
-        / testbed_subject().macs(None, uncached).total
-    )
-    fewer = equal_steps(best, best.num_evaluations)
-    plain = check.distances(None, fewer, which)
-    pipe = check.items[0][0]
-    check.distances(best, best.num_evaluations, [0])  # of its timesteps
-    record = Calibration(
-        model=model_name(pipe.unet),
-        scheduler=type(pipe.scheduler).__name__,
-        steps=best.num_evaluations,
-        uncached_steps=uncached,
-        macs_share=round(share, 6),
-        distance=round(sum(every[best]) / len(every[best]), 6),
-        distance_worst=round(max(every[best]), 6),
-        fewer_steps=fewer,
-        fewer_steps_distance=round(sum(plain) / len(plain), 6),
-        inputs=2 * len(every[best]),
-        timesteps=tuple(float(t) for t in pipe.scheduler.timesteps),
-    )
+    record = calibration_of(best, every[best], check, uncached, testbed_subject())
     print(record)
     if options.out:
         best.replace(name=options.out.stem, calibration=record).to_json(options.out)

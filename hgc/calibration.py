@@ -175,7 +175,7 @@ class Costs:
         for i in range(1, rule.num_evaluations):
             if i in keys:
                 total += self._key[i in rule.conditional_key_steps, i in control]
-            else:
+            elif rule.depth:  # else nothing is computed
                 total += self._second[rule.depth] if i == 1 else self._shallow[rule.depth]
         return total
 
@@ -191,17 +191,24 @@ def _starts(
     limit: float, cost: Callable[[Config], float], lengths: Sequence[int], guided: bool
 ) -> Iterator[Config]:
     """Rules with evenly spread keys that use up the budget, the one with most keys of each kind."""
-    for count, depth in itertools.product(lengths, _DEPTHS):
+    for count, depth in itertools.product(lengths, (0, *_DEPTHS)):
         for keys in range(count - 1, 1, -1):
             spread = sorted({round(j * (count - 1) / (keys - 1)) for j in range(keys)})
-            rule = Config(
-                name="calibrated", num_evaluations=count, key_steps=tuple(spread), depth=depth,
-                guidance="reuse" if guided else "both", forecast=_DAMPING,
-                guidance_forecast=_GUIDANCE_DAMPING if guided else 0.0,
-            )  # fmt: skip
+            rule = Config(name="calibrated", num_evaluations=count, key_steps=tuple(spread))
+            rule = _of_depth(rule, depth, guided)
             if cost(rule) <= limit:
                 yield rule
                 break
+
+
+def _of_depth(rule: Config, depth: int, guided: bool) -> Config:
+    """``rule`` with so many layers between its keys, and what these forecast by default."""
+    if depth == 0:
+        return rule.replace(depth=0)
+    return rule.replace(
+        depth=depth, guidance="reuse" if guided else "both", forecast=_DAMPING,
+        guidance_forecast=_GUIDANCE_DAMPING if guided else 0.0,
+    )  # fmt: skip
 
 
 def _hand_made(
@@ -262,8 +269,10 @@ def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
                 None if control == keys else tuple(k for k in control if k != keys[j])
             ),
         )
-    for depth in _DEPTHS:
-        if depth != rule.depth:
+    for depth in (0, *_DEPTHS):
+        if 0 in (depth, rule.depth) and depth != rule.depth:
+            yield _of_depth(rule, depth, guided)
+        elif depth != rule.depth:
             yield rule.replace(depth=depth)
 
 

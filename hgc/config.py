@@ -86,6 +86,8 @@ class StepPlan:
             of which so much of the slope is taken. ``None``, or where the run's scheduler is not
             known: the model's own output is forecast, by ``forecast``.
         guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
+        x0_correction: Added to that forecast: ``sum_i x0_correction[i] * x0[i]`` over the x0 of the
+            last key evaluations, newest first; nothing where fewer are held.
         gain: Where ``depth`` is an integer above 0, the output is the x0 forecast plus so much of
             what the computed layers say beyond it: 1.0 is what they say, 0.0 the forecast.
     """
@@ -101,6 +103,7 @@ class StepPlan:
     output_forecast: tuple[float, ...] = (1.0,)
     damping: float | None = None
     guidance_damping: float | None = None
+    x0_correction: tuple[float, ...] = ()
     gain: float = 1.0
 
     def __post_init__(self) -> None:
@@ -110,15 +113,18 @@ class StepPlan:
         _choice("StepPlan", "guidance", self.guidance, _GUIDANCE)
         if self.depth != FULL:
             _integer("StepPlan", "depth", self.depth, 0)
-        for name in ("forecast", "guidance_forecast", "control_forecast", "output_forecast"):
+        for name in (
+            "forecast", "guidance_forecast", "control_forecast", "output_forecast", "x0_correction"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name == "control_forecast":
                 continue
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
                 value = tuple(value)
-            if not isinstance(value, tuple) or not value:
-                raise ConfigError(f"StepPlan.{name} must be a non-empty tuple; got {value!r}")
+            if not isinstance(value, tuple) or not (value or name == "x0_correction"):
+                kind = "tuple" if name == "x0_correction" else "non-empty tuple"
+                raise ConfigError(f"StepPlan.{name} must be a {kind}; got {value!r}")
             for coefficient in value:
                 _number("StepPlan", name, coefficient, -100.0, 100.0)
         for name in ("damping", "guidance_damping", "gain"):
@@ -140,7 +146,9 @@ class StepPlan:
         """The step with the model's own output forecast instead of x0."""
         if self.damping is None:
             return self
-        return dataclasses.replace(self, damping=None, guidance_damping=None, gain=1.0)
+        return dataclasses.replace(
+            self, damping=None, guidance_damping=None, x0_correction=(), gain=1.0
+        )
 
     @property
     def is_key(self) -> bool:
@@ -295,8 +303,8 @@ class Config:
     control_key_steps: tuple[int, ...] | None = None
     forecast: float = 0.0
     guidance_forecast: float = 0.0
-    damping: float = 0.5
-    guidance_damping: float | None = None
+    damping: float = 0.6
+    guidance_damping: float | None = 0.4
     gain: float = 1.0
     adaptive: float | None = None
     max_gap: int | None = None

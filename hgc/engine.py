@@ -1772,8 +1772,9 @@ class Installation:
         step = now.plan
         assert run.noise is not None and step.damping is not None
         x0 = run.noise.forecast(
-            run.cache, now.index, step.damping, step.guidance_damping, is_pair=now.is_pair
-        )
+            run.cache, now.index, step.damping, step.guidance_damping, step.x0_correction,
+            is_pair=now.is_pair,
+        )  # fmt: skip
         return run.noise.output(sample, x0, now.index)
 
     def _look_for_pair(

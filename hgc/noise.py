@@ -153,14 +153,33 @@ class NoiseLevels:
         evaluation: int,
         damping: float,
         guidance_damping: float | None,
+        correction: Sequence[float] = (),
         *,
         is_pair: bool,
     ) -> Tensor:
-        """x0 at ``evaluation`` by the last two that are in the cache; read-only.
+        """x0 at ``evaluation`` by those that are in the cache; read-only.
 
-        The conditional half goes by ``damping``, its difference to the other one by
-        ``guidance_damping``; a batch that is no guidance pair by ``damping``.
+        On the line through the last two the conditional half goes by ``damping``, its difference to
+        the other one by ``guidance_damping``; a batch that is no guidance pair by ``damping``. To
+        that ``correction`` times the values is added, newest first.
         """
+        x0 = self._line(cache, evaluation, damping, guidance_damping, is_pair=is_pair)
+        values = cache.values("x0")
+        if len(values) >= len(correction):
+            for coefficient, value in zip(correction, values, strict=False):
+                if coefficient != 0.0:
+                    x0 = torch.add(x0, value, alpha=coefficient)
+        return x0
+
+    def _line(
+        self,
+        cache: Cache,
+        evaluation: int,
+        damping: float,
+        guidance_damping: float | None,
+        *,
+        is_pair: bool,
+    ) -> Tensor:
         keys = cache.evaluations("x0")
         if len(keys) < 2:
             return cache.read("x0")

@@ -257,6 +257,7 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
     residuals = False  # ControlNet residuals can be
     difference = False  # both halves were computed at a full evaluation
     both_rows = False  # the newest cached features hold both halves
+    keys = 0
     for i, step in enumerate(steps):
         if not step.is_key and not full:
             raise ConfigError(f"evaluation {i}: depth={step.depth!r} reads a feature nothing wrote")
@@ -296,14 +297,20 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
             )
         if step.damping is not None and not (corrects or step.depth == 0):
             raise ConfigError(f"evaluation {i}: damping is of a forecast that nothing reads")
-        if step.guidance_damping is not None and step.damping is None:
-            raise ConfigError(f"evaluation {i}: guidance_damping needs damping")
+        for name in ("guidance_damping", "x0_correction"):
+            if getattr(step, name) not in (None, ()) and step.damping is None:
+                raise ConfigError(f"evaluation {i}: {name} needs damping")
+        if len(step.x0_correction) > keys:
+            raise ConfigError(
+                f"evaluation {i}: x0_correction reads {len(step.x0_correction)} key evaluations; "
+                f"{keys} came before"
+            )
         if len(step.output_forecast) > 1 and not full:
             raise ConfigError(f"evaluation {i}: output_forecast reads an output nothing wrote")
         if step.is_key and step.encoder == "reuse":
             raise ConfigError(f"evaluation {i}: encoder='reuse' needs an integer depth")
         if step.is_key:
-            full = True
+            keys, full = keys + 1, True
             residuals = residuals or step.control == "compute"
             difference = difference or step.guidance == "both"
             both_rows = step.guidance == "both"

@@ -1,5 +1,8 @@
 """Coefficients of outputs, refined on whole runs: Gauss-Newton on the error of what comes back.
 
+An output that is computed is combined with earlier ones; where nothing is run, x0 is
+(:attr:`hgc.StepPlan.x0_correction`).
+
 :func:`hgc.fitting.fit` makes each forecast right by itself, on features of uncached runs. What
 matters is the end of a run whose own errors go round, those of its scheduler too. An output that is
 combined with those of earlier key evaluations makes good for both, and such coefficients are few
@@ -48,19 +51,29 @@ def widened(config: Config) -> Config:
     wide: list[StepPlan] = []
     keys = 0
     for step in plan(config, config.num_evaluations):
-        values = step.output_forecast
-        if step.depth != 0:
-            values += (0.0,) * (1 + min(_OUTPUTS, keys) - len(values))
-        wide.append(dataclasses.replace(step, output_forecast=values))
+        field = _field(step)
+        values = getattr(step, field)
+        if field != "forecast":
+            computed = field == "output_forecast"
+            values += (0.0,) * (computed + min(_OUTPUTS, keys) - len(values))
+        changes: dict[str, Any] = {field: values}
+        wide.append(dataclasses.replace(step, **changes))
         keys += step.is_key
     return config.replace(steps=tuple(wide))
+
+
+def _field(step: StepPlan) -> str:
+    """Where a step has the coefficients that are refined."""
+    if step.depth != 0:
+        return "output_forecast"
+    return "forecast" if step.damping is None else "x0_correction"
 
 
 def _coefficients(steps: Sequence[StepPlan]) -> list[_Coefficient]:
     """Those of outputs, but of evaluations that read none: what is computed first is right."""
     found: list[_Coefficient] = []
     for i, step in enumerate(steps):
-        field = "forecast" if step.depth == 0 else "output_forecast"
+        field = _field(step)
         values = getattr(step, field)
         if step.depth == 0 or len(values) > 1:
             found += [_Coefficient(i, field, j) for j in range(len(values))]

@@ -342,7 +342,8 @@ class Schedule:
         self.history = max(
             max(
                 len(s.forecast), len(s.of_residuals), len(s.guidance_forecast),
-                len(s.output_forecast) - 1, 2 if s.damping is not None else 1,
+                len(s.output_forecast) - 1, len(s.x0_correction),
+                2 if s.damping is not None else 1,
             )
             for s in steps
         )  # fmt: skip

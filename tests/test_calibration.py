@@ -55,19 +55,20 @@ def test_the_budget_is_kept_and_the_models_are_left_as_they_were():
     assert record.uncached_steps == 6 and record.inputs == 4
 
 
-def test_a_preset_is_a_budget():
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_a_preset_is_a_budget(preset):
     """The plan that is found costs at most what the preset does, at any number of steps."""
     pipe = models.sd15_pipeline()
     size = {"height": 32, "width": 32, "tokens": models.text(0).shape[1]}
-    preset = hgc.count_macs(pipe.unet, pipe.controlnet, "paper", **size)
+    budget = hgc.count_macs(pipe.unet, pipe.controlnet, preset, **size)
     said = []
     config = hgc.calibrate(
-        pipe, inputs(2), preset="paper", steps=10, trials=4, on_progress=lambda *a: said.append(a)
+        pipe, inputs(2), preset=preset, steps=10, trials=4, on_progress=lambda *a: said.append(a)
     )
     assert said
     found = hgc.count_macs(pipe.unet, pipe.controlnet, config, **size)
-    assert config.name == "paper-calibrated"
-    assert found.total / (10 * found.full_evaluation.total) <= preset.total / preset.full.total
+    assert config.name == f"{preset}-calibrated"
+    assert found.total / (10 * found.full_evaluation.total) <= budget.total / budget.full.total
 
 
 def test_the_distance_is_that_of_the_input_kept_out():
@@ -81,7 +82,7 @@ def test_the_distance_is_that_of_the_input_kept_out():
         ).images  # fmt: skip
 
     reference = latents(6)
-    with hgc.install(pipe.unet, pipe.controlnet, config=config):
+    with hgc.install(pipe, config=config):
         cached = latents(record.steps)
     distance = float((cached - reference).norm() / reference.norm())
     assert record.distance == pytest.approx(distance, rel=1e-3, abs=1e-6)
@@ -108,7 +109,7 @@ def test_a_distance_is_kept_to_with_fewer_macs():
 
 
 def drawn(pipe, config, steps):
-    with hgc.install(pipe.unet, pipe.controlnet, config=config):
+    with hgc.install(pipe, config=config):
         return models.draw(pipe, steps=steps)
 
 

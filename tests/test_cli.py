@@ -79,7 +79,7 @@ def test_plan_of_sd15_compares_the_presets():
         for cells in [[cell.strip() for cell in line.strip("│").split("│")]]
     }
     assert elsewhere["uncached"] == ["", "9.10T", "18.20T", "27.30T", "45.50T"]
-    assert elsewhere["exact"][0] == "any" and elsewhere["turbo"][0] == "8"
+    assert elsewhere["exact"][0] == "any" and elsewhere["turbo"][0] == "20"
     for name, column, steps in (("fast", 2, 20), ("paper", 4, 50), ("turbo", 1, 10)):
         count = hgc.count_macs(
             shapes.unet, list(shapes.controlnets), name, num_evaluations=steps, height=512
@@ -88,15 +88,15 @@ def test_plan_of_sd15_compares_the_presets():
 
 
 def test_plan_of_a_folder_is_drawn_a_row_an_evaluation(tiny):
-    output = run("plan", "--model", tiny, "-c", "turbo", "--size", "32x48", "--no-guidance")
+    output = run("plan", "--model", tiny, "-c", "paper", "--size", "32x48", "--no-guidance")
     assert "1 ControlNet, 32 x 48, no classifier-free guidance" in output
-    expected = hgc.plan("turbo", PRESETS["turbo"].num_evaluations)
+    expected = hgc.plan("paper", PRESETS["paper"].num_evaluations)
     bars = re.search(r"^depth +(\S+)$", output, re.MULTILINE)[1]
     assert [bar == "█" for bar in bars] == [step.is_key for step in expected]
     rows = [line for line in output.splitlines() if re.match(r"│ +\d+ │", line)]
     assert len(rows) == len(expected)
     count = hgc.count_macs(
-        models.sd15_unet(), models.sd15_controlnet(), "turbo", height=32, width=48, guidance=False
+        models.sd15_unet(), models.sd15_controlnet(), "paper", height=32, width=48, guidance=False
     )
     for row, step, macs in zip(rows, expected, count.evaluations, strict=True):
         cells = [cell.strip() for cell in row.strip("│").split("│")]
@@ -176,7 +176,7 @@ def test_info_says_which_releases_hgc_was_not_tested_with(monkeypatch):
 def test_demo_prints_the_table_and_writes_the_grid(extra, tmp_path):
     out = tmp_path / "grid.png"
     output = run(
-        "demo", "--out", out, "--scenes", 1, "--steps", 4, "--presets", "exact,turbo",
+        "demo", "--out", out, "--scenes", 1, "--steps", 6, "--presets", "exact,turbo",
         "--conditions", "segmentation",
     )  # fmt: skip
     from PIL import Image
@@ -185,7 +185,7 @@ def test_demo_prints_the_table_and_writes_the_grid(extra, tmp_path):
     for name in ("uncached", "exact", "turbo"):
         assert re.search(rf"^ {name} ", output, re.MULTILINE)
     # condition, uncached, turbo and its difference: exact is equal bit for bit and not shown
-    assert Image.open(out).width == pytest.approx(4 * 64 * 4, rel=0.1)
+    assert Image.open(out).width == pytest.approx(4 * 64 * 6, rel=0.1)
     assert out.name in output
 
 
@@ -248,7 +248,12 @@ def test_eval_writes_its_tables_and_goes_on_from_its_record(extra, tmp_path):
     assert resumed[:4] == lines[:4] and len(resumed) == 6
 
 
-def test_eval_says_what_is_wrong(extra, tmp_path):
+def test_eval_says_what_is_wrong(extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    assert (
+        'jod needs cvvdp, which the jod extra installs: pip install "hybrid-grained-cache[jod]"'
+        in (refused("eval", "--jod", "--out", tmp_path / "out", "--quick"))
+    )
     (tmp_path / "file").touch()
     assert "cannot write to" in refused("eval", "--out", tmp_path / "file" / "out")
     assert "Did you mean 'paper'" in refused(
@@ -265,17 +270,17 @@ def test_eval_says_what_is_wrong(extra, tmp_path):
 def test_bench_of_a_folder(tiny, tmp_path):
     path = tmp_path / "bench.json"
     output = run(
-        "bench", "--model", tiny, "--size", 32, "--steps", 4, "--repeats", 1,
+        "bench", "--model", tiny, "--size", 32, "--steps", 8, "--repeats", 1,
         "--presets", "exact,turbo", "--json", path,
     )  # fmt: skip
     data = json.loads(path.read_text())
     assert [(row["name"], row["steps"]) for row in data["rows"]] == [
-        ("uncached", 4), ("uncached", 2), ("exact", 4), ("turbo", 2),
+        ("uncached", 8), ("exact", 8), ("turbo", 8),
     ]  # fmt: skip
     assert data["about"]["repeats"] == 1 and data["about"]["height"] == 32
-    turbo = data["rows"][3]
-    assert turbo["against"]["steps"] == 4 and turbo["against_equal"]["steps"] == 2
-    for text in ("promised", "arrived", "uncached, 4 steps", "uncached, 2 steps", "[p20, p80]"):
+    turbo = data["rows"][2]
+    assert turbo["against"]["steps"] == turbo["against_equal"]["steps"] == 8
+    for text in ("promised", "arrived", "uncached, 8 steps", "[p20, p80]"):
         assert text in output
 
 

@@ -69,6 +69,6 @@ def test_an_outcome_can_fail():
         "", "", compatibility.sd,
         plain=lambda pipe, seed: compatibility.call(pipe, seed) * 1.001,
     )  # fmt: skip
-    assert not compatibility.outcome(row).balanced
+    assert not compatibility.outcome(row).shallow
     row = compatibility.Row("", "", compatibility.sd, refuses="no such words")
     assert not compatibility.outcome(row).good

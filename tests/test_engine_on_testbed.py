@@ -79,7 +79,7 @@ def test_counted_macs_are_those_of_a_real_run(preset):
     with torch.no_grad():
         texts = pipe.encode_prompt("a circle", "cpu", 1, True)
     arguments = {"prompt": None, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
-    with hgc.install(pipe.unet, pipe.controlnet, config=preset) as installed:
+    with hgc.install(pipe, config=preset) as installed:
         counter = flop_counter()
         with counter:
             draw("segmentation", steps=count, **arguments)
@@ -101,7 +101,7 @@ def test_presets_stay_near_the_uncached_image(preset):
     pipe = pipeline("segmentation")
     reference = draw("segmentation", steps=20)
     count = hgc.Config.preset(preset).num_evaluations
-    with hgc.install(pipe.unet, pipe.controlnet, config=preset):
+    with hgc.install(pipe, config=preset):
         out = draw("segmentation", steps=count)
     few = draw("segmentation", steps=4)
     distance = (out - reference).norm() / reference.norm()

@@ -7,7 +7,10 @@ import dataclasses
 import io
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 
 import models
 import numpy as np
@@ -18,7 +21,7 @@ import hgc
 from hgc import benchmarking
 from hgc.config import Calibration, Config, ConfigError, StepPlan
 from hgc.evaluation import candidates as all_candidates
-from hgc.evaluation import measure, metrics, peers, record, subject, tables
+from hgc.evaluation import measure, metrics, peers, record, subject, tables, timing
 from hgc.evaluation.candidate import Candidate, equal_steps, own_schedulers, steps_of
 from hgc.evaluation.models import sd15_macs
 
@@ -135,6 +138,60 @@ def test_psnr_and_ssim_by_hand():
     assert metrics.ssim(reference, reference) == pytest.approx(1.0)
 
 
+def _noisy(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture equal to its reference, then ones ever farther from it."""
+    random = np.random.default_rng(size)
+    one = random.random((size, size + 3, 3), dtype=np.float32)
+    noise = random.normal(size=one.shape).astype(np.float32)
+    images = np.stack([np.clip(one + scale * noise, 0, 1) for scale in (0, 0.02, 0.1)])
+    return images, np.stack([one] * len(images))
+
+
+@pytest.mark.parametrize(("size", "degrees"), [(64, 8.375), (512, 67.0)])
+def test_flip_is_that_of_its_authors_at_the_stated_pixels_a_degree(size, degrees):
+    package = pytest.importorskip("flip_evaluator")
+    images, reference = _noisy(size)
+    maps, found = metrics.flip_maps(images, reference), metrics.flip(images, reference)
+    assert maps.shape == images.shape[:3]
+    for image, true, of_pixels, value in zip(images, reference, maps, found, strict=True):
+        theirs, mean, used = package.evaluate(
+            true, image, "LDR", applyMagma=False, parameters={"ppd": degrees}
+        )
+        np.testing.assert_array_equal(of_pixels, theirs[..., 0])
+        # theirs is summed in float32
+        assert value == pytest.approx(mean, rel=of_pixels.size * 2.0**-23)
+        assert used["ppd"] == degrees
+    assert found[0] == 0.0 < found[1] < found[2] < 1.0
+    # at 512 pixels it is what FLIP takes when nothing is said
+    default = package.evaluate(reference[1], images[1], "LDR", applyMagma=False)[2]["ppd"]
+    assert round(default) == metrics.PIXELS_PER_DEGREE == metrics.pixels_per_degree(512, 768)
+    assert metrics.pixels_per_degree(128, 64) == 8.375
+
+
+def test_flip_refuses_what_would_end_the_process():
+    images, reference = _noisy(8)
+    for bad, message in (
+        (images[..., :2], "shape"), (images[0], "shape"), (images[:, :0], "shape"),
+        (images + 1.0, "numbers from 0 to 1"), (np.full_like(images, np.nan), "from 0 to 1"),
+    ):  # fmt: skip
+        like = reference if "shape" not in message else np.zeros_like(bad)
+        for measured in (metrics.flip, metrics.jod):
+            with pytest.raises(ValueError, match=message):
+                measured(bad, like)
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.flip(images, reference[:1])
+
+
+def test_jod_is_that_of_cvvdp_at_the_same_pixels_a_degree():
+    package = pytest.importorskip("pycvvdp", reason="the extra jod is not installed")
+    images, reference = _noisy(64)
+    found = metrics.jod(images, reference)
+    assert found[0] == 10.0 > found[1] > found[2] > 0.0
+    geometry = package.vvdp_display_geometry((67, 64), ppd=8.375)
+    theirs = package.cvvdp("standard_4k", display_geometry=geometry, device=torch.device("cpu"))
+    assert found[2] == float(theirs.predict(images[2], reference[2], dim_order="HWC")[0])
+
+
 def test_pictures_of_one_condition_are_resampled_together():
     values = np.repeat(np.random.default_rng(5).random(30), 4)
     alone = metrics.interval(values[::4])
@@ -181,15 +238,15 @@ def test_frechet_of_two_normal_sets():
 
 def test_candidates_put_the_uncached_run_first_and_fewer_steps_after_their_equals(monkeypatch):
     # what it counts is tested below
-    counted = {8: 5, 20: 8}
+    counted = {"turbo": 5, "paper": 8}
     monkeypatch.setattr(
-        "hgc.evaluation.candidate.equal_steps", lambda config, steps, subject: counted[steps]
+        "hgc.evaluation.candidate.equal_steps", lambda config, steps, subject: counted[config.name]
     )
     rows = all_candidates(["exact", "turbo", "paper", "fewer-steps", "3-steps", "turbo"])
     assert [row.name for row in rows] == [
         "uncached", "exact", "turbo", "5 steps", "paper", "8 steps", "3 steps",
     ]  # fmt: skip
-    assert [row.steps for row in rows] == [20, 20, 8, 5, 20, 8, 3]
+    assert [row.steps for row in rows] == [20, 20, 20, 5, 20, 8, 3]
     assert rows[3].equal_to == ("turbo",) and rows[3].label == "5 steps (vs turbo)"
     assert rows[1].config is Config.preset("exact") and rows[0].config is None
     rows = all_candidates(["turbo", "fewer-steps"], schedulers=(None, "dpm++2m"))
@@ -253,15 +310,68 @@ def test_schedules_of_peers_are_plans_as_they_were_published(steps):
     gate = {50: 20, 20: 8, 2: 1}[steps]
     assert [s.guidance for s in plans["t-gate"]] == ["both"] * gate + ["off"] * (steps - gate)
     assert all(s.attention == "reuse" and s.control == "compute" for s in plans["t-gate"][gate:])
+    keys = {50: [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46],
+            20: [0, 1, 2, 3, 4, 6, 8, 11, 15], 2: [0, 1]}[steps]  # fmt: skip
+    assert [i for i, s in enumerate(plans["spectrum"]) if s.is_key] == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("spectrum", 20), ("spectrum-5", 20), ("spectrum", 50)]
+)
+def test_the_forecast_of_spectrum_is_its_ridge_regression(name, steps):
+    """Fitted and evaluated with torch, on values instead of coefficients."""
+    config = peers.peer(name, steps)
+    values = torch.randn(steps, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.arange(steps, dtype=torch.float64)
+    angles = torch.arccos(2 * times / steps - 1)
+    basis = torch.stack([torch.cos(m * angles) for m in range(5)], 1)
+    keys = [i for i, step in enumerate(config.steps) if step.is_key]
+    for i, step in enumerate(config.steps):
+        if step.is_key:
+            continue
+        past = [key for key in keys if key < i]
+        # a ridge is as many more rows that ask for zero
+        rows = torch.cat([basis[past], 0.1**0.5 * torch.eye(5, dtype=torch.float64)])
+        wanted = torch.cat([values[past], torch.zeros(5, 7, dtype=torch.float64)])
+        curve = basis[i] @ torch.linalg.lstsq(rows, wanted).solution
+        last, before = past[-1], past[-2]
+        line = values[last] + (i - last) / (last - before) * (values[last] - values[before])
+        found = torch.tensor(step.forecast, dtype=torch.float64) @ values[past[::-1]]
+        torch.testing.assert_close(found, (curve + line) / 2, atol=1e-5, rtol=0)
+
+
+def test_spectrum_at_so_many_evaluations():
+    for count in (5, 6, 7, 8):
+        steps = peers.peer(f"spectrum-{count}", 20).steps
+        keys = [i for i, step in enumerate(steps) if step.is_key]
+        gaps = np.diff(keys)[1:]
+        assert len(keys) == count and keys[:2] == [0, 1] and gaps[0] == 2
+        assert list(gaps) == sorted(gaps)
+    assert sum(step.is_key for step in peers.peer("spectrum-8", 50).steps) == 20
+    with pytest.raises(ConfigError, match="no run of 20 steps that computes 19"):
+        peers.peer("spectrum-19", 20)
+
+
+def test_what_spectrum_forecasts_is_read_from_all_it_computed():
+    pipe, config = models.sd15_pipeline(), peers.peer("spectrum", 8)
+    outputs = []
+    with hgc.install(pipe, config=config):
+        hook = pipe.unet.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
+        models.draw(pipe, steps=8)
+        hook.remove()
+    keys = [i for i, step in enumerate(config.steps) if step.is_key]
+    assert keys == [0, 1, 2, 3, 4, 6]
+    wanted = sum(c * outputs[k] for c, k in zip(config.steps[7].forecast, keys[::-1], strict=True))
+    torch.testing.assert_close(outputs[7], wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", range(1, 21))
 def test_a_grid_is_so_many_of_the_steps(count):
     found = peers.grid(count, 20)
     assert len(set(found)) == count and sorted(found) == [*found]
-    assert found[0] == 0 and found[-1] == (19 if count > 1 else 0)
+    assert found[0] == 0 and (count == 1 or found[-1] >= 16)
     assert len(peers.grid(count, 50)) == len(set(peers.grid(count, 50))) == count
-    assert peers.grid(7, 20) == (0, 2, 5, 8, 11, 15, 19)
+    assert peers.grid(7, 20) == (0, 2, 4, 8, 12, 16, 19)
     with pytest.raises(ConfigError, match="a grid of 20 steps has no 21 of them"):
         peers.grid(21, 20)
 
@@ -270,18 +380,18 @@ def test_rows_of_the_free_rivals():
     rows = all_candidates(["skip-x0", "6-steps@grid", "6-steps", "skip-x0-10", "6-steps@deis-grid"])
     assert [(r.name, r.group) for r in rows[1:]] == [
         ("skip-x0-8", ""), ("skip-x0-7", ""), ("skip-x0-6", ""), ("skip-x0-5", ""),
-        ("skip-x0-10", ""), ("6 steps@unipc-grid", "6 steps@grid"),
+        ("skip-x0-4", ""), ("skip-x0-10", ""), ("6 steps@unipc-grid", "6 steps@grid"),
         ("6 steps@dpm++2m-grid", "6 steps@grid"), ("6 steps", "6 steps"),
         ("6 steps@deis-grid", ""),
     ]  # fmt: skip
-    for row in rows[1:6]:
+    for row in rows[1:7]:
         steps = hgc.plan(row.config, row.steps)
         keys = int(row.name.rpartition("-")[2])
         assert sum(step.is_key for step in steps) == keys
         ours, theirs = sd15_macs(row.config, row.steps), sd15_macs(None, keys)
         # the condition is embedded once
         assert 0.98 * theirs.total < ours.total < theirs.total and row.steps == 20
-        assert {step.damping for step in steps if not step.is_key} == {0.5}
+        assert {step.damping for step in steps if not step.is_key} == {0.6}
     for name in ("ddim-grid", "grid-grid"):
         with pytest.raises(ConfigError, match=f"no scheduler named '{name}'"):
             all_candidates([f"6-steps@{name}"])
@@ -302,6 +412,65 @@ def test_steps_on_the_grid_are_at_timesteps_of_the_uncached_run(name):
     assert torch.equal(pipe.scheduler.sigmas, sigmas[[*kept, 6]])
     with pytest.raises(ValueError, match="steps of the uncached run"):
         subject.make_scheduler(name, own)
+
+
+def test_the_row_ays_is_at_the_timesteps_that_diffusers_ships():
+    from diffusers.schedulers import AysSchedules
+
+    own = testbed.load_pipeline("canny").scheduler.config
+    row = all_candidates(["ays"])[1]
+    assert (row.name, row.steps, row.config) == ("ays", 10, None)
+    timesteps = AysSchedules["StableDiffusionTimesteps"]
+    pipe = models.sd15_pipeline()
+    pipe.scheduler = subject.make_scheduler("dpm++2m", own)
+    asked = models.draw(pipe, steps=10, timesteps=timesteps)
+    pipe.scheduler = subject.make_scheduler(row.scheduler, own, 20)
+    assert torch.equal(models.draw(pipe, steps=row.steps), asked)
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+    with pytest.raises(ConfigError, match="it has no '@'"):
+        all_candidates(["ays@ddim"])
+    with pytest.raises(ConfigError, match="no scheduler named 'dpm\\+\\+2m-ays'"):
+        all_candidates(["6-steps@dpm++2m-ays"])
+
+
+def test_the_row_ays_is_refused_where_the_training_is_another(monkeypatch):
+    other = subject.Testbed()
+    config = {**other.scheduler_config(), "beta_end": 0.02}
+    monkeypatch.setattr(other, "scheduler_config", lambda: config)
+    with pytest.raises(ConfigError, match=r"row 'ays': .* this one's scheduler has .*0\.02"):
+        all_candidates(["ays"], subject=other)
+
+
+def test_rivals_with_refined_coefficients_are_files_beside_the_model(tmp_path):
+    other = subject.Testbed()
+    assert other.plans == next(iter(testbed.plans().values())).parent
+    other.plans = tmp_path
+    with pytest.raises(ConfigError, match=r"calibrate_rivals\.py --steps 20 makes it"):
+        all_candidates(["skip-x0-8-calibrated"], subject=other)
+    for name in ("skip-x0-calibrated", "fewer-steps-calibrated"):
+        for row, _ in peers.refined_rows(name, 20):
+            peers.unrefined(row, 20).to_json(tmp_path / f"{row}.json")
+    rows = all_candidates(["skip-x0-calibrated", "fewer-steps-6-calibrated"], subject=other)[1:]
+    assert [(r.name, r.steps, r.scheduler) for r in rows] == [
+        *((f"skip-x0-{n}-calibrated", 20, None) for n in (8, 7, 6, 5, 4)),
+        ("fewer-steps-6-calibrated", 6, "dpm++2m-grid"),
+    ]  # fmt: skip
+    assert {r.method for r in rows} == {
+        "skipped, x0 forecast, calibrated", "fewer steps, calibrated",
+    }  # fmt: skip
+    assert rows[0].config.key_steps == (0, 2, 4, 7, 10, 13, 16, 19) and rows[0].config.depth == 0
+    # for 50 steps there are other files
+    assert peers.refined_rows("skip-x0-8-calibrated", 50) == [("skip-x0-8-calibrated-50", None)]
+    assert len(peers.unrefined("skip-x0-8-calibrated-50", 50).key_steps) == 20
+    assert peers.unrefined("fewer-steps-6-calibrated-50", 50).num_evaluations == 15
+
+
+def test_plans_of_another_model_are_beside_its_folder(tmp_path):
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(testbed.path() / "controlnet_canny", folder / "controlnet_canny")
+    assert subject.Testbed(folder).plans == tmp_path / "other-plans"
 
 
 @pytest.mark.parametrize("name", ["deepcache-2", "faster-diffusion", "t-gate", "skip-x0-3"])
@@ -427,6 +596,11 @@ def test_exact_is_at_distance_zero_and_pictures_are_measured_against_the_uncache
     ]
     assert rows[2].distance == pytest.approx(np.mean(distance), rel=1e-5) and min(distance) > 0
     assert rows[2].distance_worst == pytest.approx(max(distance), rel=1e-5)
+    seen = metrics.flip(images["quick"], images["uncached"])
+    if seen is not None:
+        assert rows[0].flip == rows[1].flip == rows[1].flip_worst == 0.0
+        assert rows[2].flip == pytest.approx(seen.mean()) and seen.min() > 0
+        assert rows[2].flip_worst == pytest.approx(seen.max())
     scenes = testbed.held_out(3)
     for row in (rows[0], rows[2]):
         fidelity = testbed.fidelity("canny", images[row.name], scenes)
@@ -466,6 +640,64 @@ def test_the_testbeds_judge_sees_what_the_prompt_names():
     truths = shipped.truths("canny", inputs)
     np.testing.assert_array_equal(own.features, truths)
     assert metrics.frechet(own.features, truths) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_without_their_packages_flip_is_left_out_and_jod_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flip_evaluator", None)
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    one = dataclasses.replace(SETTINGS, scenes=1)
+    (row,) = measure.evaluate(["canny"], ROWS[:1], one)
+    assert row.flip is row.flip_worst is row.jod is None
+    with pytest.raises(ValueError, match=r"hybrid-grained-cache\[jod\]"):
+        dataclasses.replace(SETTINGS, jod=True)
+
+
+def test_a_timing_says_when_another_process_had_the_core():
+    if not hasattr(os, "sched_setaffinity") or timing.timed(lambda: None)[1].waited is None:
+        pytest.skip("this system does not say how long a thread waits for a core")
+    allowed = os.sched_getaffinity(0)
+    core = min(allowed)
+
+    def work() -> str:
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+        return "done"
+
+    os.sched_setaffinity(0, {core})
+    try:
+        # it inherits the core
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            time.sleep(0.2)
+            value, found = timing.timed(work)
+        finally:
+            other.kill()
+            other.wait()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert value == "done" and found.seconds >= 0.5
+    assert timing.MOST_WAITED < found.waited <= 1.0
+
+
+def test_timings_in_which_another_process_had_the_cores_are_left_out(tmp_path):
+    measure.evaluate(["canny"], ROWS[:2], SETTINGS, folder=tmp_path)
+    lines = tmp_path / record.NAME
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [len(line["scores"]) for line in found] == [2, 2, 1, 1]
+
+    def speedups(*waited: float | None) -> list[tuple[float | None, float | None]]:
+        for line, share in zip(found, waited, strict=True):
+            line |= {"seconds": 2.0 * len(line["scores"]), "reference_seconds": 6.0}
+            line["waited"] = share
+        lines.write_text("".join(json.dumps(line) + "\n" for line in found))
+        rows = measure.evaluate(["canny"], ROWS[:2], SETTINGS, folder=tmp_path)
+        return [(row.seconds, row.speedup) for row in rows]
+
+    both, second, none = (2.0, 2.25), (2.0, 3.0), (None, None)
+    assert speedups(0.0, None, 0.01, timing.MOST_WAITED) == [both, both]
+    assert speedups(0.9, 0.0, 0.0, 0.0) == [second, both]
+    assert speedups(0.0, 0.06, 0.0, 0.06) == [both, none]
 
 
 class _Interrupted(Exception):
@@ -573,7 +805,7 @@ def test_settings_are_checked():
 # Tables and pictures
 
 
-_FIGURES = ("fidelity", "distance", "psnr", "ssim", "perceived", "agreement")
+_FIGURES = ("fidelity", "distance", "psnr", "ssim", "flip", "jod", "perceived", "agreement")
 
 
 def _row(**changes) -> measure.Row:
@@ -589,15 +821,18 @@ def _row(**changes) -> measure.Row:
         "frechet_truth": 0.3, "held_bytes": 2048, "worst_pictures": [2, 0],
         "worst_distances": [0.06, 0.02], "key": "k",
     }  # fmt: skip
-    figures = zip(_FIGURES, (0.75, 0.03, 40.0, 0.95, 0.1, 0.9), (0.5, 0.06, 30.0, 0.9, 0.2, 0.8),
-                  strict=True)  # fmt: skip
+    figures = zip(_FIGURES, (0.75, 0.03, 40.0, 0.95, 0.02, 9.75, 0.1, 0.9),
+                  (0.5, 0.06, 30.0, 0.9, 0.05, 9.5, 0.2, 0.8), strict=True)  # fmt: skip
     for name, mean, worst in figures:
         values |= {name: mean, f"{name}_low": mean, f"{name}_high": mean, f"{name}_worst": worst}
     return measure.Row(**(values | changes))
 
 
 def test_tables_say_what_the_rows_say():
-    same = {"distance": 0.0, "distance_worst": 0.0, "rival_ratio": None, "rival_ratio_worst": None}
+    same = {
+        "distance": 0.0, "distance_worst": 0.0, "flip": 0.0, "flip_worst": 0.0,
+        "rival_ratio": None, "rival_ratio_worst": None,
+    }  # fmt: skip
     rows = [
         _row(name="uncached", label="uncached", cached=False, held_bytes=0, **same),
         _row(),
@@ -608,12 +843,12 @@ def test_tables_say_what_the_rows_say():
     line = next(line for line in text.splitlines() if line.startswith("| quick"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "quick", "4", "5.00 (6.00)", "40.0%", "2.50x", "0.7500 (0.5000)", "-1.20%",
-        "-2.00 to 0.30", "0.0300 (0.0600)", "0.46 (0.40-0.50)", "0.60", "40.0 (30.0)",
-        "0.9500", "0.0123", "0.900", "2",
+        "-2.00 to 0.30", "0.0300 (0.0600)", "0.0200 (0.0500)", "9.75 (9.50)", "0.46 (0.40-0.50)",
+        "0.60", "40.0 (30.0)", "0.9500", "0.0123", "0.900", "2",
     ]  # fmt: skip
     uncached = next(line for line in text.splitlines() if line.startswith("| uncached"))
     cells = [cell.strip() for cell in uncached.strip("|").split("|")]
-    assert cells[6:11] == ["-", "-", "0", "-", "-"]
+    assert cells[6:13] == ["-", "-", "0", "0", "9.75 (9.50)", "-", "-"]
     # of a model that is no stand-in for SD1.5, without a judge
     none = {"sd15_macs": None, "sd15_macs_paper": None, "frechet": None, "agreement": None}
     other = tables.to_markdown([_row(**none)])
@@ -626,15 +861,50 @@ def test_tables_say_what_the_rows_say():
     assert measure.Row(**data["rows"][1]) == rows[1]
 
 
-def test_the_grid_shows_each_picture_four_times_as_large_and_the_amplified_difference():
-    from hgc.evaluation.pictures import AMPLIFIED, GridRow, difference, grid
+def test_what_tables_leave_out_is_said_once():
+    whole = tables.to_markdown([_row(), _row(condition="depth")])
+    for text in ("| FLIP (worst 5%) |", "| JOD (worst 5%) |", " JOD: ", "67 pixels a degree"):
+        assert text in whole
+    for text in ("left out: flip-evaluator", "No speedup"):
+        assert text not in whole
+    less = tables.to_markdown(
+        [_row(flip=None, jod=None, speedup=None, condition=name) for name in ("canny", "depth")]
+    )
+    for text in ("| FLIP", "| JOD", "JOD:", "FLIP: ", "| speedup"):
+        assert text not in less
+    for text in ("FLIP is left out: flip-evaluator", "No speedup: "):
+        assert less.count(text) == 1
+    # a cell of a column that other rows fill is empty
+    some = tables.to_markdown([_row(), _row(name="busy", label="busy", speedup=None)])
+    assert "| 40.0% |  | 0.7500" in some and "| 2.50x |" in some and "No speedup: " in some
+
+
+@pytest.mark.parametrize("with_flip", [True, False], ids=["flip", "no-flip"])
+def test_the_grid_shows_each_picture_enlarged_and_where_it_differs(with_flip, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from hgc.evaluation.pictures import AMPLIFIED, FLIP_LIGHTEST, GridRow, difference, grid, visible
 
     random = np.random.default_rng(3)
-    condition = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    uncached, other = random.random((8, 8, 3)), random.random((8, 8, 3))
+    condition = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    uncached = random.random((4, 4, 3))
+    other = np.clip(uncached + random.normal(scale=0.05, size=(4, 4, 3)), 0, 1)
     np.testing.assert_allclose(
-        difference(uncached + 0.01, uncached), np.full((8, 8, 3), 0.01 * AMPLIFIED)
+        difference(uncached + 0.01, uncached), np.full((4, 4, 3), 0.01 * AMPLIFIED)
     )
+    if with_flip:
+        pytest.importorskip("flip_evaluator")
+        from matplotlib import colormaps
+
+        (found,) = metrics.flip_maps(other[None], uncached[None])
+        expected = visible(other, uncached)
+        assert found.min() < FLIP_LIGHTEST
+        np.testing.assert_array_equal(
+            expected, colormaps["magma"](np.clip(found / FLIP_LIGHTEST, 0, 1))[..., :3]
+        )
+    else:
+        monkeypatch.setitem(sys.modules, "flip_evaluator", None)
+        assert visible(other, uncached) is None
+        expected = difference(other, uncached)
     picture = grid(
         [GridRow("a", condition, uncached, (other,)), GridRow("b", condition, other, (uncached,))],
         ["quick"],
@@ -643,12 +913,12 @@ def test_the_grid_shows_each_picture_four_times_as_large_and_the_amplified_diffe
     pixels = np.asarray(picture)
 
     def has(image: np.ndarray) -> bool:
-        large = np.repeat(np.repeat(image, 4, 0), 4, 1)
+        large = np.repeat(np.repeat(image, 6, 0), 6, 1)
         windows = np.lib.stride_tricks.sliding_window_view(pixels, large.shape)
         return bool((windows == large).all((-1, -2, -3)).any())
 
     for image in (condition, (uncached * 255 + 0.5).astype(np.uint8),
-                  (difference(other, uncached) * 255 + 0.5).astype(np.uint8)):  # fmt: skip
+                  (expected * 255 + 0.5).astype(np.uint8)):  # fmt: skip
         assert has(image)
 
 
@@ -682,6 +952,42 @@ def test_the_plot_has_a_line_a_method_and_two_panels_a_condition(tmp_path, monke
     ]  # fmt: skip
     assert titles == [f"{rows[0].condition}, {rows[0].scenes} scenes"]
     assert Image.open(tmp_path / "pareto.png").width > 300
+
+
+def test_labels_of_the_plot_cover_neither_each_other_nor_a_point(tmp_path, monkeypatch):
+    """Twelve names on points that lie closer together than the names are long."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+    from matplotlib.text import Annotation, Text
+
+    from hgc.evaluation.pictures import pareto
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    random = np.random.default_rng(11)
+    rows = [
+        _row(
+            name=f"a plan of number {i}", method=("hgc", "fewer steps")[i % 2], distance=distance,
+            sd15_macs_paper=int(macs * 1e12), distance_worst=2 * distance,
+        )
+        for i, (macs, distance) in enumerate(random.uniform((4, 0.01), (7, 0.04), (12, 2)))
+    ]  # fmt: skip
+    pareto(rows, tmp_path / "pareto.png")
+    (figure,) = drawn
+    monkeypatch.undo()
+    try:
+        for axis in figure.axes:
+            labels = [t for t in axis.texts if isinstance(t, Annotation)]
+            assert {t.get_text() for t in labels} == {row.name for row in rows}
+            boxes = [Text.get_window_extent(t) for t in labels]
+            points = axis.transData.transform([t.xy for t in labels])
+            for i, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[:i])
+                assert not any(box.contains(*point) for point in points)
+                assert axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1)
+                assert axis.bbox.containsy(box.y0) and axis.bbox.containsy(box.y1)
+    finally:
+        pyplot.close(figure)
 
 
 def test_the_contact_sheet_shows_condition_and_strip_of_each_worst_picture():

@@ -384,7 +384,7 @@ def _command(checkpoint, judges, data, out, *more) -> list[str]:
     ]  # fmt: skip
 
 
-_TIMES = {"seconds", "reference_seconds", "speedup"}
+_TIMES = {"seconds", "reference_seconds", "waited", "speedup"}
 
 
 def _untimed(folder: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ the scheduler itself goes by.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import threading
 import warnings
@@ -111,7 +112,7 @@ def out_of(prediction, sample, x0, alpha, sigma):
     return (alpha * sample - x0) / sigma if prediction == "v_prediction" else x0
 
 
-def expected(seen, keys, i, prediction, damping, guidance_damping):
+def expected(seen, keys, i, prediction, damping, guidance_damping, correction=()):
     """The output of evaluation ``i`` by those of ``keys``."""
     _, sample, _, alpha, sigma = seen[i]
     past = [seen[k] for k in keys if k < i][-2:]
@@ -124,6 +125,8 @@ def expected(seen, keys, i, prediction, damping, guidance_damping):
         conditional = c1 + damping * ahead * (c1 - c0)
         difference = (c1 - u1) + guidance_damping * ahead * ((c1 - u1) - (c0 - u0))
         forecast = torch.cat([conditional - difference, conditional])
+    for coefficient, value in zip(correction, x0[::-1], strict=False):
+        forecast = forecast + coefficient * value
     return out_of(prediction, sample, forecast, alpha, sigma)
 
 
@@ -138,7 +141,8 @@ def check(pipe, prediction, config=SKIP, **changes):
     assert len(skipped) > 2 and all(rows[i - rows[0].index].why == "plan" for i in skipped)
     for i in skipped:
         gave, wanted = seen[i][2], expected(
-            seen, keys, i, prediction, config.damping, config.guidance_damping
+            seen, keys, i, prediction, config.damping, config.guidance_damping,
+            () if config.steps is None else config.steps[i].x0_correction,
         )  # fmt: skip
         # x0 is held in float32, and comes back divided by what it was multiplied with
         size = max(float(row[1].abs().max() + row[2].abs().max()) for row in watched.seen)
@@ -159,6 +163,40 @@ KINDS = [
 @pytest.mark.parametrize(("name", "prediction"), KINDS)
 def test_an_output_says_the_x0_that_is_forecast(name, prediction):
     check(small(name, prediction), prediction, steps=8)
+
+
+def corrected(*coefficients):
+    """SKIP with each of its forecasts corrected."""
+    steps = list(hgc.plan(SKIP, 8))
+    for i, step in enumerate(steps):
+        if step.depth == 0:
+            values = coefficients[: sum(s.is_key for s in steps[:i])]
+            steps[i] = dataclasses.replace(step, x0_correction=values)
+    return SKIP.replace(steps=tuple(steps))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_forecast_is_corrected_by_the_x0_of_key_evaluations(prediction):
+    pipe = small("Euler", prediction)
+    check(pipe, prediction, corrected(0.15, -0.1), steps=8)
+    plain, _ = outputs(pipe, SKIP, steps=8)
+    assert torch.equal(outputs(pipe, corrected(0.0, -0.0), steps=8)[0], plain)
+    assert not torch.equal(outputs(pipe, corrected(0.01), steps=8)[0], plain)
+
+
+def test_a_third_value_is_kept_for_a_correction():
+    pipe = small()
+    steps = list(corrected(0.1, -0.1).steps)
+    alone = outputs(pipe, SKIP.replace(steps=tuple(steps)), steps=8)[1]
+    steps[7] = dataclasses.replace(steps[7], x0_correction=(0.1, -0.1, 0.25))
+    _, seen = outputs(pipe, SKIP.replace(steps=tuple(steps)), steps=8)
+    assert torch.equal(torch.stack(seen[:7]), torch.stack(alone[:7]))
+    with hgc.install(pipe, config=SKIP.replace(steps=tuple(steps))), Watched(pipe) as watched:
+        models.draw(pipe, steps=8)
+    first, last = watched.seen[0], watched.seen[7]
+    more = 0.25 * x0_of("epsilon", *first[1:])
+    wanted = alone[7] - more * last[3] / last[4]  # epsilon is (sample - alpha x0) / sigma
+    assert (seen[7] - wanted).abs().max() <= 64 * 2**-23 * (wanted.abs() + more.abs()).max()
 
 
 @pytest.mark.parametrize("name", ["UniPC", "Euler", "DDIM"])
@@ -199,10 +237,10 @@ def test_without_guidance_the_batch_goes_by_the_first_damping():
 # -- gains -----------------------------------------------------------------------------------
 
 
-def shallow(gain, **changes):
+def shallow(gain, guidance_damping=None):
     return Config(
         name="shallow", num_evaluations=6, key_steps=(0, 2, 4), guidance="reuse", forecast=0.7,
-        guidance_forecast=0.4, damping=0.6, gain=gain, **changes,
+        guidance_forecast=0.4, damping=0.6, guidance_damping=guidance_damping, gain=gain,
     )  # fmt: skip
 
 
@@ -236,11 +274,19 @@ def test_plans_that_forecast_nothing_are_refused():
         (StepPlan(gain=0.5, damping=0.5), "gain=0.5 corrects a forecast of x0"),
         (StepPlan(damping=0.5), "damping is of a forecast that nothing reads"),
         (StepPlan(control="off", depth=0, guidance_damping=0.5), "guidance_damping needs damping"),
+        (StepPlan(control="off", depth=0, x0_correction=(0.1,)), "x0_correction needs damping"),
+        (StepPlan(x0_correction=(0.1,)), "x0_correction needs damping"),
+        (
+            StepPlan(control="off", depth=0, damping=0.5, x0_correction=(0.1, 0.1)),
+            "x0_correction reads 2 key evaluations; 1 came before",
+        ),
     ):
         with pytest.raises(ConfigError, match=f"evaluation 1: {match}"):
             hgc.plan(Config(num_evaluations=2, steps=(key, step)), 2)
     with pytest.raises(ConfigError, match=r"StepPlan.damping must lie in \[-2.0, 2.0\]; got 3"):
         StepPlan(damping=3)
+    with pytest.raises(ConfigError, match=r"StepPlan.x0_correction must be a tuple; got 0.1"):
+        StepPlan(x0_correction=0.1)
 
 
 def test_a_rule_and_its_plan_are_the_same_as_json():
@@ -249,6 +295,7 @@ def test_a_rule_and_its_plan_are_the_same_as_json():
     assert {step.damping for step in steps if step.depth == 0} == {SKIP.damping}
     written = Config(num_evaluations=8, steps=steps)
     assert Config.from_json(written.to_json()) == written
+    assert Config.from_json(corrected(0.15, -0.1).to_json()) == corrected(0.15, -0.1)
 
 
 # -- nothing is launched ---------------------------------------------------------------------
@@ -415,8 +462,9 @@ def test_without_a_scheduler_outputs_are_forecast_and_one_warning_says_so(schedu
         with hgc.install(pipe, config=Config(num_evaluations=8, steps=steps)):
             assert torch.equal(models.draw(pipe, steps=8), latents)
         # a plan that forecasts no output asks for none
-        with hgc.install(pipe.unet, pipe.controlnet, config="balanced"):
-            models.draw(pipe, steps=20)
+        features = Config(name="features", num_evaluations=8, key_steps=(0, 2, 5))
+        with hgc.install(pipe.unet, pipe.controlnet, config=features):
+            models.draw(pipe, steps=8)
 
 
 def test_a_pipeline_is_not_kept_alive():

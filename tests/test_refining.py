@@ -114,6 +114,11 @@ def test_widening_changes_no_bit(sd15):
     nothing = rule.replace(depth=0, guidance="both", forecast=0.5, conditional_key_steps=())
     assert coefficients(nothing) == 1 + 2 + 2 + 3 + 2
     assert torch.equal(cached(sd15, widened(nothing)), cached(sd15, nothing))
+    with hgc.install(sd15, config=nothing):
+        plain = models.draw(sd15, 0, steps=STEPS)
+    with hgc.install(sd15, config=widened(nothing)):
+        assert torch.equal(models.draw(sd15, 0, steps=STEPS), plain)
+    assert {len(s.x0_correction) for s in widened(nothing).steps} == {0, 1, 2}
 
 
 def test_the_least_squares_of_a_linear_run():
@@ -159,7 +164,41 @@ def test_steps_that_no_plan_can_take_are_not_tried(slope):
     assert refine(config, errors) is config
 
 
-def test_real_runs_come_nearer_on_their_inputs_and_on_others():
+def test_corrections_of_x0_are_found_again():
+    """The runs to come near to are those of a plan whose corrections are known."""
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    rule = Config(num_evaluations=STEPS, key_steps=(0, 2, 4), depth=0)
+    steps = list(widened(rule).steps)
+    for i, planted in ((1, (0.05,)), (3, (0.06, -0.04)), (5, (-0.03, 0.05))):
+        steps[i] = dataclasses.replace(steps[i], x0_correction=planted)
+
+    def runs(config):
+        with hgc.install(pipe, config=config):
+            return [models.draw(pipe, seed, steps=STEPS).flatten() for seed in range(3)]
+
+    wanted = runs(rule.replace(steps=tuple(steps)))
+
+    def errors(config):
+        return [(a - b) / b.norm() for a, b in zip(runs(config), wanted, strict=True)]
+
+    def mean(config):
+        return sum(float(error.norm()) for error in errors(config)) / 3
+
+    refined = refine(rule, errors, rounds=1)
+    assert Config.from_json(refined.to_json()) == refined
+    assert any(any(step.x0_correction) for step in refined.steps)
+    # the least squares of a run that is nearly linear: what is left is of second order
+    assert mean(refined) < 0.1 * mean(rule)
+
+
+RULES = {
+    "shallow": Config(num_evaluations=STEPS, key_steps=(0, 2, 4), guidance="reuse"),
+    "fewer steps": Config(num_evaluations=4),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_real_runs_come_nearer_on_their_inputs_and_on_others(name):
     pipe = models.sd15_pipeline()
     items = [
         (
@@ -172,11 +211,13 @@ def test_real_runs_come_nearer_on_their_inputs_and_on_others():
         for i in range(6)
     ]  # fmt: skip
     trial = Trial(items, STEPS)
-    rule = Config(num_evaluations=STEPS, key_steps=(0, 2, 4), guidance="reuse")
-    refined = refine(rule, lambda plan: trial.errors(plan, STEPS, range(4)), rounds=1)
+    rule = RULES[name]
+    steps = rule.num_evaluations
+    refined = refine(rule, lambda plan: trial.errors(plan, steps, range(4)), rounds=1)
+    assert Config.from_json(refined.to_json()) == refined
 
     def mean(config, which):
-        distances = trial.distances(config, STEPS, which)
+        distances = trial.distances(config, steps, which)
         return sum(distances) / len(distances)
 
     assert mean(refined, range(4)) < 0.8 * mean(rule, range(4))

@@ -90,7 +90,7 @@ def demo(
     ] = "exact,paper,balanced,fast,turbo",
     seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
-    show: Annotated[int, typer.Option(min=1, help="Scenes of a condition in the picture")] = 2,
+    show: Annotated[int, typer.Option(min=1, help="Scenes of a condition in the picture")] = 1,
 ) -> None:
     """The shipped model with and without the cache: a table, and the pictures side by side."""
     from hgc.cli.demo import run
@@ -110,7 +110,8 @@ def evaluate(
         str,
         typer.Option(
             help="With commas between: presets, calibrated, peers, fewer-steps, a preset, "
-            "deepcache-3, deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
+            "skip-x0, skip-x0-calibrated, fewer-steps-calibrated, spectrum-6, ays, deepcache-3, "
+            "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
@@ -160,6 +161,9 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: fp16 on cuda")
     ] = None,
+    jod: Annotated[
+        bool, typer.Option("--jod", help="Also JOD of ColorVideoVDP: needs the extra `jod`")
+    ] = False,
 ) -> None:
     """Fidelity and distance over many scenes. Goes on where it was interrupted.
 
@@ -171,7 +175,7 @@ def evaluate(
     local = Local(controlnet, data, judge, clip, size, images, dtype)
     run(
         conditions, scenes, rows, steps, out, first_scene, seed, batch, device, quick, scheduler,
-        rival_schedulers, guidance, worst, testbed, model, local,
+        rival_schedulers, guidance, worst, testbed, model, local, jod,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def run(
     testbed: Path | None,
     model: str,
     local: Local,
+    jod: bool,
 ) -> None:
     """Measure the rows and write the tables, the plot and the contact sheets to ``out``."""
     needs("eval", "transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
@@ -93,6 +94,7 @@ def run(
             device=device,
             guidance=guidance,
             scheduler=scheduler,
+            jod=jod,
         )
     order = candidates(
         split(rows),

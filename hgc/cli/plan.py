@@ -270,6 +270,8 @@ def _forecast(step: StepPlan) -> str:
         parts = [f"x0 {step.damping:g}"] if step.depth == 0 else [*parts, f"x0 {step.damping:g}"]
         if step.guidance_damping is not None:
             parts.append(f"guidance {step.guidance_damping:g}")
+        if step.x0_correction:
+            parts.append("corrected " + ", ".join(f"{v:+.3g}" for v in step.x0_correction))
     if step.gain != 1.0:
         parts.append(f"gain {step.gain:g}")
     return "; ".join(parts) or "-"

@@ -89,4 +89,4 @@ def print_rows(
             table.add_row(*(column.cell(row) for column in columns), style=style)
         out.print(table)
     agreement = subject.agreement if subject is not None and statistics else ""
-    out.print(units(agreement), style="bright_black")
+    out.print(units(rows, agreement), style="bright_black")

@@ -11,8 +11,17 @@ from pathlib import Path
 
 from hgc.config import Config, ConfigError, model_name
 from hgc.evaluation.models import sd15_macs
-from hgc.evaluation.peers import PACKAGES, PEERS, SKIPS, grid, method_of, package_row, peer
-from hgc.evaluation.subject import Subject, Testbed, check_scheduler
+from hgc.evaluation.peers import (
+    PACKAGES,
+    PEERS,
+    SKIPS,
+    grid,
+    method_of,
+    package_row,
+    peer,
+    refined_rows,
+)
+from hgc.evaluation.subject import Subject, Testbed, ays, check_scheduler
 from hgc.planning import plan
 from hgc.presets import PRESETS
 from hgc.testbed import plans as calibrated_plans
@@ -70,7 +79,7 @@ class Candidate:
         name, _, scheduler = self.name.partition("@")
         own = "hgc" if self.config.calibration is None else "hgc, calibrated"
         method = method_of(name) or own
-        return f"{method}, {scheduler}" if self.scheduler else method
+        return f"{method}, {scheduler}" if scheduler else method
 
     @property
     def is_plain(self) -> bool:
@@ -127,21 +136,26 @@ def candidates(
     rules they were fitted from, without a fitted coefficient), the path of a JSON file written by
     ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
     of them ("deepcache-3"), "skip-x0" (both networks left out between key steps, at four numbers of
-    them) or one of them ("skip-x0-7"), "deepcache-pypi-3" (the package DeepCache at that interval),
-    "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps" (the
-    uncached pipeline at 6 steps); each but the last but one also with a scheduler of its own, as
-    "fast@dpm++2m". "6-steps@grid" is the nearer of two solvers at timesteps of the uncached run.
+    them) or one of them ("skip-x0-7"), "skip-x0-calibrated" and "fewer-steps-calibrated" (these
+    with refined coefficients) or one of them ("skip-x0-7-calibrated"), "ays" (the uncached pipeline
+    at the 10 timesteps that diffusers ships), "deepcache-pypi-3" (the package DeepCache at that
+    interval), "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps"
+    (the uncached pipeline at 6 steps); each but "ays" and "fewer-steps" also with a scheduler of
+    its own, as "fast@dpm++2m". "6-steps@grid" is the nearer of two solvers at timesteps of the
+    uncached run.
     steps: steps of the uncached run.
     subject: what they are for; None: the testbed.
     schedulers: of the runs with fewer steps, each a row; None: that of the evaluation.
 
-    Raises ConfigError where a name is none of these, or its plan is for another model.
+    Raises ConfigError where a name is none of these, its plan is for another model or not there, or
+    the model does not fit it.
     """
     subject = testbed() if subject is None else subject
     layers = subject.decoder_layers()
     plans: dict[str, _Planned] = {}
     peers: dict[str, _Planned] = {}
     packages: list[tuple[str, str | None]] = []
+    plain: list[Candidate] = []
     # steps, scheduler, and the group of those it competes with
     fewer: dict[tuple[int, str | None, str], None] = {}
     equal = False
@@ -165,6 +179,15 @@ def candidates(
                 assert rule is not None  # all were fitted from one
                 rule = rule.replace(name=f"{label}-rule")
                 plans[_at(rule.name, scheduler)] = _Planned(rule, scheduler)
+        elif refined := refined_rows(name, steps):
+            for label, own in refined:
+                config = _config(_refined_file(label, subject, steps), subject)
+                plans[_at(label, scheduler)] = _Planned(config, scheduler or own)
+        elif name == "ays":
+            if scheduler is not None:
+                raise ConfigError(f"row {asked!r}: 'ays' is timesteps of DPM++ 2M; it has no '@'")
+            own_timesteps, count = ays(subject)
+            plain.append(Candidate("ays", None, count, scheduler=own_timesteps))
         elif name == "fewer-steps":
             equal = True
         elif short:
@@ -213,7 +236,7 @@ def candidates(
         Candidate(_at(name, scheduler), None, steps, scheduler=scheduler, package=name)
         for name, scheduler in dict.fromkeys(packages)
     ]
-    return found + [_fewer(*one) for one in fewer]
+    return found + plain + [_fewer(*one) for one in fewer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +245,18 @@ class _Planned:
 
     config: Config
     scheduler: str | None
+
+
+def _refined_file(label: str, subject: Subject, steps: int) -> str:
+    if subject.plans is None:
+        raise ConfigError(f"row {label!r} is refined on scenes of the testbed, for its models only")
+    file = subject.plans / f"{label}.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"row {label!r}: {file} is not there; benchmarks/calibrate_rivals.py --steps {steps} "
+            "makes it"
+        )
+    return str(file)
 
 
 def _split(asked: str) -> tuple[str, str | None]:
@@ -278,5 +313,6 @@ def _config(name: str, subject: Subject) -> Config:
         raise ConfigError(
             f"{error} A row is also 'presets', 'calibrated', 'calibrated-rules', 'peers', "
             f"'skip-x0', {', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps', "
-            "'6-steps@grid' or a .json file."
+            "'6-steps@grid', 'skip-x0-calibrated', 'fewer-steps-calibrated', 'ays', 'spectrum-6' "
+            "or a .json file."
         ) from None

@@ -27,7 +27,14 @@ from hgc.evaluation import judging
 from hgc.evaluation.metrics import iou_of_counts
 from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
 from hgc.evaluation.record import fingerprint
-from hgc.evaluation.subject import SCHEDULERS, Input, Judged, Subject, make_scheduler
+from hgc.evaluation.subject import (
+    SCHEDULERS,
+    Input,
+    Judged,
+    Subject,
+    make_scheduler,
+    saved_config,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -397,6 +404,9 @@ class Folder(Subject):
 
     def load_shapes(self) -> ModelShapes:
         return load_shapes(str(self._model), [self._controlnet] if self._controlnet else [])
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return saved_config(self._model)
 
     def scheduler(self) -> str:
         return _SCHEDULER

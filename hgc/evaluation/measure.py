@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from hgc.evaluation.models import load_shapes, sd15_macs
 from hgc.evaluation.peers import installed_package, package_macs
 from hgc.evaluation.record import Measured, Record, fingerprint, pack, settings_key, unpack
 from hgc.evaluation.subject import Input, Judged, Subject, check_scheduler, make_scheduler
+from hgc.evaluation.timing import MOST_WAITED, Timing, timed
 from hgc.evaluation.worst import Strips
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Settings:
         guidance: Guidance scale; None: the testbed's 3.5, or 7.5 with another checkpoint.
         scheduler: One of `hgc.evaluation.subject.SCHEDULERS`, made from the configuration of the
             pipeline's own, or one of them with "-trailing" or "-grid"; None: the pipeline's own.
+        jod: Measure JOD too, which takes cvvdp and about a second a picture of 512 pixels.
     """
 
     scenes: int = 64
@@ -51,6 +52,7 @@ class Settings:
     device: str = "cpu"
     guidance: float | None = None
     scheduler: str | None = None
+    jod: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("scenes", 1), ("start", 0), ("steps", 1), ("seed", 0), ("batch", 1)):
@@ -63,6 +65,11 @@ class Settings:
             )
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
+        if self.jod and metrics.jod_version() is None:
+            raise ValueError(
+                "jod needs cvvdp, which the jod extra installs: "
+                'pip install "hybrid-grained-cache[jod]"'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +98,20 @@ class Row:
         sd15_macs: What the plan costs on SD1.5 at 512 x 512, all multiply-accumulates; None where
             the model is no stand-in for SD1.5.
         sd15_macs_paper: The same in the paper's convention.
-        seconds: Median time of a pipeline call, a picture.
-        speedup: Median over batches of the uncached call's time over this one's, both made one
-            after the other in one process.
+        seconds: Median time of a pipeline call, a picture; of the batches during which no other
+            process had the cores (`hgc.evaluation.timing`), None where there are none.
+        speedup: Median over those batches of the uncached call's time over this one's, both made
+            one after the other in one process.
         measure: Name of the measure of fidelity.
         fidelity: Fidelity to the condition over the whole set, higher is better.
         loss: Share of the uncached run's fidelity that was lost, with its interval.
         distance: Relative L2 to the uncached picture.
         psnr: To the uncached picture in dB, 100 at most.
         ssim: Structural similarity to the uncached picture.
+        flip: LDR-FLIP to the uncached picture, 0 where they are equal, at
+            `hgc.evaluation.metrics.pixels_per_degree`; None without flip-evaluator.
+        jod: ColorVideoVDP's JOD of the picture beside the uncached one, 10 where they are equal;
+            None where it was not asked for.
         perceived: Relative L2 of the judge's features to those of the uncached picture; None
             without a judge.
         frechet: Frechet distance of the judge's features to those of the uncached pictures, with
@@ -131,8 +143,8 @@ class Row:
     share_paper: float | None
     sd15_macs: int | None
     sd15_macs_paper: int | None
-    seconds: float
-    speedup: float
+    seconds: float | None
+    speedup: float | None
     measure: str
     fidelity: float
     fidelity_low: float
@@ -153,6 +165,14 @@ class Row:
     ssim_low: float
     ssim_high: float
     ssim_worst: float
+    flip: float | None
+    flip_low: float | None
+    flip_high: float | None
+    flip_worst: float | None
+    jod: float | None
+    jod_low: float | None
+    jod_high: float | None
+    jod_worst: float | None
     perceived: float | None
     perceived_low: float | None
     perceived_high: float | None
@@ -193,7 +213,7 @@ class Batch:
     images: np.ndarray
 
 
-def _versions() -> dict[str, str]:
+def _versions(settings: Settings) -> dict[str, str | None]:
     import diffusers
     import torch
     import transformers
@@ -205,10 +225,12 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
+        "flip-evaluator": metrics.flip_version(),
+        "cvvdp": metrics.jod_version() if settings.jod else None,
     }
 
 
-def _environment(subject: Subject) -> dict[str, Any]:
+def _environment(subject: Subject, settings: Settings) -> dict[str, Any]:
     """What the numbers depend on apart from the settings: versions, code, weights, threads."""
     import torch
 
@@ -218,7 +240,7 @@ def _environment(subject: Subject) -> dict[str, Any]:
     # the measures, which change no number that is recorded.
     package = Path(hgc.__file__).parent
     return {
-        "versions": _versions(),
+        "versions": _versions(settings),
         "threads": torch.get_num_threads(),
         "code": fingerprint(
             package, "testbed/*.py", *(f"evaluation/{name}.py" for name in _MEASURING)
@@ -239,7 +261,7 @@ def _engine() -> dict[str, str]:
     }
 
 
-_MEASURING = ("measure", "metrics", "subject", "folder", "judging", "peers")
+_MEASURING = ("measure", "metrics", "subject", "folder", "judging", "peers", "timing")
 
 # Settings that say how many pictures there are, and not how one is made.
 _EXTENT = ("scenes", "start")
@@ -275,8 +297,8 @@ class _Studio:
         self._torch = torch
         self._warm = False
 
-    def make(self, one: Candidate, inputs: Sequence[Input]) -> tuple[np.ndarray, float, int]:
-        """Pictures float32 [B, H, W, 3], seconds of the call, bytes the cache held."""
+    def make(self, one: Candidate, inputs: Sequence[Input]) -> tuple[np.ndarray, Timing, int]:
+        """Pictures float32 [B, H, W, 3], timing of the call, bytes the cache held."""
         self._pipe.scheduler = self._scheduler(one.scheduler or self._settings.scheduler)
         if not self._warm:
             self._call(2, inputs)
@@ -289,8 +311,7 @@ class _Studio:
         import hgc
 
         with hgc.install(self._pipe, config=one.config) as cached:
-            images, seconds = self._call(one.steps, inputs)
-            return images, seconds, cached.peak_bytes
+            return *self._call(one.steps, inputs), cached.peak_bytes
 
     def _scheduler(self, name: str | None) -> Any:
         """A scheduler of the pipeline's own configuration; another class than its own by name."""
@@ -298,24 +319,25 @@ class _Studio:
             return self._own
         return make_scheduler(name, self._own.config, self._settings.steps)
 
-    def _call(self, steps: int, inputs: Sequence[Input]) -> tuple[np.ndarray, float]:
+    def _call(self, steps: int, inputs: Sequence[Input]) -> tuple[np.ndarray, Timing]:
         from PIL import Image
 
         conditions = [Image.fromarray(one.condition) for one in inputs]
         generators = [
             self._torch.Generator().manual_seed(one.seed + self._settings.seed) for one in inputs
         ]
-        start = time.perf_counter()
         # "np" copies the pictures to the host, so the time of a GPU is all in it
-        images = self._pipe(
+        call = functools.partial(
+            self._pipe,
             [one.prompt for one in inputs],
             image=conditions,
             num_inference_steps=steps,
             guidance_scale=self._guidance,
             generator=generators,
             output_type="np",
-        ).images
-        return np.asarray(images, dtype=np.float32), time.perf_counter() - start
+        )
+        out, timing = timed(call)
+        return np.asarray(out.images, dtype=np.float32), timing
 
 
 def own_scheduler(subject: Subject, settings: Settings) -> str:
@@ -417,7 +439,7 @@ def evaluate(
     if worst and folder is None:
         raise ValueError("worst: the pictures are kept in a folder; give one")
     subject.check(settings.start, settings.scenes)
-    environment = _environment(subject)
+    environment = _environment(subject, settings)
     record = Record(folder)
     spans = _spans(settings, subject.images)
     total = len(conditions) * len(spans) * len(order)
@@ -445,9 +467,9 @@ def evaluate(
                 if not missing or (i != 0 and i not in missing):
                     continue
                 assert studio is not None
-                images, seconds, held = studio.make(one, inputs)
+                images, timing, held = studio.make(one, inputs)
                 if i == 0:
-                    reference, reference_seconds = images, seconds
+                    reference, reference_timing = images, timing
                     base = subject.judge(condition, images, inputs)
                 if on_images is not None:
                     on_images(Batch(condition, one, span[0] - spans[0][0], images))
@@ -456,7 +478,7 @@ def evaluate(
                 measured = _measured(
                     job, i, span, images, reference,
                     base if i == 0 else subject.judge(condition, images, inputs),
-                    (seconds, reference_seconds, held),
+                    (timing, reference_timing), held,
                 )  # fmt: skip
                 if strips is not None:
                     strips.keep(record, measured, images, reference)
@@ -482,10 +504,13 @@ def _measured(
     images: np.ndarray,
     reference: np.ndarray,
     judged: Judged,
-    times: tuple[float, float, int],
+    timings: tuple[Timing, Timing],
+    held: int,
 ) -> Measured:
     counts = judged.counts
-    seconds, reference_seconds, held = times
+    flip = metrics.flip(images, reference)
+    own, uncached = timings
+    waits = [timing.waited for timing in timings if timing.waited is not None]
     return Measured(
         key=job.keys[i],
         condition=job.condition,
@@ -496,10 +521,13 @@ def _measured(
         distances=metrics.relative_l2(images, reference).tolist(),
         psnr=metrics.psnr(images, reference).tolist(),
         ssim=metrics.ssim(images, reference).tolist(),
+        flip=None if flip is None else flip.tolist(),
+        jod=metrics.jod(images, reference).tolist() if job.settings.jod else None,
         agreement=None if judged.agreement is None else judged.agreement.tolist(),
         features=pack(judged.features),
-        seconds=seconds,
-        reference_seconds=reference_seconds,
+        seconds=own.seconds,
+        reference_seconds=uncached.seconds,
+        waited=max(waits, default=None),
         held_bytes=held,
     )
 
@@ -535,6 +563,8 @@ class _Sample:
     distances: np.ndarray
     psnr: np.ndarray
     ssim: np.ndarray
+    flip: np.ndarray | None
+    jod: np.ndarray | None
     agreement: np.ndarray | None
     features: np.ndarray | None
 
@@ -558,6 +588,8 @@ def _sample(batches: Sequence[Measured], classes: int) -> _Sample:
         distances=np.concatenate([m.distances for m in batches]),
         psnr=np.concatenate([m.psnr for m in batches]),
         ssim=np.concatenate([m.ssim for m in batches]),
+        flip=joined([m.flip for m in batches]),
+        jod=joined([m.jod for m in batches]),
         agreement=joined([m.agreement for m in batches]),
         features=joined([unpack(m.features, m.count) for m in batches]),
     )
@@ -574,16 +606,24 @@ def _nearest(order: Sequence[Candidate], samples: Sequence[_Sample]) -> set[int]
     return set(best.values())
 
 
-def _flat(name: str, summary: metrics.Summary | None) -> dict[str, float | None]:
-    """The four fields of a row that a summary fills."""
-    if summary is None:
+def _flat(
+    name: str, values: np.ndarray | None, images: int, *, higher_is_worse: bool
+) -> dict[str, float | None]:
+    """The four fields of a row that the summary of ``values`` fills."""
+    if values is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_worst"))
+    summary = metrics.summary(values, higher_is_worse=higher_is_worse, images=images)
     return {
         name: summary.mean,
         f"{name}_low": summary.low,
         f"{name}_high": summary.high,
         f"{name}_worst": summary.worst,
     }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Row]:
@@ -605,28 +645,24 @@ def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Ro
         own, of_sd15 = _macs(subject, one)
         perceived = interval = distance_truth = distance_features = None
         if sample.features is not None and base.features is not None:
-            perceived = metrics.summary(
-                metrics.relative_l2(sample.features, base.features),
-                higher_is_worse=True, images=images,
-            )  # fmt: skip
+            perceived = metrics.relative_l2(sample.features, base.features)
             distance_features = metrics.frechet(sample.features, base.features)
             interval = metrics.frechet_interval(sample.features, base.features, images)
             if truths is not None:
                 distance_truth = metrics.frechet(sample.features, truths)
-        agreement = None
-        if sample.agreement is not None:
-            agreement = metrics.summary(sample.agreement, higher_is_worse=False, images=images)
+        alone = [m for m in batches if m.waited is None or m.waited <= MOST_WAITED]
         first = batches[0].first
         farthest = metrics.worst_indices(sample.distances, worst)
         figures: dict[str, Any] = {
-            **_flat("distance", metrics.summary(sample.distances, higher_is_worse=True,
-                                                images=images)),
-            **_flat("psnr", metrics.summary(sample.psnr, higher_is_worse=False, images=images)),
-            **_flat("ssim", metrics.summary(sample.ssim, higher_is_worse=False, images=images)),
-            **_flat("perceived", perceived),
-            **_flat("agreement", agreement),
+            **_flat("distance", sample.distances, images, higher_is_worse=True),
+            **_flat("psnr", sample.psnr, images, higher_is_worse=False),
+            **_flat("ssim", sample.ssim, images, higher_is_worse=False),
+            **_flat("flip", sample.flip, images, higher_is_worse=True),
+            **_flat("jod", sample.jod, images, higher_is_worse=False),
+            **_flat("perceived", perceived, images, higher_is_worse=True),
+            **_flat("agreement", sample.agreement, images, higher_is_worse=False),
             **_against(job, i, samples, nearest),
-        }  # fmt: skip
+        }
         found.append(
             Row(
                 condition=job.condition,
@@ -645,8 +681,8 @@ def _rows(job: _Job, lines: Sequence[Sequence[Measured]], worst: int) -> list[Ro
                 share_paper=None if own is None else own.paper / full.paper,
                 sd15_macs=None if of_sd15 is None else of_sd15.total,
                 sd15_macs_paper=None if of_sd15 is None else of_sd15.paper,
-                seconds=statistics.median(m.seconds / m.count for m in batches),
-                speedup=statistics.median(m.reference_seconds / m.seconds for m in batches),
+                seconds=_median(m.seconds / m.count for m in alone),
+                speedup=_median(m.reference_seconds / m.seconds for m in alone),
                 measure=subject.measures[job.condition],
                 fidelity=score,
                 fidelity_low=score_low,

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
+import importlib.util
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +20,17 @@ __all__ = [
     "Summary",
     "class_counts",
     "corpus_iou",
+    "flip",
+    "flip_maps",
+    "flip_version",
     "frechet",
     "frechet_interval",
     "interval",
     "iou_of_counts",
+    "jod",
+    "jod_version",
     "loss_interval",
+    "pixels_per_degree",
     "psnr",
     "ratio_interval",
     "relative_l2",
@@ -39,6 +48,9 @@ FRECHET_RESAMPLES = 100
 FRECHET_MOST_FEATURES = 256
 # Of equal pictures, where it would be infinite.
 PSNR_LIMIT = 100.0
+# FLIP's own default: a display 0.7 m and 3840 pixels wide, seen from 0.7 m. It holds for pictures
+# of 512 pixels; see `pixels_per_degree`.
+PIXELS_PER_DEGREE = 67.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +126,102 @@ def ssim(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     )
     assert isinstance(value, torch.Tensor)
     return value.double().reshape(len(images)).numpy()
+
+
+def pixels_per_degree(height: int, width: int) -> float:
+    """Pixels a degree of the eye's field at which FLIP and JOD look at a picture.
+
+    Every picture is seen at the size of one of 512 pixels at 67 pixels a degree: its shorter side
+    fills 7.6 degrees, 9 cm at 70 cm. So 67 with 512 pixels, 8.375 with the testbed's 64, which
+    would be a thumbnail of one degree at 67.
+    """
+    return PIXELS_PER_DEGREE * min(height, width) / 512
+
+
+def _check_displayable(images: np.ndarray, reference: np.ndarray) -> None:
+    """What FLIP and JOD take; FLIP ends the process when it is given something else."""
+    _same_shape(images, reference)
+    for name, given in (("images", images), ("reference", reference)):
+        if given.ndim != 4 or given.shape[-1] != 3 or 0 in given.shape[1:]:
+            raise ValueError(f"{name} must have the shape [B, H, W, 3]; got {given.shape}")
+        if not ((given >= 0.0) & (given <= 1.0)).all():
+            raise ValueError(
+                f"{name} must be numbers from 0 to 1; got {given.min()} to {given.max()}"
+            )
+
+
+def _flip_evaluator() -> Any | None:
+    try:
+        import flip_evaluator
+    except ImportError:
+        return None
+    return flip_evaluator
+
+
+def flip_version() -> str | None:
+    """Of flip-evaluator; None where it is not installed."""
+    return None if _flip_evaluator() is None else importlib.metadata.version("flip-evaluator")
+
+
+def flip_maps(images: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
+    """LDR-FLIP of each pixel, 0 to 1, at :func:`pixels_per_degree`: float32 [B, H, W].
+
+    images, reference: sRGB in [0, 1]. None where flip-evaluator is not installed.
+    """
+    _check_displayable(images, reference)
+    package = _flip_evaluator()
+    if package is None:
+        return None
+    parameters = {"ppd": pixels_per_degree(*images.shape[1:3])}
+    found = np.empty(images.shape[:3], np.float32)
+    for i, (image, true) in enumerate(zip(images, reference, strict=True)):
+        found[i] = package.evaluate(
+            np.ascontiguousarray(true, np.float32), np.ascontiguousarray(image, np.float32),
+            "LDR", inputsRGB=True, applyMagma=False, computeMeanError=False,
+            parameters=dict(parameters),
+        )[0][..., 0]  # fmt: skip
+    return found
+
+
+def flip(images: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
+    """Mean of :func:`flip_maps` of each picture, 0 where they are equal: float64 [B]."""
+    maps = flip_maps(images, reference)
+    return None if maps is None else maps.mean(axis=(1, 2), dtype=np.float64)
+
+
+def jod_version() -> str | None:
+    """Of cvvdp; None where it is not installed."""
+    if importlib.util.find_spec("pycvvdp") is None:
+        return None
+    return importlib.metadata.version("cvvdp")
+
+
+@functools.lru_cache(maxsize=4)
+def _cvvdp(height: int, width: int) -> Any:
+    import pycvvdp
+    import torch
+
+    seen = pycvvdp.vvdp_display_geometry((width, height), ppd=pixels_per_degree(height, width))
+    return pycvvdp.cvvdp(
+        display_name="standard_4k", display_geometry=seen, device=torch.device("cpu"), quiet=True
+    )
+
+
+def jod(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """ColorVideoVDP of each picture in just-objectionable differences, 10 where they are equal, at
+    :func:`pixels_per_degree`, on its ``standard_4k`` display: float64 [B].
+
+    images, reference: sRGB in [0, 1]. Needs cvvdp.
+    """
+    _check_displayable(images, reference)
+    import torch
+
+    metric = _cvvdp(*images.shape[1:3])
+    values = []
+    with torch.no_grad():
+        for image, true in zip(images, reference, strict=True):
+            values.append(float(metric.predict(image, true, dim_order="HWC")[0]))
+    return np.array(values, np.float64)
 
 
 def worst_count(count: int) -> int:

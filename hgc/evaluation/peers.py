@@ -10,12 +10,24 @@ so what differs is the schedule.
   10, 15, 25 and 35 of 50, the decoder at all of them; in other runs at the same shares of the run.
 - T-GATE (arXiv 2404.02747): after evaluation 10 of 25 the cross-attention is not computed again and
   guidance ends. The kept cross-attention is the conditional half's, where T-GATE averages both.
-
+- Spectrum (arXiv 2603.01623), with its settings for SDXL: the first 5 evaluations, then one at the
+  end of each window of 2, 2.75, 3.5, ... evaluations, rounded down. The others are forecast: half a
+  line through the last two, half a ridge regression (0.1) on Chebyshev polynomials of degree 4 over
+  all before. That is linear in what was computed, so a plan says it with one coefficient for each.
+  What differs: the model's output is forecast, where Spectrum forecasts the input of the layers
+  that make it (a norm and a convolution, which it runs each time); its time is the share of the
+  run, where its code divides by 50 steps; sums are in float32, not bfloat16; and the ControlNet is
+  left out with the UNet, where Spectrum's own code fails with a ControlNet. "spectrum-N" computes N
+  evaluations of 20 and that share of other runs: the first tenth, as 5 of its 50 are, and windows
+  that grow by another number, the largest that gives so many.
 - "skip-x0" needs no cache of features: between key steps neither network is run, and the output is
-  what x0 on a line in the log-SNR says (Config's `depth=0`). With 8, 7, 6 and 5 key steps of 20.
+  what x0 on a line in the log-SNR says (Config's `depth=0`). With 8 to 4 key steps of 20.
 
 The same evaluations, made by a plain pipeline and nothing between them, are the rows "8-steps@grid"
 and so on: see :func:`grid`.
+
+"skip-x0-8-calibrated" and "fewer-steps-8-calibrated" are these two with coefficients refined as
+those of the calibrated plans are, by benchmarks/calibrate_rivals.py, and kept as files.
 
 Of the packages DeepCache 0.1.1 runs with a ControlNet: the rows "deepcache-pypi-N", with the extra
 ``peers``. T-GATE 1.0.0 has no ControlNet pipeline: its row is refused with that reason.
@@ -26,12 +38,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning import scaled_key_steps
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
@@ -47,26 +60,45 @@ __all__ = [
     "package_macs",
     "package_row",
     "peer",
+    "refined_rows",
+    "unrefined",
 ]
 
 # The rows that "peers" stands for.
-PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gate")
+PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gate", "spectrum")
 
-# Where evaluations of a run of 20 do most, by how many are made.
+# Where evaluations of a run of 20 do most, by how many are made, for a run that forecasts those
+# between them: the presets' key steps, and one more than theirs.
 _PLACES = {
     8: (0, 2, 4, 7, 10, 13, 16, 19),
-    7: (0, 2, 5, 8, 11, 15, 19),
-    6: (0, 3, 7, 11, 16, 19),
-    5: (0, 4, 9, 14, 19),
+    7: (0, 2, 5, 8, 12, 16, 19),
+    6: (0, 2, 5, 9, 14, 18),
+    5: (0, 3, 7, 12, 17),
+    4: (0, 4, 9, 16),
+}
+# The same for a plain run of DPM++ 2M at them, searched in the same way on the same models.
+_GRID_PLACES = {
+    8: (0, 2, 4, 7, 10, 13, 16, 19),
+    7: (0, 2, 4, 8, 12, 16, 19),
+    6: (0, 3, 6, 10, 14, 18),
+    5: (0, 4, 8, 13, 18),
+    4: (0, 5, 10, 16),
 }
 # The rows that "skip-x0" stands for.
 SKIPS = tuple(f"skip-x0-{count}" for count in _PLACES)
 _SKIP = re.compile(r"skip-x0-(\d+)")
+# Rows with refined coefficients, and the scheduler of each.
+_REFINED = re.compile(r"(skip-x0|fewer-steps)(?:-(\d+))?-calibrated")
+_REFINED_WITH = {"skip-x0": None, "fewer-steps": "dpm++2m-grid"}
 
 _DEEPCACHE = re.compile(r"deepcache-(\d+)")
 _ENCODER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 _ENCODER_REFERENCE = 50
 _GATE = 10 / 25
+_SPECTRUM = re.compile(r"spectrum(?:-(\d+))?")
+_WARM_UP, _WARM_UP_SHARE = 5, 5 / 50
+_WINDOW, _GROWTH = 2, 0.75
+_DEGREE, _RIDGE, _CHEBYSHEV = 4, 0.1, 0.5
 # Rows of the packages themselves, as PyPI has them.
 PACKAGES = ("deepcache-pypi-3",)
 _PACKAGE = re.compile(r"deepcache-pypi-([2-9]|[1-9]\d+)")
@@ -75,9 +107,11 @@ _PACKAGE = re.compile(r"deepcache-pypi-([2-9]|[1-9]\d+)")
 def peer(name: str, steps: int, layers: int = 12) -> Config | None:
     """The schedule called ``name`` for a run of ``steps`` evaluations; None: no peer has that name.
 
-    name: "deepcache-N" with an interval of at least 2, "faster-diffusion", "t-gate", or "skip-x0-N"
-        with N key steps of 20, and that share of them in a longer run.
+    name: "deepcache-N" with an interval of at least 2, "faster-diffusion", "t-gate", "spectrum", or
+        "spectrum-N" or "skip-x0-N" with N key steps of 20, and that share of them in a longer run.
     layers: all decoder layers of the UNet; SD1.5 has 12.
+
+    Raises ConfigError where Spectrum's rule makes no run with so many.
     """
     interval = _DEEPCACHE.fullmatch(name)
     if interval and int(interval.group(1)) > 1:
@@ -89,8 +123,11 @@ def peer(name: str, steps: int, layers: int = 12) -> Config | None:
         )
     skip = _SKIP.fullmatch(name)
     if skip and 1 < int(skip.group(1)) <= 20:
-        keys = grid(int(skip.group(1)), 20)
+        keys = grid(int(skip.group(1)), 20, _PLACES)
         return Config(name=name, num_evaluations=20, key_steps=keys, depth=0)
+    spectrum = _SPECTRUM.fullmatch(name)
+    if spectrum:
+        return _spectrum(name, None if spectrum.group(1) is None else int(spectrum.group(1)), steps)
     if name == "faster-diffusion":
         scale = steps / _ENCODER_REFERENCE
         keys = tuple(sorted({round(key * scale) for key in _ENCODER_KEYS}))
@@ -109,21 +146,96 @@ def peer(name: str, steps: int, layers: int = 12) -> Config | None:
     return None
 
 
-def grid(count: int, steps: int) -> tuple[int, ...]:
-    """The ``count`` of ``steps`` evaluations that are worth most: close at first, the last one
-    among them. Other counts than those that were looked for lie between.
+def _spectrum(name: str, of_20: int | None, steps: int) -> Config:
+    keys = _spectrum_keys(steps, _WARM_UP, _GROWTH)
+    if of_20 is not None:
+        warm_up = max(2, round(_WARM_UP_SHARE * steps))
+        count = round(of_20 * steps / 20)
+        growths = (growth / 20 for growth in range(20 * steps, -1, -1))
+        tried = (_spectrum_keys(steps, warm_up, growth) for growth in growths)
+        found = next((keys for keys in tried if len(keys) == count), None)
+        if found is None:
+            raise ConfigError(
+                f"row {name!r}: Spectrum's rule makes no run of {steps} steps that computes {count}"
+            )
+        keys = found
+    plan = [
+        StepPlan()
+        if i in keys
+        else StepPlan(control="off", depth=0, forecast=_spectrum_forecast(keys, i, steps))
+        for i in range(steps)
+    ]
+    return Config(name=name, num_evaluations=steps, steps=tuple(plan))
+
+
+def _spectrum_keys(steps: int, warm_up: int, growth: float) -> tuple[int, ...]:
+    """The evaluations that Spectrum computes."""
+    keys = list(range(min(warm_up, steps)))
+    window = float(_WINDOW)
+    while (at := keys[-1] + int(window)) < steps:
+        keys.append(at)
+        window += growth
+    return tuple(keys)
+
+
+def _spectrum_forecast(keys: tuple[int, ...], at: int, steps: int) -> tuple[float, ...]:
+    """Spectrum's coefficients at evaluation ``at`` of what ``keys`` computed, newest first."""
+    import numpy as np
+
+    past = [key for key in keys if key < at][::-1]
+    basis = np.polynomial.chebyshev.chebvander(2 * np.array([*past, at]) / steps - 1, _DEGREE)
+    known, wanted = basis[:-1], basis[-1]
+    ridge = _RIDGE * np.eye(_DEGREE + 1)
+    found = _CHEBYSHEV * wanted @ np.linalg.solve(known.T @ known + ridge, known.T)
+    ahead = (at - past[0]) / (past[0] - past[1])
+    found[:2] += (1 - _CHEBYSHEV) * np.array([1 + ahead, -ahead])
+    return tuple(round(float(c), 6) for c in found)
+
+
+def refined_rows(name: str, steps: int) -> list[tuple[str, str | None]]:
+    """The rows that ``name`` stands for, each the stem of its file and its scheduler (None: that of
+    the evaluation); none where it is no row with refined coefficients.
+
+    name: "skip-x0-calibrated", "fewer-steps-calibrated", or "skip-x0-8-calibrated": one of them.
+    steps: of the uncached run, which they are refined for.
+    """
+    asked = _REFINED.fullmatch(name)
+    if asked is None:
+        return []
+    kind, count = asked.groups()
+    ending = "" if steps == 20 else f"-{steps}"
+    counts = _PLACES if count is None else (int(count),)
+    return [(f"{kind}-{n}-calibrated{ending}", _REFINED_WITH[kind]) for n in counts]
+
+
+def unrefined(row: str, steps: int) -> Config:
+    """What the coefficients of ``row``, one of :func:`refined_rows`, are refined from."""
+    kind, count = re.findall(r"(skip-x0|fewer-steps)-(\d+)", row)[0]
+    if kind == "fewer-steps":
+        return Config(name=row, num_evaluations=round(int(count) * steps / 20))
+    rule = peer(f"skip-x0-{count}", steps)
+    assert rule is not None and rule.key_steps is not None
+    keys = scaled_key_steps(rule.key_steps, rule.num_evaluations, steps)
+    return rule.replace(name=row, num_evaluations=steps, key_steps=keys)
+
+
+def grid(
+    count: int, steps: int, searched: Mapping[int, tuple[int, ...]] = _GRID_PLACES
+) -> tuple[int, ...]:
+    """The ``count`` of ``steps`` evaluations that are worth most, close at first. Other counts than
+    those that were searched lie between.
 
     Raises ConfigError where there are not so many.
     """
     if not 1 <= count <= steps:
         raise ConfigError(f"a grid of {steps} steps has no {count} of them")
-    places = _PLACES[min(max(count, min(_PLACES)), max(_PLACES))]
+    places = searched[min(max(count, min(searched)), max(searched))]
     found: list[int] = []
     for j in range(count):
         at = Fraction(j * (len(places) - 1), max(count - 1, 1))
         low = places[int(at)]
         high = places[min(int(at) + 1, len(places) - 1)]
-        place = (low + (at - int(at)) * (high - low)) * Fraction(steps - 1, places[-1])
+        place = (low + (at - int(at)) * (high - low)) * Fraction(steps - 1, 19)
         # none twice, and room for those to come
         least, most = found[-1] + 1 if found else 0, steps - count + j
         found.append(min(max(int(place + Fraction(1, 2)), least), most))
@@ -136,6 +248,12 @@ def method_of(name: str) -> str | None:
         return "DeepCache's schedule"
     if _SKIP.fullmatch(name):
         return "skipped, x0 forecast"
+    if _SPECTRUM.fullmatch(name):
+        return "Spectrum's rule"
+    if name.startswith("skip-x0-"):
+        return "skipped, x0 forecast, calibrated"
+    if name.startswith("fewer-steps-"):
+        return "fewer steps, calibrated"
     known = {"faster-diffusion": "Faster Diffusion's schedule", "t-gate": "T-GATE's schedule"}
     return known.get(name)
 

@@ -11,26 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hgc.evaluation import metrics
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from PIL import Image
 
     from hgc.evaluation.measure import Row
 
 __all__ = [
     "AMPLIFIED",
+    "FLIP_LIGHTEST",
     "GridRow",
     "SheetRow",
     "contact_sheet",
     "difference",
     "grid",
     "pareto",
+    "visible",
 ]
 
 # Differences of a few percent of the brightness range are what there is to see.
 AMPLIFIED = 8
-_SCALE = 4
+# FLIP from which on a pixel of its map is of the lightest colour.
+FLIP_LIGHTEST = 0.5
+_SCALE = 6
 _GAP = 6
 _FONT = 22
+_GRID_FONT = 34
 # Pixels of a picture on the contact sheet, at least; small ones grow by a whole number.
 _SHEET = 128
 
@@ -55,6 +63,15 @@ class GridRow:
 def difference(image: np.ndarray, reference: np.ndarray, times: float = AMPLIFIED) -> np.ndarray:
     """|image - reference| times ``times``, float in [0, 1]."""
     return np.clip(np.abs(image - reference) * times, 0.0, 1.0)
+
+
+def visible(image: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
+    """FLIP of each pixel as a colour: black where there is nothing to see, yellow from
+    `FLIP_LIGHTEST` on. float [H, W, 3] in [0, 1]; None where flip-evaluator is not installed."""
+    from matplotlib import colormaps
+
+    maps = metrics.flip_maps(image[None], reference[None])
+    return None if maps is None else colormaps["magma"](maps[0] / FLIP_LIGHTEST)[..., :3]
 
 
 def _font(size: int) -> Any:
@@ -85,28 +102,31 @@ def _enlarged(image: np.ndarray) -> Image.Image:
 
 
 def grid(rows: Sequence[GridRow], names: Sequence[str], title: str) -> Image.Image:
-    """Condition, uncached, then each of ``names`` with its amplified difference beside it.
+    """Condition, uncached, then each of ``names`` with its difference beside it: the map of FLIP,
+    or the amplified difference where flip-evaluator is not installed.
 
     names: one a column of ``GridRow.others``; a line break splits a label.
     """
     from PIL import Image, ImageDraw
 
     heads = ["condition", "uncached"]
+    seen = metrics.flip_version() is not None
     for name in names:
-        heads += [name, f"|difference|\nx {AMPLIFIED}"]
+        heads += [name, "FLIP" if seen else f"|difference|\nx {AMPLIFIED}"]
     cells = []
     for row in rows:
         line = [row.condition, row.uncached]
         for other in row.others:
-            line += [other, difference(other, row.uncached)]
+            of_flip = visible(other, row.uncached)
+            line += [other, difference(other, row.uncached) if of_flip is None else of_flip]
         cells.append([_enlarged(image) for image in line])
     side_w, side_h = cells[0][0].size
-    font, small = _font(_FONT), _font(_FONT - 4)
-    head = 3 * _FONT + 2 * _GAP + 8
-    left = 2 * _FONT
+    font, small = _font(_GRID_FONT), _font(_GRID_FONT - 4)
+    head = 3 * _GRID_FONT + 2 * _GAP
+    left = 2 * _GRID_FONT
     width = left + len(heads) * (side_w + _GAP) + _GAP
     lines = _wrapped(title, small, width - left - 2 * _GAP)
-    foot = (len(lines) + 1) * _FONT
+    foot = (len(lines) + 1) * _GRID_FONT
     canvas = Image.new("RGB", (width, head + len(rows) * (side_h + _GAP) + foot), "white")
     draw = ImageDraw.Draw(canvas)
     for x, name in enumerate(heads):
@@ -124,7 +144,7 @@ def grid(rows: Sequence[GridRow], names: Sequence[str], title: str) -> Image.Ima
         for x, picture in enumerate(pictures):
             canvas.paste(picture, (left + _GAP + x * (side_w + _GAP), top))
     for i, text in enumerate(lines):
-        at = (left + _GAP, canvas.height - foot + (i + 1) * _FONT)
+        at = (left + _GAP, canvas.height - foot + (i + 1) * _GRID_FONT)
         draw.text(at, text, fill="black", font=small, anchor="lm")
     return canvas
 
@@ -179,7 +199,15 @@ def contact_sheet(rows: Sequence[SheetRow], title: str) -> Image.Image:
     return canvas
 
 
-_COLOURS = ("tab:blue", "0.45", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+_DPI = 110
+# Pixels between a point and its label, and the directions it may lie in, the best first.
+_RADII = (4, 10, 18, 28, 40, 55, 75, 100)
+_ANGLES = tuple(math.radians(a) for a in (45, -45, 135, -135, 0, 180, 90, -90, 20, -20, 160, -160))
+_BESIDE = 10
+_COLOURS = (
+    "tab:blue", "0.45", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink",
+    "tab:olive", "tab:cyan", "black",
+)  # fmt: skip
 
 
 def pareto(rows: Sequence[Row], path: Path) -> None:
@@ -198,50 +226,131 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(
         2,
         len(conditions),
-        figsize=(5.2 * len(conditions), 8.0),
+        figsize=(5.2 * len(conditions), 9.0),
         squeeze=False,
         layout="constrained",
+        dpi=_DPI,
     )
+    drawn = [row for row in rows if _work(row) is not None and row.distance > 0]
+    colours = dict(zip(dict.fromkeys(r.method for r in drawn), itertools.cycle(_COLOURS)))
+    labels: list[tuple[Axes, list[_Label]]] = []
+    legend = {}
     for column, condition in enumerate(conditions):
         part = [row for row in rows if row.condition == condition]
-        points = [(row, work) for row in part if (work := _work(row)) is not None]
-        methods = list(dict.fromkeys(row.method for row, _ in points if row.distance > 0))
-        for method, colour in zip(methods, itertools.cycle(_COLOURS), strict=False):
-            line = sorted(
-                ((row, work) for row, work in points if row.method == method and row.distance > 0),
-                key=lambda point: point[1],
-            )
-            own, works = [row for row, _ in line], [work for _, work in line]
-            for axis, values, bars in (
-                (axes[0][column], [row.distance for row in own], _worst_bars(own)),
-                (axes[1][column], [100 * row.loss for row in own], _loss_bars(own)),
+        of_panels: tuple[list[_Label], list[_Label]] = ([], [])
+        for method, colour in colours.items():
+            own = [row for row in drawn if row.condition == condition and row.method == method]
+            own.sort(key=lambda row: _work(row) or 0.0)
+            if not own:
+                continue
+            works = [_work(row) or 0.0 for row in own]
+            for axis, texts, values, bars in (
+                (axes[0][column], of_panels[0], [row.distance for row in own], _worst_bars(own)),
+                (axes[1][column], of_panels[1], [100 * r.loss for r in own], _loss_bars(own)),
             ):
-                axis.errorbar(
+                legend[method] = axis.errorbar(
                     works, values, yerr=bars, fmt="o-", color=colour, capsize=3, label=method,
                     alpha=0.8,
                 )  # fmt: skip
-                for row, x, y in zip(own, works, values, strict=True):
-                    if not row.shown:
-                        continue
-                    # the line's colour names the scheduler
-                    axis.annotate(
-                        row.name.partition("@")[0], (x, y), textcoords="offset points",
-                        xytext=(6, 4), fontsize=8,
-                    )  # fmt: skip
+                # the line's colour names the scheduler
+                texts += [
+                    _Label(row.name.partition("@")[0], x, y, colour)
+                    for row, x, y in zip(own, works, values, strict=True)
+                    if row.shown
+                ]
         unit = "SD1.5 TMACs" if part[0].sd15_macs is not None else "TMACs a picture"
-        for axis in axes[:, column]:
+        for axis, texts in zip(axes[:, column], of_panels, strict=True):
             axis.set_xlabel(f"{unit} (attention matmuls left out)")
             axis.grid(alpha=0.3)
             axis.margins(x=0.15)
+            labels.append((axis, texts))
         axes[0][column].set_title(f"{condition}, {part[0].scenes} scenes")
         axes[0][column].set_ylabel("relative L2 to the uncached picture")
         axes[0][column].set_ylim(bottom=0)
         axes[1][column].set_ylabel(f"loss of fidelity ({part[0].measure}), %")
         axes[1][column].axhline(0, color="0.7", linewidth=1)
-        if methods:
-            axes[0][column].legend(fontsize=8, framealpha=0.5)
-    figure.savefig(path, dpi=110, format="png")
+    if legend:
+        figure.legend(
+            [*legend.values()], [*legend], loc="outside lower center",
+            ncols=min(len(legend), 2 * len(conditions)), fontsize=9, frameon=False,
+        )  # fmt: skip
+    # labels are placed in pixels, which the layout has to settle first
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis, texts in labels:
+        _place(axis, texts)
+    figure.savefig(path, format="png")
     pyplot.close(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    """The name of a point of the plot."""
+
+    text: str
+    x: float
+    y: float
+    colour: str
+
+
+def _place(axis: Axes, labels: Sequence[_Label]) -> None:
+    """Write each label near its point: on no other label, and on as few points, lines and bars as
+    can be; a thin line leads to the point of a label that had to go farther."""
+    from matplotlib import patheffects
+
+    obstacles = _drawn_pixels(axis)
+    frame = axis.get_window_extent()
+    halo = [patheffects.withStroke(linewidth=2, foreground="white")]
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+    for label in labels:
+        at = axis.transData.transform((label.x, label.y))
+        probe = axis.text(label.x, label.y, label.text, fontsize=8)
+        box = probe.get_window_extent()
+        probe.remove()
+        half = np.array([box.width / 2 + 2, box.height / 2 + 1])
+        best = None
+        for radius, angle in itertools.product(_RADII, _ANGLES):
+            way = np.array([math.cos(angle), math.sin(angle)])
+            offset = way * (half + radius)
+            low, high = at + offset - half, at + offset + half
+            covered = int(((obstacles > low) & (obstacles < high)).all(axis=1).sum())
+            others = sum(_shared(low, high, other) for other in taken)
+            outside = bool((low < frame.min).any() or (high > frame.max).any())
+            cost = (others + 1e6 * outside, covered + 0.2 * radius)
+            if best is None or cost < best[0]:
+                best = cost, offset, radius, (low, high)
+        assert best is not None
+        _, offset, radius, place = best
+        line = {"arrowstyle": "-", "color": label.colour, "lw": 0.6, "shrinkB": 3}
+        axis.annotate(
+            label.text, (label.x, label.y), xytext=tuple(offset), textcoords="offset pixels",
+            ha="center", va="center", fontsize=8, color=label.colour, path_effects=halo,
+            arrowprops=line if radius > _BESIDE else None,
+        )  # fmt: skip
+        taken.append(place)
+
+
+def _shared(low: np.ndarray, high: np.ndarray, other: tuple[np.ndarray, np.ndarray]) -> float:
+    """Pixels that two boxes have in common."""
+    sides = np.minimum(high, other[1]) - np.maximum(low, other[0])
+    return float(np.clip(sides, 0.0, None).prod())
+
+
+def _drawn_pixels(axis: Axes) -> np.ndarray:
+    """Where the lines, points and bars of a panel are, every few pixels: float [N, 2]."""
+    from matplotlib.collections import LineCollection
+
+    found = []
+    paths = [line.get_xydata() for line in axis.lines]
+    bars = [one for one in axis.collections if isinstance(one, LineCollection)]
+    paths += [part for one in bars for part in one.get_segments()]
+    for path in paths:
+        corners = axis.transData.transform(path)
+        found.append(np.repeat(corners, 15, axis=0))  # a point is worse to cover than a line
+        for one, other in itertools.pairwise(corners):
+            count = 2 + int(np.hypot(*(other - one)) / 4)
+            found.append(np.linspace(one, other, count))
+    return np.concatenate(found) if found else np.empty((0, 2))
 
 
 def _work(row: Row) -> float | None:

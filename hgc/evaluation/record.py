@@ -32,12 +32,16 @@ class Measured:
         distances: Relative L2 to the uncached picture, one a picture.
         psnr: The same in dB.
         ssim: Structural similarity to the uncached picture.
+        flip: FLIP to the uncached picture; None where flip-evaluator is not installed.
+        jod: ColorVideoVDP's JOD of the picture beside the uncached one; None where nobody asked.
         agreement: With the prompt; None where nothing reads it.
         features: The judge's, one row a picture, as base64 of little-endian float32; None without
             a judge.
         seconds: Of the pipeline call.
         reference_seconds: Of the uncached call on the same batch, made just before it in the same
             process.
+        waited: Share of the seconds in which our threads had no core, of the worse of the two
+            calls (`hgc.evaluation.timing`); None where the system does not say.
         held_bytes: The most the cache held during the call.
     """
 
@@ -50,10 +54,13 @@ class Measured:
     distances: list[float]
     psnr: list[float]
     ssim: list[float]
+    flip: list[float] | None
+    jod: list[float] | None
     agreement: list[float] | None
     features: str | None
     seconds: float
     reference_seconds: float
+    waited: float | None
     held_bytes: int
 
     @property

@@ -48,6 +48,13 @@ _TRAILING = "-trailing"
 # With fewer steps at timesteps of the uncached run, as "dpm++2m-grid": of those that go by sigmas.
 _GRID = "-grid"
 _WITH_GRID = ("unipc", "dpm++2m", "deis", "euler")
+# DPM++ 2M at the timesteps of "Align your steps" (arXiv 2404.14507), as diffusers ships them.
+_AYS = {"dpm++2m-ays": "StableDiffusionTimesteps", "dpm++2m-ays-xl": "StableDiffusionXLTimesteps"}
+# The training that they were found for.
+_AYS_TRAINING = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}  # fmt: skip
 # What a configuration of another class does not say, as SD1.5's own DDIM has it.
 _EXTRA = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}}
 
@@ -71,6 +78,11 @@ def make_scheduler(name: str, config: Any, steps: int | None = None) -> Any:
     """
     import diffusers
 
+    if name in _AYS:
+        from diffusers.schedulers import AysSchedules
+
+        kind = diffusers.DPMSolverMultistepScheduler
+        return _at_timesteps(kind, AysSchedules[_AYS[name]]).from_config(config)
     base = check_scheduler(name).removesuffix(_GRID).removesuffix(_TRAILING)
     changes: dict[str, Any] = dict(_EXTRA.get(base, {}))
     if config.get("_class_name") == SCHEDULERS[base]:
@@ -98,10 +110,43 @@ def _on_grid(kind: Any, steps: int) -> Any:
     return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
 
 
+def _at_timesteps(kind: Any, timesteps: Sequence[int]) -> Any:
+    """The scheduler class ``kind`` whose runs are at ``timesteps``."""
+
+    def set_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
+        kind.set_timesteps(self, None, *args, timesteps=list(timesteps), **kwargs)
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
+
+
+def ays(subject: Subject) -> tuple[str, int]:
+    """The scheduler of the row "ays" and its number of steps.
+
+    Raises ConfigError where the model's training is not the one that the timesteps are for.
+    """
+    from diffusers.schedulers import AysSchedules
+
+    config = subject.scheduler_config()
+    found = {name: config.get(name) for name in _AYS_TRAINING}
+    if found != _AYS_TRAINING:
+        raise ConfigError(
+            f"row 'ays': its timesteps are for models of Stable Diffusion's training, "
+            f"{_AYS_TRAINING}; this one's scheduler has {found}"
+        )
+    is_xl = subject.shapes().unet.config.addition_embed_type == "text_time"
+    name = "dpm++2m-ays-xl" if is_xl else "dpm++2m-ays"
+    return name, len(AysSchedules[_AYS[name]])
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the scheduler in a pipeline's folder."""
+    found: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return found
+
+
 def saved_scheduler(folder: Path) -> str:
     """The short name of the scheduler in a pipeline's folder, or its class's name."""
-    described = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    name = str(described["_class_name"])
+    name = str(saved_config(folder)["_class_name"])
     return next((short for short, full in SCHEDULERS.items() if full == name), name)
 
 
@@ -156,6 +201,7 @@ class Subject(abc.ABC):
         guidance: Guidance scale where the settings name none.
         classes: Number of classes of the judge of segmentation.
         stands_for_sd15: Whether its figures are quoted with MACs of SD1.5.
+        plans: Folder of the rivals whose coefficients were refined on it; None: there is none.
     """
 
     title: str
@@ -167,6 +213,7 @@ class Subject(abc.ABC):
     guidance: float
     classes: int = 0
     stands_for_sd15: bool = False
+    plans: Path | None = None
 
     def __init__(self) -> None:
         self._macs: dict[tuple[Config | None, int], Macs] = {}
@@ -202,6 +249,10 @@ class Subject(abc.ABC):
     @abc.abstractmethod
     def load_shapes(self) -> ModelShapes:
         """The UNet and the ControlNets on the meta device."""
+
+    @abc.abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """The configuration that the model's own scheduler was saved with."""
 
     @abc.abstractmethod
     def scheduler(self) -> str:
@@ -270,7 +321,11 @@ class Testbed(Subject):
         from hgc import testbed
 
         self._folder = folder
-        self.title = "Testbed" if folder is None else f"Testbed, {folder.resolve().name}"
+        # not in the folder of another model, whose files tell it from others
+        self.plans, self.title = Path(testbed.__file__).parent / "plans", "Testbed"
+        if folder is not None:
+            name = folder.resolve().name
+            self.plans, self.title = folder.resolve().with_name(f"{name}-plans"), f"Testbed, {name}"
         self.conditions = testbed.CONDITIONS if folder is None else testbed.conditions_in(folder)
         self.measures = testbed.MEASURES
         self.guidance = testbed.GUIDANCE_SCALE
@@ -360,7 +415,13 @@ class Testbed(Subject):
         net = self._folder / f"controlnet_{self.conditions[0]}"
         return load_shapes(str(self._folder), [net])
 
+    def scheduler_config(self) -> dict[str, Any]:
+        return saved_config(self._path())
+
     def scheduler(self) -> str:
+        return saved_scheduler(self._path())
+
+    def _path(self) -> Path:
         from hgc import testbed
 
-        return saved_scheduler(testbed.path() if self._folder is None else self._folder)
+        return testbed.path() if self._folder is None else self._folder

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hgc.evaluation.measure import Row
+from hgc.evaluation.metrics import PIXELS_PER_DEGREE
+from hgc.evaluation.timing import MOST_WAITED
 
 __all__ = ["COLUMNS", "Column", "caption", "columns", "to_csv", "to_json", "to_markdown", "units"]
 
@@ -46,14 +48,16 @@ def _interval(row: Row) -> str:
     return f"{_percent(row.loss_low)[:-1]} to {_percent(row.loss_high)[:-1]}"
 
 
-def _distance(value: float) -> str:
-    return "0" if value == 0.0 else f"{value:.4f}"
+def _with_worst(name: str, digits: int) -> Callable[[Row], str]:
+    """The mean of a measure, and that of its worst 5% in brackets."""
 
+    def cell(row: Row) -> str:
+        mean, worst = getattr(row, name), getattr(row, f"{name}_worst")
+        if mean is None:
+            return "-"
+        return "0" if mean == worst == 0.0 else f"{mean:.{digits}f} ({worst:.{digits}f})"
 
-def _distances(row: Row) -> str:
-    if row.distance_worst == 0.0:
-        return "0"
-    return f"{_distance(row.distance)} ({_distance(row.distance_worst)})"
+    return cell
 
 
 def _sd15(row: Row) -> str:
@@ -86,17 +90,17 @@ COLUMNS: tuple[Column, ...] = (
     Column("SD1.5 TMACs\n(all)", _sd15),
     Column("MACs\n(all)", _macs),
     Column("share", lambda r: "-" if r.share_paper is None else f"{r.share_paper:.1%}"),
-    Column("speedup", lambda r: f"{r.speedup:.2f}x"),
-    Column(
-        "fidelity\n(worst 5%)", lambda r: f"{r.fidelity:.4f} ({r.fidelity_worst:.4f})"
-    ),
+    Column("speedup", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
+    Column("fidelity\n(worst 5%)", _with_worst("fidelity", 4)),
     Column("loss", _loss),
     Column("95% interval\nof the loss", _interval, statistics=True),
-    Column("distance\n(worst 5%)", _distances),
+    Column("distance\n(worst 5%)", _with_worst("distance", 4)),
+    Column("FLIP\n(worst 5%)", _with_worst("flip", 4)),
+    Column("JOD\n(worst 5%)", _with_worst("jod", 2)),
     Column("over fewer steps'\n(95% interval)", _ratio, statistics=True),
     Column("over their\nworst 5%", lambda r: _optional(r.rival_ratio_worst, ".2f"),
            statistics=True),
-    Column("PSNR\n(worst 5%)", lambda r: f"{r.psnr:.1f} ({r.psnr_worst:.1f})", statistics=True),
+    Column("PSNR\n(worst 5%)", _with_worst("psnr", 1), statistics=True),
     Column("SSIM", lambda r: f"{r.ssim:.4f}", statistics=True),
     Column("Fréchet", lambda r: _optional(r.frechet, ".4f"), statistics=True),
     Column("prompt", lambda r: _optional(r.agreement, ".3f"), statistics=True),
@@ -112,11 +116,14 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     for_sd15 = any(row.sd15_macs is not None for row in rows)
     hidden = {"MACs\n(all)" if for_sd15 else "SD1.5 TMACs\n(all)"}
     kept = [column for column in COLUMNS if column.head not in hidden]
-    return tuple(c for c in kept if any(c.cell(row) != "-" for row in rows))
+    return tuple(c for c in kept if any(c.cell(row) not in ("", "-") for row in rows))
 
 
-def units(agreement: str = "") -> str:
-    """What the columns mean, for under a table. agreement: what the column "prompt" is."""
+def units(rows: Sequence[Row], agreement: str = "") -> str:
+    """What the columns mean, for under the tables of ``rows``, and what they leave out.
+
+    agreement: what the column "prompt" is.
+    """
     said = (
         "MACs: multiply-accumulates of one picture under guidance, the two attention "
         "matmuls left out (counted); share: of the uncached run. Speedup: of the whole pipeline "
@@ -128,7 +135,26 @@ def units(agreement: str = "") -> str:
         "scenes. Worst 5%: mean of the worst pictures. KiB: a picture. 'vs': nothing cached, at "
         "least the MACs of those plans, and the nearest of the schedulers tried."
     )
-    return f"{said} Prompt: {agreement}." if agreement else said
+    if any(row.flip is not None for row in rows):
+        said += (
+            " FLIP: how visible the difference is, 0 to 1, every picture seen as large as 512 "
+            f"pixels at {PIXELS_PER_DEGREE:.0f} pixels a degree."
+        )
+    if any(row.jod is not None for row in rows):
+        said += (
+            " JOD: just-objectionable differences of ColorVideoVDP, 10 is equal, pictures as large "
+            "as for FLIP."
+        )
+    if agreement:
+        said += f" Prompt: {agreement}."
+    if all(row.flip is None for row in rows):
+        said += " FLIP is left out: flip-evaluator, which the demo extra installs, is not there."
+    if any(row.speedup is None for row in rows):
+        said += (
+            " No speedup: during every call of that row, or of the uncached one beside it, another "
+            f"process had the cores for more than {MOST_WAITED:.0%} of the time."
+        )
+    return said
 
 
 def caption(row: Row) -> str:
@@ -154,7 +180,7 @@ def to_markdown(rows: Sequence[Row], heading: str = "", agreement: str = "") -> 
         lines.append("|" + "|".join(":--" if c.left else "--:" for c in shown) + "|")
         lines += ["| " + " | ".join(c.cell(r) for c in shown) + " |" for r in part if r.shown]
         lines.append("")
-    lines += [units(agreement), ""]
+    lines += [units(rows, agreement), ""]
     return "\n".join(lines)
 
 
