@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import dis
-import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_processor as processors
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
@@ -25,7 +21,7 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 import hgc_kernels
 from hgc.cache import Cache, conditional_half
 
-__all__ = ["Processor", "Text", "cross_attentions", "may_keep_what_it_sees", "wrap"]
+__all__ = ["Processor", "Text", "cross_attentions", "unwrapped", "wrap"]
 
 Tensor = torch.Tensor
 
@@ -81,10 +77,19 @@ class Text:
 class Processor:
     """Wraps the processor of a cross-attention. Without a :class:`Text` it is that processor."""
 
+    _OWN = ("name", "inner", "_standard")
+
     def __init__(self, name: str, inner: Any) -> None:
         self.name = name
         self.inner = inner
         self._standard = type(inner) is AttnProcessor2_0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # settings are those of the processor
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.inner, memo)
@@ -99,7 +104,7 @@ class Processor:
         return type(self.inner)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "name", "_standard"):
+        if name in self._OWN:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -203,76 +208,6 @@ def wrap(name: str, inner: Any) -> Processor:
     keywords = parameters.pop()
     __call__.__signature__ = inspect.Signature([*parameters, *named, keywords])  # type: ignore[attr-defined]
     return type("Processor", (Processor,), {"__call__": __call__})(name, inner)
-
-
-_ROW_BY_ROW = (
-    processors.AttnProcessor,
-    processors.AttnProcessor2_0,
-    processors.AttnAddedKVProcessor,
-    processors.AttnAddedKVProcessor2_0,
-    processors.CustomDiffusionAttnProcessor,
-    processors.CustomDiffusionAttnProcessor2_0,
-    processors.FusedAttnProcessor2_0,
-    processors.IPAdapterAttnProcessor,
-    processors.IPAdapterAttnProcessor2_0,
-    processors.SlicedAttnProcessor,
-    processors.XFormersAttnProcessor,
-)
-
-
-def treats_rows_alike(processor: Any) -> bool:
-    """Whether a processor is known to treat each row of a batch by itself."""
-    return type(unwrapped(processor)) in _ROW_BY_ROW
-
-
-_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
-_SETTINGS = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
-
-
-def may_keep_what_it_sees(processor: Any) -> bool:
-    """Whether a processor may hold state: one that stores attention or counts its calls must be
-    called in every layer at every evaluation. Read off its attributes and its code; what it keeps
-    in a global is not seen."""
-    processor = unwrapped(processor)
-    cls: Any = type(processor)
-    if cls.__module__ == processors.__name__:
-        return False
-    if isinstance(processor, types.FunctionType):
-        return _stores(processor, None)
-    values = [v for k, v in vars(processor).items() if k not in _MODULE_ATTRIBUTES]
-    return not all(map(_is_setting, values)) or _stores(cls.__call__, cls)
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_setting, value))
-    if isinstance(value, types.FunctionType):
-        return value.__closure__ is None
-    return isinstance(value, (*_SETTINGS, types.BuiltinFunctionType))
-
-
-@functools.cache
-def _stores(function: Any, cls: Any) -> bool:
-    """Whether ``function``, or a method of ``cls`` that it names, sets attributes or closes over
-    something."""
-    seen: list[Any] = []
-    waiting = [function]
-    while waiting:
-        code = getattr(waiting.pop(), "__code__", None)
-        if code is None or set(code.co_freevars) - {"__class__"}:
-            return True
-        if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code)):
-            return True
-        seen.append(code)
-        methods = [getattr(cls, name, None) for name in code.co_names]
-        waiting += [
-            method
-            for method in methods
-            if isinstance(method, types.FunctionType)
-            and method.__module__ != torch.nn.Module.__module__
-            and method.__code__ not in seen
-        ]
-    return False
 
 
 def unwrapped(processor: Any) -> Any:

@@ -22,6 +22,8 @@ _CONTROL = ("compute", "reuse", "off")
 _ENCODER = ("needed", "reuse")
 _ATTENTION = ("compute", "reuse")
 _GUIDANCE = ("both", "reuse", "off")
+# Presets that reuse; see :mod:`hgc.presets`.
+_NAMES = ("paper", "balanced", "fast", "turbo")
 _MAP_FORMATS = ("fp32", "fp16", "bf16", "e4m3")
 
 
@@ -352,6 +354,11 @@ class Config:
                     f"Config.steps must have num_evaluations={self.num_evaluations} entries; "
                     f"got {len(self.steps)}"
                 )
+        if self.name in _NAMES and self.is_exact:
+            raise ConfigError(
+                f"Config({self.name!r}) would compute everything and only be called so: "
+                f"Config.preset({self.name!r}) is the preset"
+            )
 
     def _check_keys(self) -> None:
         for name in ("key_steps", "conditional_key_steps", "control_key_steps"):

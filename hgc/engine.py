@@ -64,10 +64,9 @@ from hgc.structure import (
     check_unet,
     controlnets,
     has_compiled_parts,
-    has_hooks,
-    parts,
     untested,
 )
+from hgc.trust import Trust
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
 
@@ -84,6 +83,7 @@ _MARK = "_hgc_installation"
 
 # torch's own namespaces are large: a look-up in one misses the processor's caches
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_exporting = torch.compiler.is_exporting
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -94,14 +94,29 @@ class _Forward:
         self.module = module
         self.slot = slot
         self.had_own = slot in module.__dict__
-        self.original = getattr(module, slot)
+        self._replaced = getattr(module, slot)
         self._run = run
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self._replaced)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """What this stands in the place of: where that is the class's, what it is now."""
+        return self._replaced if self.had_own else _class_forward(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_dynamo_compiling():
             _refuse_tracing(type(self.module).__name__)
+        if _is_exporting():
+            raise TypeError(
+                f"{type(self.module).__name__}: hgc is installed on it, and an export would trace "
+                "its bookkeeping: uninstall hgc first"
+            )
         return self._run(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export reads it before it calls
+        return self.original.__code__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # a copied model is an uninstalled one
@@ -366,6 +381,29 @@ class _Seen:
         )
 
 
+_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
+
+
+def _settings(processor: Any) -> dict[str, Any]:
+    """What is set on an attention processor, as it is now."""
+    return {
+        name: [*value] if isinstance(value, list) else value
+        for name, value in vars(processor).items()
+        if name not in _MODULE_ATTRIBUTES
+    }
+
+
+def _state(module: torch.nn.Module) -> tuple[Any, ...]:
+    """What the output of ``module`` depends on beside its input: weights and settings. A weight
+    that is offloaded is another object at every evaluation, and stands for none."""
+    found: list[Any] = []
+    for each in module.modules():
+        weights = each._parameters.values()
+        found += [None if w is None or w.is_meta else w for w in weights]
+        found += [value for name, value in vars(each).items() if name[0] != "_"]
+    return tuple(found)
+
+
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -429,15 +467,6 @@ def _cut(value: Any, batch: int) -> Any:
     if isinstance(value, dict):
         return {k: None if v is None else _cut(v, batch) for k, v in value.items()}
     return value
-
-
-def _is_data(value: Any) -> bool:
-    """Whether ``value`` is tensors and settings: not an object, which may keep what it is given."""
-    if isinstance(value, dict):
-        return all(map(_is_data, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_data, value))
-    return isinstance(value, (Tensor, bool, int, float, str, type(None)))
 
 
 # Arguments of the networks of which none was given; not to be written to.
@@ -555,8 +584,8 @@ class Installation:
         "_by_rule", "_carries_text", "_compiled", "_config", "_cross_attentions", "_epoch",
         "_epochs", "_forwards", "_fusers", "_layers", "_lora", "_of_thread", "_placed", "_placing",
         "_processors", "_processors_set", "_prompt_grain", "_rewritten", "_rows_are_samples",
-        "_said", "_scaled_processors", "_scheduler", "_schedules", "_seen", "_stateful",
-        "_structure", "_untested", "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
+        "_said", "_scheduler", "_schedules", "_seen", "_set_processors", "_structure", "_trust",
+        "_untested", "_up_blocks", "_weights", "_without_lora", "controlnets", "unet",
     )  # fmt: skip
 
     def __init__(
@@ -567,11 +596,19 @@ class Installation:
         *,
         scheduler: Callable[[], Any] = lambda: None,
         assume_pair: bool | None = None,
+        trust: tuple[Any, ...] = (),
     ) -> None:
         self.unet = unet
         self.controlnets = nets
         self._config = config
         self._structure = UNetStructure.of(unet)
+        deepest = max(self._config.depths, default=0)
+        if deepest > self._structure.num_layers:
+            raise ValueError(
+                f"config.depth must be at most {self._structure.num_layers}, the number of decoder "
+                f"layers of this UNet; got {deepest}"
+            )
+        self._trust = Trust((unet, *nets), self._in_part(), trust)
         self._schedules = Schedules(config, self._structure.num_layers)
         # of the rule, where the plan is one of fitted steps with a rule
         rule = None if config.steps is None else config.rule
@@ -583,9 +620,9 @@ class Installation:
         self._processors: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._said: set[str] = set()
         self._lora: dict[int, tuple[Any, list[torch.nn.Module]]] = {}
-        self._without_lora = False  # as far as known, nor processors with scales
+        self._without_lora = False  # as far as known, nor processors with settings
         self._rewritten = 0  # how often a LoRA was fused or unfused
-        self._scaled_processors: list[Any] = []
+        self._set_processors: list[Any] = []  # those that have settings
         self._weights: dict[int, _Weights] = {}
         self._cross_attentions = {
             id(model): [(attn, name) for name, attn in prompt_grain.cross_attentions(model).items()]
@@ -604,7 +641,6 @@ class Installation:
         self._seen: dict[tuple[int, Any], _Seen] = {}
         self._epochs = itertools.count(1)
         self._epoch = 0
-        self._stateful = ""  # the class of a processor that may keep what it sees
         self._blocks_compiled = False
         self._fusers = [m for m in unet.modules() if isinstance(m, GatedSelfAttentionDense)]
         self._carries_text = all(prompt_grain.carries_text(model) for model in (unet, *nets))
@@ -657,7 +693,9 @@ class Installation:
                 if isinstance(module.__dict__.get(name), _Noticed):
                     delattr(module, name)
         self.unet.__dict__.pop("_reset_stateful_cache", None)
+        last = self._runs.last
         self.reset()
+        self._runs.last = last  # freed; its report stays
         self._compiled = None
 
     def compile(self, **options: Any) -> Installation:
@@ -781,18 +819,17 @@ class Installation:
 
         run = self._runs.last
         if run is None or not run.report:
+            if "timestep" in self._said or "text" in self._said:
+                raise RuntimeError(
+                    "no run to report on: evaluations of no run were computed by diffusers, as a "
+                    "warning said"
+                )
             raise RuntimeError("no run to report on: call the pipeline first, in this thread")
         return Report.of(self, run)
 
     # -- installing -------------------------------------------------------------------------
 
     def _install(self) -> None:
-        deepest = max(self._config.depths, default=0)
-        if deepest > self._structure.num_layers:
-            raise ValueError(
-                f"config.depth must be at most {self._structure.num_layers}, the number of decoder "
-                f"layers of this UNet; got {deepest}"
-            )
         for name, what in self._untested.items():
             self._say(name, what)
         for module in (self.unet, *self.controlnets):
@@ -844,18 +881,11 @@ class Installation:
             self._placing += 1
             self._epoch = next(self._epochs)
         processors = [each for placed in self._placed.values() for each in placed["full"][1]]
-        # Perturbed-attention guidance puts more than samples into the rows of a batch.
-        self._rows_are_samples = all(map(prompt_grain.treats_rows_alike, processors))
-        self._scaled_processors = [
-            processor
-            for processor in processors
-            if isinstance(getattr(processor, "scale", None), (list, tuple))
-        ]
-        if self._scaled_processors:
+        self._rows_are_samples = all(map(self._trust.treats_rows_alike, processors))
+        inner = map(prompt_grain.unwrapped, processors)
+        self._set_processors = [processor for processor in inner if _settings(processor)]
+        if self._set_processors:
             self._without_lora = False
-        keeping = filter(prompt_grain.may_keep_what_it_sees, processors)
-        found = next(map(prompt_grain.unwrapped, keeping), None)
-        self._stateful = "" if found is None else type(found).__name__
 
     def _wrap_processors(self) -> None:
         found = [pair for model in self._networks() for pair in self._cross_attentions[id(model)]]
@@ -870,9 +900,16 @@ class Installation:
         self._restore_processors()
         # A processor with weights is a submodule; wrapping it would take them out of the model.
         weighty = any(isinstance(attn.processor, torch.nn.Module) for attn, _ in found)
-        self._prompt_grain = self._carries_text and not weighty and not compiled
+        self._prompt_grain = (
+            self._carries_text
+            and not weighty
+            and not compiled
+            and not self._trust.vouches_around_attention()
+        )
         if not self._prompt_grain and not weighty:
             return
+        if not all(self._trust.knows(attn.processor) for attn, _ in found):
+            return  # runs are left to diffusers
         if weighty:
             self._say(
                 "processors",
@@ -1006,7 +1043,7 @@ class Installation:
         assert run is not None and run.now is not None
         if self._processors_set:
             self._adopt_processors()
-        if run.placing != self._placing or self._stateful or run.broken is not None:
+        if run.placing != self._placing or run.broken is not None:
             self._obey_processors(run)
         if not known:
             # a ControlNet may have a text of its own
@@ -1023,14 +1060,21 @@ class Installation:
             # by this run or by another on the same models
             run.placing = self._placing
             run.change("the attention processors changed")
-        if self._stateful and run.broken is None and not self._config.is_exact:
-            run.give_up(
-                f"the attention processor {self._stateful} may keep what it sees, so it is to be "
-                "called at every evaluation"
-            )
+            self._check_trust(run, self._trust.stranger())
         if run.broken is not None and not run.warned:
             run.warned = True
             self._say(run.broken, f"{run.broken}: the rest of this run is computed in full")
+
+    def _check_trust(self, run: Run, stranger: str) -> None:
+        """Leave ``run`` to diffusers where code inside of the models is not known."""
+        if stranger and not run.by_diffusers:
+            run.leave(stranger)
+            self._say(
+                "trust",
+                f"{stranger}. hgc does not know what it does and leaves runs to diffusers, as if "
+                "it were not installed. Classes that may be skipped and treat each row of a batch "
+                "by itself can be named: hgc.install(..., trust=(TheClass,))",
+            )
 
     def _begin(self, runs: Runs, run: Run | None, text: Tensor, position: Position) -> Run:
         """Begin an evaluation of ``run``, or of a new one."""
@@ -1040,11 +1084,12 @@ class Installation:
             runs.use(run)
             if run.now is None and run.completed == position.index and run.broken is None:
                 run.give_up("one timestep was evaluated more than once")
-            if run.changes_in_a_row > 2 and not self._config.is_exact:
+            if run.changes_in_a_row > 2 and run.broken is None and not self._config.is_exact:
                 self._say(
                     "changing",
-                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build the "
-                    "text and what else is constant once, before the loop",
+                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build what "
+                    "is constant once, before the loop, and call each ControlNet at every "
+                    "evaluation or at none",
                 )
         if run.timesteps is not None:
             self._check_timesteps(run)
@@ -1056,10 +1101,14 @@ class Installation:
         self._collect_lora()
         if self._compiled is not None:
             self._compiled.begin_run()
-        noise = self._noise_of(position)
+        stranger = self._trust.stranger()
+        noise = None if stranger else self._noise_of(position)
         run = runs.add(Run(self._schedules, text, position, self._assume_pair, noise))
         run.placing = self._placing
         try:
+            self._check_trust(run, stranger)
+            if run.by_diffusers:
+                return run
             self._check_length(run)
             if runs.short >= Runs.LIMIT and not self._config.is_exact:
                 self._say(
@@ -1067,12 +1116,12 @@ class Installation:
                     "runs end at once, so nothing is reused: the text or the timesteps "
                     "are built anew for each. Build them once, before the loop",
                 )
-            hooked = self._hooks_inside()
-            run.may_keep = not hooked and not self._projections_replaced()
-            if not self._may_step_through():
-                run.give_up("a block that would be run in part has hooks of its own")
-            elif hooked and not self._config.is_exact:
-                run.give_up(f"hooks inside the {hooked} are to be called at every evaluation")
+            if runs.crowded and not self._config.is_exact:
+                self._say(
+                    "crowded",
+                    f"more than {Runs.LIMIT} runs are under way in this thread at once, and of the "
+                    "others what was cached is dropped: make fewer at once, or batches",
+                )
         except BaseException:  # a warning that is an error: nobody goes on with half a look
             self._fail(run)
             raise
@@ -1119,20 +1168,20 @@ class Installation:
                     "Config(fresh_values=True) keeps the maps and applies them to the new values",
                 )
 
-    def _may_step_through(self) -> bool:
-        """Whether no block that is run in part has hooks, which stepping through would skip."""
-        structure = self._structure
+    def _in_part(self) -> list[torch.nn.Module]:
+        """The blocks that a plan of the configuration runs in part."""
+        structure, found = self._structure, []
         for depth in self._config.depths:
             if depth == 0:
                 continue
             up, layer = structure.boundary(depth)
-            if layer > 0 and has_hooks(self.unet.up_blocks[up]):
-                return False
+            if layer > 0:
+                found.append(self.unet.up_blocks[up])
             down, _ = structure.encoder[depth - 1]
             whole = depth == len(structure.encoder) or structure.encoder[depth][0] != down
-            if down >= 0 and not whole and has_hooks(self.unet.down_blocks[down]):
-                return False
-        return True
+            if down >= 0 and not whole:
+                found.append(self.unet.down_blocks[down])
+        return found
 
     def _look(self, run: Run, model: torch.nn.Module, depth: Any = "full") -> None:
         """See whether the layers to be computed are what they were: the processors of attentions,
@@ -1223,32 +1272,6 @@ class Installation:
         except KeyError:  # one with weights took the place of one without, or the reverse
             return False
 
-    def _hooks_inside(self) -> str:
-        """The class of a model with hooks inside, which are called when a module in it runs; or
-        "". Those of the model itself stand before hgc and are always called."""
-        for model in self._networks():
-            for module in parts(model):
-                if module._forward_hooks or module._forward_pre_hooks:
-                    return type(model).__name__
-        return ""
-
-    def _projections_replaced(self) -> bool:
-        """Whether the forward of a layer that makes keys or values is somebody else's (a LoRA
-        outside of peft), whose settings are not seen."""
-        layers = [
-            attn._modules.get(name)
-            for attentions in self._cross_attentions.values()
-            for attn, _ in attentions
-            for name in ("to_k", "to_v")
-        ]
-        return any(
-            layer is not None
-            and "forward" in layer.__dict__
-            and not hasattr(layer, "_hf_hook")
-            and not hasattr(layer, "_diffusers_hook")
-            for layer in layers
-        )
-
     def _look_for_gradients(self, run: Run, *inputs: Any) -> None:
         """Compute in full where gradients are recorded: those of a cached value are lost."""
         if not _grad_enabled() or self._config.is_exact or run.broken is not None:
@@ -1275,14 +1298,14 @@ class Installation:
             config = model.__dict__.get("peft_config")
             self._lora[id(model)] = (config and tuple(config.values()), _lora_layers(model))
         found = any(config is not None for config, _ in self._lora.values())
-        self._without_lora = not found and not self._scaled_processors
+        self._without_lora = not found and not self._set_processors
 
     def _lora_now(self, model: torch.nn.Module) -> Any:
-        """What adapters add to ``model`` now, and the scales of processors that have some."""
+        """What adapters add to ``model`` now, and the settings of processors that have some."""
         config = model.__dict__.get("peft_config")
         collected = self._lora.get(id(model))
         known, layers = (None, []) if collected is None else collected
-        if config is None and known is None and not self._scaled_processors:
+        if config is None and known is None and not self._set_processors:
             return self._rewritten
         now = config and tuple(config.values())
         if (now is None) != (known is None) or any(
@@ -1290,8 +1313,8 @@ class Installation:
         ):
             self._collect_lora()
             _, layers = self._lora[id(model)]
-        scales = [list(p.scale) for p in self._scaled_processors]
-        return (*_lora_state(model, layers), self._rewritten, scales)
+        settings = [_settings(processor) for processor in self._set_processors]
+        return (*_lora_state(model, layers), self._rewritten, settings)
 
     def _fail(self, run: Run) -> None:
         """An exception left the evaluation unfinished: keep nothing of the run."""
@@ -1395,6 +1418,12 @@ class Installation:
             if _grad_enabled():
                 self._look_for_gradients(run, sample, text, *call.conditions)
             slot = run.slot(net, call.cond)
+            if run.by_diffusers:
+                run.factor = call.conditions[0].shape[-1] // shape[-1]
+                slot.called_at, now.control[slot.index] = position.index, "computed"
+                out = call.by(self._original(net), return_dict)
+                now.milliseconds += (runs.clock() - start) * 1e3
+                return out
             if slot.called_at == position.index:
                 run.give_up("a ControlNet was called twice in one evaluation")
             slot.called_at = position.index
@@ -1530,12 +1559,16 @@ class Installation:
         self, run: Run, slot: ControlSlot, call: _ControlCall, half: bool
     ) -> list[Tensor]:
         net, sample, text, arguments = call.net, call.sample, call.text, call.arguments
+        made_by = _state(net.controlnet_cond_embedding)
+        if slot.embedding is None or not slot.embedding.same(made_by):
+            run.cache.drop_kept(f"{slot.prefix}hint")
+            slot.embedding = Signature(made_by)
         hints = []
         for i, cond in enumerate(call.conditions):
             hint = run.cache.kept(f"{slot.prefix}hint{i}")
             if hint is None:
                 hint = embed_condition(net, cond)
-                if run.may_keep and _may_be_kept(cond):
+                if _may_be_kept(cond):
                     hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
             hints.append(hint)
         if half:
@@ -1584,7 +1617,7 @@ class Installation:
         if half and not step.is_key and step.attention == "compute":
             plain = run.plain_text.get(prefix)
             if plain is None:
-                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix, run.may_keep)
+                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix)
             return plain
         mode, store, map_format = "compute", None, None
         if step.attention == "reuse":
@@ -1611,7 +1644,7 @@ class Installation:
                 prefix=prefix,
                 evaluation=now.index,
                 half=half,
-                keep_projections=run.may_keep and _may_be_kept(text),
+                keep_projections=_may_be_kept(text),
                 mode=mode,
                 store=store,
                 map_format=map_format,
@@ -1668,23 +1701,6 @@ class Installation:
         legacy = down_block_additional_residuals is not None and (
             mid_block_additional_residual is None
         )
-        if position is None or legacy:
-            return self._original(unet)(
-                sample,
-                timestep,
-                encoder_hidden_states,
-                class_labels=class_labels,
-                timestep_cond=timestep_cond,
-                attention_mask=attention_mask,
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=added_cond_kwargs,
-                down_block_additional_residuals=fresh(down_block_additional_residuals),
-                mid_block_additional_residual=fresh(mid_block_additional_residual),
-                down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-                encoder_attention_mask=encoder_attention_mask,
-                return_dict=return_dict,
-            )
-        start = runs.clock()
         if (
             class_labels is timestep_cond is attention_mask is cross_attention_kwargs
             is added_cond_kwargs is encoder_attention_mask is None
@@ -1699,6 +1715,19 @@ class Installation:
                 "added_cond_kwargs": added_cond_kwargs,
                 "encoder_attention_mask": encoder_attention_mask,
             }
+
+        def by_diffusers() -> Any:
+            return self._original(unet)(
+                sample, timestep, encoder_hidden_states, **arguments,
+                down_block_additional_residuals=fresh(down_block_additional_residuals),
+                mid_block_additional_residual=fresh(mid_block_additional_residual),
+                down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+                return_dict=return_dict,
+            )  # fmt: skip
+
+        if position is None or legacy or runs.is_past_end(encoder_hidden_states, position):
+            return by_diffusers()
+        start = runs.clock()
         shape = sample.shape
         run, now = self._run_of(runs, encoder_hidden_states, position, shape[0])
         # the ControlNets that were called
@@ -1708,20 +1737,27 @@ class Installation:
         else:
             called = [slot.index for slot in slots if slot.called_at == now.index]
         with_residuals = down_block_additional_residuals is not None
-        if with_residuals and not called and not self._config.is_exact:
+        now.batch = shape[0]
+        if run.by_diffusers:
+            run.latent_size = (shape[-2], shape[-1])
+            try:
+                out = by_diffusers()
+            except BaseException:
+                self._fail(run)
+                raise
+            run.end((runs.clock() - start) * 1e3)
+            return out
+        if with_residuals and not slots and not self._config.is_exact:
             self._say(
                 "foreign",
-                "the UNet gets residuals of a ControlNet that hgc is not installed on: it runs at "
-                "every step, and changes of its scale show at key steps only. Pass it too: "
-                "hgc.install(pipe.unet, pipe.controlnet)",
+                "the UNet gets residuals of a ControlNet that this installation does not know: it "
+                "runs at every step, and changes of its scale show at key steps only. Pass it too: "
+                "hgc.install(pipe.unet, pipe.controlnet). Where two UNets share it, give each a "
+                "copy of its own (copy.deepcopy)",
             )
         try:
             if _grad_enabled():
                 self._look_for_gradients(run, sample, encoder_hidden_states)
-            if cross_attention_kwargs and run.broken is None and not self._config.is_exact:
-                for name, value in cross_attention_kwargs.items():
-                    if not _is_data(value):
-                        run.give_up(f"cross_attention_kwargs[{name!r}] may keep what it sees")
             found = (
                 shape, sample.dtype, sample.device,
                 *(() if arguments is _NOTHING_GIVEN else arguments.values()),
@@ -1744,7 +1780,6 @@ class Installation:
                 halves = self._look_for_pair(run, now, sample, encoder_hidden_states, arguments)
             if now.plan.depth != looked:
                 self._look(run, unet, now.plan.depth)
-            now.batch = shape[0]
             if now.plan.depth == 0:
                 out = self._forecast(run, now, sample)
             else:
@@ -1938,14 +1973,14 @@ class _PlainText:
     """What makes the conditional half of a text carry the projections that a run keeps, and nothing
     else: the same for every evaluation that neither stores nor reuses cross-attention."""
 
-    def __init__(self, cache: Cache, prefix: str, may_keep: bool) -> None:
-        self._cache, self._prefix, self._may_keep = cache, prefix, may_keep
+    def __init__(self, cache: Cache, prefix: str) -> None:
+        self._cache, self._prefix = cache, prefix
         self._last: prompt_grain.Text | None = None
 
     def __call__(self, text: Any) -> Any:
         if not isinstance(text, Tensor):
             return text
-        keep, last = self._may_keep and _may_be_kept(text), self._last
+        keep, last = _may_be_kept(text), self._last
         if last is None or last.hidden is not text or last.keep_projections is not keep:
             last = self._last = prompt_grain.Text(
                 text, self._cache, self._prefix, evaluation=-1, half=True, keep_projections=keep
@@ -2041,6 +2076,7 @@ def install(
     *,
     config: Config | str = "balanced",
     scheduler: Any = None,
+    trust: tuple[Any, ...] = (),
 ) -> Installation:
     """Make a UNet and its ControlNets reuse features between the steps of a run.
 
@@ -2053,6 +2089,10 @@ def install(
         scheduler: That of the pipeline. A pipeline's own is known, and looked up at every run. Only
             configurations that forecast x0 ask for it; without one they forecast the model's own
             outputs, which is much worse, and warn.
+        trust: Classes of modules and attention processors, and functions that are processors, of
+            your own or of another package, that may be skipped at evaluations that reuse, and that
+            treat each row of a batch by itself. A run of models with any other code inside that
+            neither torch nor diffusers nor peft ship is left to diffusers, with a warning.
 
     Returns:
         The :class:`Installation`; ``with hgc.install(...):`` uninstalls at the end of the block.
@@ -2069,9 +2109,17 @@ def install(
     nets = controlnets(controlnet)
     for module in (unet, *nets):
         if _installation_of(module) is not None:
+            shared = (
+                ""
+                if module is unet
+                else (
+                    "; a ControlNet that two UNets share is to be copied for each (copy.deepcopy)"
+                )
+            )
             raise RuntimeError(
                 f"hgc is already installed on this {type(module).__name__}; call "
                 "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first"
+                + shared
             )
     # a pipeline holds its UNet, which holds the installation
     held = weakref.ref(pipe) if pipe is not None and scheduler is None else None
@@ -2079,7 +2127,7 @@ def install(
     def current() -> Any:
         return scheduler if held is None else getattr(held(), "scheduler", None)
 
-    installation = Installation(unet, nets, config, scheduler=current)
+    installation = Installation(unet, nets, config, scheduler=current, trust=trust)
     installation._check_calibration()
     installation._install()
     return installation

@@ -279,6 +279,7 @@ class ControlSlot:
     text: Held | None = None
     called_at: int = -1
     signature: Signature | None = None
+    embedding: Signature | None = None  # of the condition, as it was when it was last computed
     prefix: str = ""  # before the names of its cache entries
     shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of its residuals
     names: tuple[str, ...] = ()  # of them in the cache, after the prefix
@@ -444,16 +445,20 @@ class Schedules:
         return self._known[total, kind]
 
 
+def _nobody() -> None:
+    return None
+
+
 class Run:
     """The evaluations of one pipeline call, and everything kept for them."""
 
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
-        "__weakref__", "_assume", "_changed_at", "_schedules", "broken", "cache",
-        "changes_in_a_row", "completed", "config", "factor", "finished", "first", "freeu",
-        "latent_size", "looked", "maps", "may_keep", "mean_maps", "noise", "now", "output_dtype",
-        "pair", "placing", "plain_text", "position", "report", "schedule", "slots", "text",
-        "timesteps", "tokens", "trains", "unet_signature", "warned", "was_pair", "weights",
+        "__weakref__", "_assume", "_changed_at", "_schedules", "broken", "by_diffusers", "cache",
+        "changes_in_a_row", "completed", "config", "ended", "factor", "finished", "first", "freeu",
+        "latent_size", "looked", "maps", "mean_maps", "noise", "now", "output_dtype", "pair",
+        "placing", "plain_text", "position", "report", "schedule", "slots", "text", "timesteps",
+        "tokens", "trains", "unet_signature", "warned", "was_pair", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -492,9 +497,10 @@ class Run:
         self.now: Evaluation | None = None  # the evaluation under way
         self.changes_in_a_row = 0
         self._changed_at = -1
-        self.may_keep = True  # what is computed from the text and the conditions
+        self.by_diffusers = False  # what is left of it, untouched
         self.trains: bool | None = None  # whether weights want gradients; None: not asked
         self.finished = False
+        self.ended: Any = _nobody  # of a run that ended: its text, where that is still held
         self.warned = False
         # for the report, which is asked for when the tensors are gone
         self.latent_size = (0, 0)
@@ -594,6 +600,12 @@ class Run:
         if self.now is not None:
             self.promote(why)
 
+    def leave(self, why: str) -> None:
+        """Leave the rest of the run to diffusers."""
+        self.give_up(why)
+        self.cache.clear()
+        self.by_diffusers = self.warned = True
+
     def follow(self, schedules: Schedules) -> None:
         """Go on by another configuration's schedule. What it needs and the cache lacks is computed
         in full."""
@@ -626,6 +638,7 @@ class Run:
         self.now = None
         if self.completed == self.position.total - 1:
             self.finished = True
+            self.ended = weakref.ref(self.text.value)
             self.free()
 
     def attention_maps(self) -> Tensor | None:
@@ -648,7 +661,7 @@ class Run:
         self.timesteps = None
         self.text = Held(None)
         for slot in self.slots:
-            slot.signature = None
+            slot.signature = slot.embedding = None
             slot.zeros, slot.promises = None, []
             slot.cond = Held(None)
             slot.text = None
@@ -693,6 +706,7 @@ class Runs:
         self.last: Run | None = None
         self.forced = 0
         self.short = 0  # runs one after the other that ended after one or two evaluations
+        self.crowded = False  # runs had to make room that were under way
         self._single: tuple[Any, ...] = ()
         self.clock = time.perf_counter
 
@@ -707,15 +721,25 @@ class Runs:
         self._single = (weakref.ref(text), weakref.ref(timestep))
         return not seen or seen[0] is not text or seen[1] is timestep
 
+    def is_past_end(self, text: Tensor, position: Position) -> bool:
+        """Whether an evaluation is one more at the last timestep of the run that has just ended."""
+        last = self.last
+        return (
+            last is not None
+            and position.index == last.completed == position.total - 1
+            and last.finished
+            and last.ended() is text
+        )
+
     def add(self, run: Run) -> Run:
         """Take in a new run."""
         for old in list(self.runs.values()):
             if not old.finished and old.is_abandoned():
-                self.short += len(old.report) < 3
+                self.short += 0 < len(old.report) < 3
                 self.forget(old)
         while len(self.runs) >= self.LIMIT:
             old = self.runs.popitem(last=False)[1]
-            self.short += not old.finished and len(old.report) < 3
+            self.crowded = self.crowded or not old.finished
             old.free()
         self.runs[id(run)] = run
         self.last = run

@@ -142,27 +142,6 @@ def _refuse_replaced(name: str, module: Any, base: Any) -> None:
         )
 
 
-def has_hooks(module: Any) -> bool:
-    """Whether something is attached to ``module`` that runs only when it is called as a whole."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or _is_wrapped(module)
-        or hasattr(module, "_hf_hook")
-        or hasattr(module, "_diffusers_hook")
-    )
-
-
-def _is_wrapped(module: Any) -> bool:
-    """Whether ``module`` has a forward of its own. Its class's, put back by hand by whoever wrapped
-    it for a while, is none."""
-    own = module.__dict__.get("forward")
-    if own is None:
-        return False
-    put_back = getattr(own, "__self__", None) is module
-    return not (put_back and getattr(own, "__func__", None) is type(module).forward)
-
-
 def check_unet(unet: Any) -> None:
     """Raise TypeError, naming the class and the supported ones, where hgc cannot run ``unet``."""
     _refuse_compiled("unet", unet)

@@ -364,13 +364,13 @@ row(
     PLAIN, "`LEditsPPPipelineStableDiffusion`", special.ledits, call=special.ledits_call,
     changes_models=True, distance=0.5, note=INVERSION,
 )  # fmt: skip
-WATCHING = "may keep what it sees"
+WATCHING = "is not known"
 row(
     PLAIN, "`LEditsPPPipelineStableDiffusion`, `use_cross_attn_mask=True`",
     functools.partial(special.ledits, models.sd15_unet),
     call=functools.partial(special.ledits_call, use_cross_attn_mask=True),
     in_full=WATCHING, changes_models=True,
-    note="its processors keep attention maps: computed in full, a warning says so",
+    note="its processors keep attention maps: left to diffusers, a warning says so",
 )  # fmt: skip
 row(
     PLAIN, "`LDMTextToImagePipeline`", special.bert_text_to_image,
@@ -397,7 +397,7 @@ deprecated("StableDiffusionAttendAndExcitePipeline", call=special.attend_and_exc
 deprecated(
     "StableDiffusionSAGPipeline",
     lambda: models.pipeline(diffusers.StableDiffusionSAGPipeline, models.small_unet()),
-    call=special.sag_call, in_full="are to be called at every evaluation",
+    call=special.sag_call, in_full="a hook is in place on",
     note="it puts a hook and a processor that keep what they see into the middle block",
 )  # fmt: skip
 deprecated("StableDiffusionGLIGENPipeline", special.gligen, call=special.gligen_call,
@@ -1270,8 +1270,8 @@ row(
     "Group offload, block level, enabled after install",
     sd,
     install=InstalledUnderOffload,
-    in_full="has hooks of its own",
-    note="computed in full, a warning says so; prefer leaf level",
+    in_full="which is run in part",
+    note="with blocks that are run in part left to diffusers, a warning says so; prefer leaf level",
 )
 
 
@@ -1365,11 +1365,11 @@ def hooked() -> Any:
 row(
     MODULES, "Processors that edit attention and count their calls (prompt-to-prompt)", sd,
     call=edited, changes_models=True, in_full=WATCHING,
-    note="they are called at every evaluation: computed in full, a warning says so",
+    note="left to diffusers, a warning says so; `trust=` names those that may be skipped",
 )  # fmt: skip
 row(
-    MODULES, "A hook on a module inside the UNet", hooked, in_full="hooks inside",
-    note="it is called at every evaluation: computed in full, a warning says so",
+    MODULES, "A hook on a module inside the UNet", hooked, in_full="a hook is in place on",
+    note="left to diffusers, a warning says so",
 )  # fmt: skip
 
 

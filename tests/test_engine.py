@@ -163,7 +163,8 @@ def test_exact_runs_no_controlnet_at_scale_zero(sd15, monkeypatch):
     monkeypatch.setattr(
         block, "forward", lambda *a, _f=block.forward, **k: (calls.append(1), _f(*a, **k))[1]
     )
-    with hgc.install(sd15.unet, sd15.controlnet, config="exact") as installed:
+    installed = hgc.install(sd15.unet, sd15.controlnet, config="exact", trust=(type(block),))
+    with installed:
         models.draw(sd15, steps=6, control_guidance_end=0.5)
         report = installed.report()
     assert len(calls) == 3
@@ -393,7 +394,6 @@ def test_controlnets_run_at_their_own_key_steps(sd15, monkeypatch):
     rule = Config(num_evaluations=6, key_steps=tuple(range(6)), control_key_steps=(0, 2, 3))
     calls = []
     for name in ("controlnet_cond_embedding", "mid_block"):
-        # in the place of a forward: a hook would have to be called at every evaluation
         monkeypatch.setattr(
             getattr(sd15.controlnet, name), "forward",
             functools.partial(
@@ -401,7 +401,9 @@ def test_controlnets_run_at_their_own_key_steps(sd15, monkeypatch):
                 name, getattr(sd15.controlnet, name).forward,
             ),
         )  # fmt: skip
-    with hgc.install(sd15.unet, sd15.controlnet, config=rule) as installed:
+    vouched = (type(sd15.controlnet.controlnet_cond_embedding), type(sd15.controlnet.mid_block))
+    installed = hgc.install(sd15.unet, sd15.controlnet, config=rule, trust=vouched)
+    with installed:
         reused = models.draw(sd15)
         report = installed._runs.last.report
     monkeypatch.undo()
@@ -512,7 +514,8 @@ def test_after_an_exception_the_next_request_equals_a_fresh_one(sd15, at, where,
             raise Stop
         return {}
 
-    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+    installed = hgc.install(sd15, config=SOME, trust=(torch.nn.Conv2d,))
+    with installed:
         module, changes = None, {}
         if where == "callback":
             changes = {"callback_on_step_end": fail}
@@ -1067,7 +1070,6 @@ def test_a_pair_that_ends_is_not_halved(sd15):
     """Guidance switched off by a callback: two images are left, and no pair."""
     rows = []
     first = sd15.unet.conv_in
-    # not a hook: those inside a model are called at every evaluation, so nothing is reused
     first.forward = lambda x: rows.append(len(x)) or type(first).forward(first, x)
 
     def callback(pipe, i, t, kwargs):
@@ -1079,7 +1081,7 @@ def test_a_pair_that_ends_is_not_halved(sd15):
     config = Config(num_evaluations=8, key_steps=(0, 3, 4), depth=1, guidance="reuse")
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     try:
-        with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
+        with hgc.install(sd15, config=config, trust=(type(first),)) as installed:
             models.draw(
                 sd15,
                 steps=8,
@@ -1129,7 +1131,7 @@ def test_hooks_on_a_block_run_in_part_are_kept(sd15):
         assert not torch.equal(hooked, reference)
         with (
             hgc.install(sd15.unet, sd15.controlnet, config=SOME),
-            pytest.warns(HgcWarning, match="run in part has hooks"),
+            pytest.warns(HgcWarning, match="a hook is in place on up_blocks.3"),
         ):
             assert torch.equal(models.draw(sd15), hooked)
     finally:
