@@ -354,7 +354,7 @@ class Config:
                     f"Config.steps must have num_evaluations={self.num_evaluations} entries; "
                     f"got {len(self.steps)}"
                 )
-        if self.name in _NAMES and self.is_exact:
+        if self.name in _NAMES and self.key_steps is self.steps is self.adaptive is None:
             raise ConfigError(
                 f"Config({self.name!r}) would compute everything and only be called so: "
                 f"Config.preset({self.name!r}) is the preset"

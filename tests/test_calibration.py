@@ -214,7 +214,7 @@ def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkey
         pipe.scheduler.config, timestep_spacing="trailing"
     )
     with (
-        hgc.install(pipe.unet, pipe.controlnet, config=config) as installed,
+        hgc.install(pipe, config=config) as installed,
         pytest.warns(HgcWarning, match="at other timesteps"),
     ):
         images = models.draw(pipe, steps=steps)

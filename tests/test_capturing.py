@@ -97,7 +97,8 @@ class Captured:
 
     def __init__(self, pipe, config, **options):
         self.pipe = pipe
-        self.installed = hgc.install(pipe.unet, pipe.controlnet, config=config)
+        vouched = (Doubling, Louder, torch.nn.Conv2d)
+        self.installed = hgc.install(pipe.unet, pipe.controlnet, config=config, trust=vouched)
         self.count = self.installed.config.num_evaluations
         self.recorder = OnCpu()
         self.networks = self.installed._compiled = CapturedNetworks(
