@@ -388,7 +388,7 @@ def _settings(processor: Any) -> dict[str, Any]:
     """What is set on an attention processor, as it is now."""
     return {
         name: [*value] if isinstance(value, list) else value
-        for name, value in vars(processor).items()
+        for name, value in getattr(processor, "__dict__", {}).items()
         if name not in _MODULE_ATTRIBUTES
     }
 

@@ -220,7 +220,8 @@ def _place(module: Any, model: Any) -> str:
 
 def _moves_weights(module: Any) -> bool:
     """Whether what replaced the forward of ``module`` are hooks that move its weights."""
-    hooks: list[Any] = [getattr(module, "_hf_hook", None)]
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks: list[Any] = [*hook.hooks] if type(hook).__name__ == "SequentialHook" else [hook]
     registry = getattr(module, "_diffusers_hook", None)
     hooks += [] if registry is None else registry.hooks.values()
     hooks = [hook for hook in hooks if hook is not None]

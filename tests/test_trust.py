@@ -376,6 +376,19 @@ def test_other_ways_to_stand_in_a_call(patch, said):
     assert re.search(said, found), found
 
 
+def test_hooks_that_move_weights_are_known():
+    from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+
+    unet = models.small_unet()
+    block = unet.up_blocks[1]
+    trust, in_part = Trust([unet]), Trust([unet], [block])
+    for hook in (AlignDevicesHook(), AlignDevicesHook(), ModelHook()):  # two make a sequence
+        add_hook_to_module(block, hook, append=True)
+        mine = type(hook) is ModelHook
+        assert (trust.stranger() == "") is not mine
+        assert "a hook is in place on up_blocks.1" in in_part.stranger() or mine
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match=r"trust must be a tuple of classes.*; got \['Own'\]"):
         hgc.install(pipeline(), trust=["Own"])
