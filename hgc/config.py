@@ -22,8 +22,6 @@ _CONTROL = ("compute", "reuse", "off")
 _ENCODER = ("needed", "reuse")
 _ATTENTION = ("compute", "reuse")
 _GUIDANCE = ("both", "reuse", "off")
-# Presets that reuse; see :mod:`hgc.presets`.
-_NAMES = ("paper", "balanced", "fast", "turbo")
 _MAP_FORMATS = ("fp32", "fp16", "bf16", "e4m3")
 
 
@@ -354,11 +352,14 @@ class Config:
                     f"Config.steps must have num_evaluations={self.num_evaluations} entries; "
                     f"got {len(self.steps)}"
                 )
-        if self.name in _NAMES and self.key_steps is self.steps is self.adaptive is None:
-            raise ConfigError(
-                f"Config({self.name!r}) would compute everything and only be called so: "
-                f"Config.preset({self.name!r}) is the preset"
-            )
+        if self.name != "exact" and self.key_steps is self.steps is self.adaptive is None:
+            from hgc.presets import PRESETS
+
+            if self.name in PRESETS:
+                raise ConfigError(
+                    f"Config({self.name!r}) would compute everything and only be called so: "
+                    f"Config.preset({self.name!r}) is the preset"
+                )
 
     def _check_keys(self) -> None:
         for name in ("key_steps", "conditional_key_steps", "control_key_steps"):

@@ -2109,17 +2109,10 @@ def install(
     nets = controlnets(controlnet)
     for module in (unet, *nets):
         if _installation_of(module) is not None:
-            shared = (
-                ""
-                if module is unet
-                else (
-                    "; a ControlNet that two UNets share is to be copied for each (copy.deepcopy)"
-                )
-            )
             raise RuntimeError(
                 f"hgc is already installed on this {type(module).__name__}; call "
-                "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first"
-                + shared
+                "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first. "
+                "What two pipelines share is to be copied for each (copy.deepcopy)"
             )
     # a pipeline holds its UNet, which holds the installation
     held = weakref.ref(pipe) if pipe is not None and scheduler is None else None

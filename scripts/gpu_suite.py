@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_OF_MACHINE = re.compile(r"/\S*/site-packages/|/tmp/hgc-site-\w+/")
 TAIL = 6000  # characters of a part's output that are kept
 CALL = "python scripts/gpu_suite.py --carried carry --results out --seconds 540"
 
@@ -132,12 +133,11 @@ class Running:
             return None
         self.kill()
         self._log.seek(0)
-        known = {None: "timed out", 0: "passed", 127: "skipped"}  # 127: a program is not there
-        found: dict[str, object] = {
-            "status": known.get(code, "failed"),
+        found: dict[str, object] = {  # 127: a program is not there
+            "status": {None: "timed out", 0: "passed", 127: "skipped"}.get(code, "failed"),
             "seconds": round(seconds, 1),
-            "command": " ".join(self.command),
-            "output": self._log.read()[-TAIL:],
+            "command": " ".join(["python3" if c == sys.executable else c for c in self.command]),
+            "output": _OF_MACHINE.sub("", self._log.read())[-TAIL:],
         }
         if self._out.exists():  # of a part that was ended too: it writes as it goes
             found["data"] = json.loads(self._out.read_text())

@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 from hgc.config import Config, ConfigError, StepPlan
 from hgc.planning import scaled_key_steps
+from hgc.presets import PRESETS
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
@@ -71,10 +72,7 @@ PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gat
 # between them: the presets' key steps, and one more than theirs.
 _PLACES = {
     8: (0, 2, 4, 7, 10, 13, 16, 19),
-    7: (0, 2, 5, 8, 12, 16, 19),
-    6: (0, 2, 5, 9, 14, 18),
-    5: (0, 3, 7, 12, 17),
-    4: (0, 4, 9, 16),
+    **{len(each.key_steps): each.key_steps for each in PRESETS.values() if each.key_steps},
 }
 # The same for a plain run of DPM++ 2M at them, searched in the same way on the same models.
 _GRID_PLACES = {
