@@ -954,6 +954,25 @@ def test_the_plot_has_a_line_a_method_and_two_panels_a_condition(tmp_path, monke
     assert Image.open(tmp_path / "pareto.png").width > 300
 
 
+def test_placing_labels_looks_at_what_is_in_the_panel_only(tmp_path, monkeypatch):
+    """The line of no loss spans the panel, however far away a whole TMAC is."""
+    pytest.importorskip("matplotlib")
+    from hgc.evaluation import pictures
+
+    drawn, seen = pictures._drawn_pixels, []
+
+    def looked_at(axis):
+        seen.append((axis.get_window_extent(), drawn(axis)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(pictures, "_drawn_pixels", looked_at)
+    pictures.pareto([_row(sd15_macs_paper=30 * 10**6)], tmp_path / "pareto.png")
+    assert len(seen) == 2
+    for frame, pixels in seen:
+        assert 0 < len(pixels) < 1000
+        assert (pixels >= frame.min - 1).all() and (pixels <= frame.max + 1).all()
+
+
 def test_labels_of_the_plot_cover_neither_each_other_nor_a_point(tmp_path, monkeypatch):
     """Twelve names on points that lie closer together than the names are long."""
     pytest.importorskip("matplotlib")

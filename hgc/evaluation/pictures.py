@@ -341,11 +341,12 @@ def _drawn_pixels(axis: Axes) -> np.ndarray:
     from matplotlib.collections import LineCollection
 
     found = []
-    paths = [line.get_xydata() for line in axis.lines]
+    # each with its own transform: the x of a horizontal line is in shares of the panel
+    paths = [(line.get_transform(), line.get_xydata()) for line in axis.lines]
     bars = [one for one in axis.collections if isinstance(one, LineCollection)]
-    paths += [part for one in bars for part in one.get_segments()]
-    for path in paths:
-        corners = axis.transData.transform(path)
+    paths += [(one.get_transform(), part) for one in bars for part in one.get_segments()]
+    for transform, path in paths:
+        corners = transform.transform(path)
         found.append(np.repeat(corners, 15, axis=0))  # a point is worse to cover than a line
         for one, other in itertools.pairwise(corners):
             count = 2 + int(np.hypot(*(other - one)) / 4)
