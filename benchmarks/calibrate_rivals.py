@@ -19,7 +19,7 @@ from search_presets import CHECKED, SEARCHED, Reseeded, calibration_of, items
 
 from hgc.evaluation.peers import refined_rows, unrefined
 from hgc.evaluation.subject import Testbed, make_scheduler
-from hgc.refining import coefficients, refine
+from hgc.tune.refine import coefficients, refine
 
 ROWS = ("skip-x0-calibrated", "fewer-steps-calibrated")
 

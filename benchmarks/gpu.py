@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import hgc
-from hgc.benchmarking import (
+from hgc.bench.runner import (
     _Clock,
     _inputs,
     _launches,
@@ -34,7 +34,7 @@ from hgc.benchmarking import (
     load_pipeline,
 )
 from hgc.evaluation.candidate import steps_of
-from hgc.macs import Macs
+from hgc.report.macs import Macs
 
 PRESETS = ("exact", "paper", "balanced", "fast", "turbo")
 
@@ -50,7 +50,7 @@ class Scale:
         size: Pixels, by that name.
         steps: Of the uncached run, by that name.
         repeats: At most so many.
-        modes: Of :data:`hgc.benchmarking.MODES`, those that run there.
+        modes: Of :data:`hgc.bench.runner.MODES`, those that run there.
     """
 
     device: str
@@ -123,7 +123,7 @@ class Machine:
         layout: torch.memory_format = torch.contiguous_format, repeats: int = 5,
         modes: Sequence[str] = ("eager",), **arguments: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """One table of :func:`hgc.benchmarking.bench`."""
+        """One table of :func:`hgc.bench.runner.bench`."""
         scale, pipe = self._scale, self.pipe(model, scheduler)
         for module in (pipe.unet, pipe.controlnet):
             module.to(memory_format=layout)

@@ -23,12 +23,12 @@ import torch
 
 import hgc
 from hgc import Config, testbed
-from hgc.calibration import Costs, Search, Trial
-from hgc.config import Calibration, model_name
 from hgc.evaluation.candidate import equal_steps
 from hgc.evaluation.candidate import testbed as testbed_subject
 from hgc.evaluation.models import load_shapes
-from hgc.refining import coefficients, refine
+from hgc.planning.config import Calibration, model_name
+from hgc.tune.calibrate import Costs, Search, Trial
+from hgc.tune.refine import coefficients, refine
 
 SEARCHED, CHECKED = 10_000, 11_000
 

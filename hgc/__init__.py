@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hgc.config import Calibration, Config, ConfigError, StepPlan
-from hgc.planning import plan
+from hgc.planning.config import Calibration, Config, ConfigError, StepPlan
+from hgc.planning.rule import plan
 
 if TYPE_CHECKING:
-    from hgc.calibration import calibrate
-    from hgc.engine import HgcWarning, Installation, install, uninstall
-    from hgc.macs import MacCount, count_macs
-    from hgc.maps import plot_maps
-    from hgc.report import Report
+    from hgc.execute.engine import HgcWarning, Installation, install, uninstall
+    from hgc.report.macs import MacCount, count_macs
+    from hgc.report.report import Report
+    from hgc.run.maps import plot_maps
+    from hgc.tune.calibrate import calibrate
 
 __version__ = "0.1.0"
 
@@ -39,15 +39,15 @@ __all__ = [
 
 # torch and diffusers take seconds to import; Config and plan need neither.
 _LAZY = {
-    "HgcWarning": "hgc.engine",
-    "Installation": "hgc.engine",
-    "install": "hgc.engine",
-    "uninstall": "hgc.engine",
-    "calibrate": "hgc.calibration",
-    "MacCount": "hgc.macs",
-    "count_macs": "hgc.macs",
-    "plot_maps": "hgc.maps",
-    "Report": "hgc.report",
+    "HgcWarning": "hgc.execute.engine",
+    "Installation": "hgc.execute.engine",
+    "install": "hgc.execute.engine",
+    "uninstall": "hgc.execute.engine",
+    "calibrate": "hgc.tune.calibrate",
+    "MacCount": "hgc.report.macs",
+    "count_macs": "hgc.report.macs",
+    "plot_maps": "hgc.run.maps",
+    "Report": "hgc.report.report",
 }
 
 

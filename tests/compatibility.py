@@ -33,7 +33,7 @@ import torch
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
 
 STEPS = 8
 # Presets run nothing between key steps, or one layer; this plan reuses all that a plan can:

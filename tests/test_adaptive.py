@@ -18,11 +18,11 @@ from diffusers import (
 
 import hgc
 from hgc import Config, ConfigError, StepPlan
-from hgc.adaptive import AdaptiveSchedule
-from hgc.cache import Cache
-from hgc.config import Calibration
-from hgc.planning import bounds, longest_gap
-from hgc.runs import Evaluation
+from hgc.planning.config import Calibration
+from hgc.planning.rule import bounds, longest_gap
+from hgc.run.adaptive import AdaptiveSchedule
+from hgc.run.cache import Cache
+from hgc.run.run import Evaluation
 
 STEPS = 12
 RULE = Config(
@@ -172,7 +172,7 @@ def test_errors_are_read_after_their_event_and_two_evaluations_later(pipe, monke
     hook = pipe.controlnet.register_forward_pre_hook(
         lambda *_: evaluation.__setitem__(0, evaluation[0] + 1)
     )
-    monkeypatch.setattr("hgc.adaptive.to_host", to_host)
+    monkeypatch.setattr("hgc.run.adaptive.to_host", to_host)
     try:
         latents, slow = draw(pipe, ADAPTIVE)
     finally:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hgc.cache import Cache, conditional_half
-from hgc.promises import Promise, PromiseSet, fresh, zero_promise
-from hgc.runs import Signature
+from hgc.run.cache import Cache, conditional_half
+from hgc.run.residuals import Promise, PromiseSet, fresh, zero_promise
+from hgc.run.run import Signature
 
 
 def write(cache, name, tensor, evaluation=0, history=2, half=False):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hgc
-from hgc.config import Calibration, ConfigError, model_name
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
+from hgc.planning.config import Calibration, ConfigError, model_name
 
 
 def inputs(count=4):
@@ -135,7 +135,7 @@ def test_at_another_length_the_rule_is_followed_with_a_warning():
 
 def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
     """Plans that the search finds are made worse than they are: the presets must win."""
-    from hgc import calibration
+    from hgc.tune import calibrate as calibration
 
     distances = calibration.Trial.distances
 
@@ -199,7 +199,7 @@ def test_with_another_scheduler_of_the_same_timesteps_the_rule_is_followed():
 
 def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkeypatch):
     """As on a GPU: the copy has an event, and what follows does not hang on when it is there."""
-    from hgc import engine
+    from hgc.execute import engine
 
     waited = []
 

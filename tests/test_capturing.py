@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
-from hgc.attention import cross_attentions
-from hgc.capturing import CapturedNetworks, _flatten, _Graph
-from hgc.engine import HgcWarning
-from hgc.presets import PRESETS
+from hgc.execute.engine import HgcWarning
+from hgc.models.attention import cross_attentions
+from hgc.models.captured import CapturedNetworks, _flatten, _Graph
+from hgc.planning.presets import PRESETS
 
 
 def storage(x):

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import hgc
 from hgc import Config, StepPlan
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
 
 SOME = Config(
     name="some", num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse", forecast=0.7
@@ -465,7 +465,7 @@ def test_a_batch_that_is_no_pair_any_more_is_not_halved():
 
 def test_a_run_whose_warning_is_an_error_begins_anew():
     """The same objects again: what the warning had interrupted is looked at then."""
-    calibration = hgc.config.Calibration("another", "DDIM", 4, 20, 0.3, 0.1, 0.1, 5, 0.2, 4)
+    calibration = hgc.Calibration("another", "DDIM", 4, 20, 0.3, 0.1, 0.1, 5, 0.2, 4)
     config = Config(num_evaluations=4, key_steps=(0,), calibration=calibration)
     unet = models.small_unet()
     sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))

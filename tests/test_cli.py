@@ -13,9 +13,9 @@ from commands import refused, run
 
 import hgc
 import hgc_kernels
-from hgc.config import Config, StepPlan
 from hgc.evaluation.models import load_shapes
-from hgc.presets import PRESETS
+from hgc.planning.config import Config, StepPlan
+from hgc.planning.presets import PRESETS
 
 _EXTRA = ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
 

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
-from hgc.attention import cross_attentions, wrap
-from hgc.compiling import CompiledNetworks
-from hgc.engine import HgcWarning
-from hgc.presets import PRESETS
+from hgc.execute.engine import HgcWarning
+from hgc.models.attention import cross_attentions, wrap
+from hgc.models.compiled import CompiledNetworks
+from hgc.planning.presets import PRESETS
 
 SMALL = {
     "block_out_channels": (8, 16),
@@ -413,7 +413,7 @@ class Checking(CompiledNetworks):
             )
             with pytest.MonkeyPatch.context() as patch:
                 # the ops take no float64
-                patch.setattr("hgc.networks._join", join)
+                patch.setattr("hgc.models.networks._join", join)
                 patch.setattr("hgc_kernels.attend_and_store", attend_and_store)
                 patch.setattr("hgc_kernels.apply_map", apply_map)
                 references = pytree.tree_leaves(double(*args64))

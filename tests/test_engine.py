@@ -28,9 +28,9 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
-import hgc.structure
+import hgc.models.structure
 from hgc import Config, StepPlan
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -725,7 +725,7 @@ def test_changed_text_with_maps_applies_them_to_fresh_values(sd15, monkeypatch):
 
 def watch(installed, monkeypatch):
     """Checksums of the cache after each write must hold until the next."""
-    from hgc.cache import Cache
+    from hgc.run.cache import Cache
 
     checked = []
     original = Cache.read
@@ -1016,14 +1016,19 @@ def test_a_controlnet_takes_the_lora_scale_as_its_class_does(union):
 
 def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
     reference = models.draw(sd15)
-    ranges = hgc.structure.RELEASES
+    ranges = hgc.models.structure.RELEASES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hgc.install(sd15.unet, sd15.controlnet).uninstall()
     for name, value, said, reused in (
         ("diffusers.__version__", "0.43.0", f"diffusers 0.43.0 .*{ranges['diffusers']} is;", False),
         ("diffusers.__version__", "0.34.0", f"diffusers 0.34.0 .*{ranges['diffusers']} is;", False),
-        ("hgc.structure._KNOWN_SOURCES", (), f"forwards of .*{ranges['diffusers']} are;", False),
+        (
+            "hgc.models.structure._KNOWN_SOURCES",
+            (),
+            f"forwards of .*{ranges['diffusers']} are;",
+            False,
+        ),
         ("torch.__version__", "2.15.0+cpu", f"torch 2.15.0.cpu .*{ranges['torch']} is", True),
     ):
         with monkeypatch.context() as patch:
@@ -1037,7 +1042,7 @@ def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
 
 def test_the_ranges_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for name, range_ in hgc.structure.RELEASES.items():
+    for name, range_ in hgc.models.structure.RELEASES.items():
         assert name + range_ in project["dependencies"]
 
 

@@ -8,7 +8,7 @@ import torch
 
 import hgc
 from hgc import Config
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from diffusers import (
 
 import hgc
 from hgc import testbed
-from hgc.macs import flop_counter, macs_of
+from hgc.report.macs import flop_counter, macs_of
 
 STEPS = 5
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import hgc
-from hgc import benchmarking
-from hgc.config import Calibration, Config, ConfigError, StepPlan
+from hgc.bench import runner as benchmarking
 from hgc.evaluation import candidates as all_candidates
 from hgc.evaluation import measure, metrics, peers, record, subject, tables, timing
 from hgc.evaluation.candidate import Candidate, equal_steps, own_schedulers, steps_of
 from hgc.evaluation.models import sd15_macs
+from hgc.planning.config import Calibration, Config, ConfigError, StepPlan
 
 for name in ("transformers", "PIL", "skimage", "torchmetrics"):
     pytest.importorskip(name)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from commands import run
 
-from hgc.config import Calibration, Config, StepPlan
 from hgc.evaluation import Candidate, DataError, Folder, ModelError, Settings, evaluate
+from hgc.planning.config import Calibration, Config, StepPlan
 
 for name in ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib"):
     pytest.importorskip(name)

@@ -12,8 +12,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
 from hgc import Config, StepPlan
-from hgc.engine import HgcWarning
-from hgc.fitting import Products, fit
+from hgc.execute.engine import HgcWarning
+from hgc.tune.fit import Products, fit
 
 STEPS = 6
 RULE = Config(

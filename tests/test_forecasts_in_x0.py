@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
 from hgc import Config, ConfigError, StepPlan, engine
-from hgc.engine import HgcWarning
-from hgc.noise import NoiseLevels
+from hgc.execute.engine import HgcWarning
+from hgc.run.noise import NoiseLevels
 
 SKIP = Config(
     name="skip", num_evaluations=8, key_steps=(0, 2, 5), depth=0, damping=0.6, guidance_damping=0.3
@@ -540,7 +540,7 @@ def test_levels_are_waited_for_once_the_first_evaluation_is_launched(monkeypatch
         late = torch.full_like(value, 500)
         return late, Event(late, value)
 
-    monkeypatch.setattr("hgc.noise.to_host", to_host)
+    monkeypatch.setattr("hgc.run.noise.to_host", to_host)
     run_unet = engine.run_unet
 
     def launched(*args, **kwargs):

@@ -10,7 +10,7 @@ import pytest
 
 import hgc
 from hgc import Config, ConfigError, StepPlan
-from hgc.planning import check_plan, reads, scaled_key_steps
+from hgc.planning.rule import check_plan, reads, scaled_key_steps
 
 PRESETS = ("exact", "paper", "balanced", "fast", "turbo")
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 import hgc
 from hgc import Config
-from hgc.engine import HgcWarning
+from hgc.execute.engine import HgcWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore::hgc.engine.HgcWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hgc.execute.engine.HgcWarning")
 SOME = Config(
     name="some", num_evaluations=8, key_steps=(0, 3, 6), depth=2, guidance="reuse", forecast=0.7
 )
@@ -467,7 +467,7 @@ def test_one_step_is_a_run_and_nothing_to_warn_of():
 
 
 def test_what_is_held_in_a_list_is_seen_when_it_is_written_to():
-    from hgc.runs import Held
+    from hgc.run.run import Held
 
     x, y = torch.zeros(2), torch.zeros(2)
     held, given = Held([x, y]), [x, y]
@@ -488,7 +488,7 @@ def test_a_pipeline_whose_guidance_has_three_rows_keeps_maps():
 
 
 def test_macs_of_a_controlnet_union_are_those_of_a_real_run():
-    from hgc.macs import flop_counter, macs_of
+    from hgc.report.macs import flop_counter, macs_of
 
     pipe = compatibility.xl(diffusers.StableDiffusionXLControlNetUnionPipeline)
     with hgc.install(pipe.unet, pipe.controlnet, config="exact") as installed:

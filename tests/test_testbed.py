@@ -20,9 +20,9 @@ pytest.importorskip("torchmetrics")
 
 import hgc  # noqa: E402
 from hgc import Config, testbed  # noqa: E402
-from hgc.engine import HgcWarning  # noqa: E402
 from hgc.evaluation.candidate import candidates, equal_steps  # noqa: E402
 from hgc.evaluation.models import sd15_macs  # noqa: E402
+from hgc.execute.engine import HgcWarning  # noqa: E402
 from hgc.testbed import judges  # noqa: E402
 from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
 

@@ -20,8 +20,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import hgc
-from hgc.engine import HgcWarning
-from hgc.trust import Trust
+from hgc.execute.engine import HgcWarning
+from hgc.watch.trust import Trust
 
 STEPS = 5
 CALLS: list[int] = []

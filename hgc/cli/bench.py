@@ -22,10 +22,10 @@ from hgc.cli.console import (
     writable,
 )
 from hgc.cli.evaluate import check_device
-from hgc.config import Config, ConfigError
+from hgc.planning.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from hgc.benchmarking import Bench, Timing
+    from hgc.bench.runner import Bench, Timing
 
 __all__ = ["run"]
 
@@ -65,7 +65,7 @@ def run(
 
     import torch
 
-    from hgc.benchmarking import bench, load_pipeline
+    from hgc.bench.runner import bench, load_pipeline
     from hgc.evaluation.models import load_shapes
 
     if threads is not None:

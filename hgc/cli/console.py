@@ -55,8 +55,8 @@ def console() -> Console:
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with what a user can put right said in one line, and exit code 2."""
-    from hgc.config import ConfigError
     from hgc.evaluation.models import ModelError
+    from hgc.planning.config import ConfigError
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

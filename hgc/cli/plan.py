@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hgc.cli.console import as_usage, console, parse_size, tera
-from hgc.config import Config, ConfigError, StepPlan
-from hgc.planning import bounds, longest_gap
-from hgc.planning import plan as hgc_plan
-from hgc.presets import PRESETS
+from hgc.planning.config import Config, ConfigError, StepPlan
+from hgc.planning.presets import PRESETS
+from hgc.planning.rule import bounds, longest_gap
+from hgc.planning.rule import plan as hgc_plan
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
-    from hgc.macs import MacCount, Macs
+    from hgc.report.macs import MacCount, Macs
 
 __all__ = ["run"]
 
@@ -137,7 +137,7 @@ def _at(
 ) -> Macs | None:
     """What ``config`` costs at ``steps`` steps, from the count ``known`` where that has each kind
     of evaluation; None where it is for one number of steps only."""
-    from hgc.macs import Macs
+    from hgc.report.macs import Macs
 
     try:
         wanted = hgc_plan(config, steps)

@@ -38,7 +38,7 @@ def about(settings: Settings, subject: Subject | None = None) -> dict[str, Any]:
     """What rows were measured with, for files. subject: None: the testbed."""
     import dataclasses
 
-    from hgc.benchmarking import about_device
+    from hgc.bench.runner import about_device
     from hgc.evaluation.candidate import testbed
     from hgc.evaluation.measure import own_scheduler
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hgc.config import Config, ConfigError, model_name
 from hgc.evaluation.models import sd15_macs
 from hgc.evaluation.peers import (
     PACKAGES,
@@ -22,8 +21,9 @@ from hgc.evaluation.peers import (
     refined_rows,
 )
 from hgc.evaluation.subject import Subject, Testbed, ays, check_scheduler
-from hgc.planning import plan
-from hgc.presets import PRESETS
+from hgc.planning.config import Config, ConfigError, model_name
+from hgc.planning.presets import PRESETS
+from hgc.planning.rule import plan
 from hgc.testbed import plans as calibrated_plans
 
 __all__ = ["Candidate", "candidates", "equal_steps", "own_schedulers", "steps_of", "testbed"]

@@ -22,7 +22,7 @@ from hgc.evaluation.timing import MOST_WAITED, Timing, timed
 from hgc.evaluation.worst import Strips
 
 if TYPE_CHECKING:
-    from hgc.macs import Macs
+    from hgc.report.macs import Macs
 
 __all__ = ["Batch", "Row", "Settings", "evaluate"]
 
@@ -256,11 +256,12 @@ def _engine() -> dict[str, str]:
     import hgc_kernels
 
     return {
-        "engine": fingerprint(Path(hgc.__file__).parent, "*.py"),
+        "engine": fingerprint(Path(hgc.__file__).parent, *(f"{one}/*.py" for one in _COMPUTING)),
         "kernels": fingerprint(Path(hgc_kernels.__file__).parent, "**/*.py"),
     }
 
 
+_COMPUTING = ("planning", "run", "models", "watch", "execute")
 _MEASURING = ("measure", "metrics", "subject", "folder", "judging", "peers", "timing")
 
 # Settings that say how many pictures there are, and not how one is made.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hgc.config import Config
-    from hgc.macs import Macs
+    from hgc.planning.config import Config
+    from hgc.report.macs import Macs
 
 __all__ = ["KNOWN", "ModelError", "ModelShapes", "load_shapes", "sd15_macs"]
 
@@ -147,7 +147,7 @@ def sd15_macs(config: Config | None, num_evaluations: int) -> Macs:
     This is what a plan would cost on the model its figures are quoted for.
     """
     import hgc
-    from hgc.macs import Macs
+    from hgc.report.macs import Macs
 
     shapes = _sd15()
     if config is None:

@@ -43,13 +43,13 @@ from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from hgc.config import Config, ConfigError, StepPlan
-from hgc.planning import scaled_key_steps
-from hgc.presets import PRESETS
+from hgc.planning.config import Config, ConfigError, StepPlan
+from hgc.planning.presets import PRESETS
+from hgc.planning.rule import scaled_key_steps
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
-    from hgc.macs import Macs
+    from hgc.report.macs import Macs
 
 __all__ = [
     "PACKAGES",
@@ -316,7 +316,7 @@ def package_macs(name: str, steps: int, shapes: ModelShapes, full: Macs) -> Macs
     """
     if shapes.unet.config.addition_embed_type is not None:
         return None
-    from hgc.macs import Macs
+    from hgc.report.macs import Macs
 
     saved = _saved(_interval(name), shapes)
     skips = steps - len(range(0, steps, _interval(name)))
@@ -328,7 +328,7 @@ def _saved(interval: int, shapes: ModelShapes) -> Macs:
     """What an evaluation that the package shortens costs less than a full one."""
     import torch
 
-    from hgc.macs import Macs, flop_counter, macs_of
+    from hgc.report.macs import Macs, flop_counter, macs_of
 
     unet = shapes.unet
     pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=torch.arange(2)))

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hgc.config import ConfigError
 from hgc.evaluation.models import ModelShapes, load_shapes
 from hgc.evaluation.peers import grid
 from hgc.evaluation.record import fingerprint
+from hgc.planning.config import ConfigError
 
 if TYPE_CHECKING:
-    from hgc.config import Config
-    from hgc.macs import Macs
+    from hgc.planning.config import Config
+    from hgc.report.macs import Macs
 
 __all__ = [
     "SCHEDULERS",
@@ -282,7 +282,7 @@ class Subject(abc.ABC):
         Raises ConfigError where ``config`` does not fit the model.
         """
         import hgc
-        from hgc.macs import Macs
+        from hgc.report.macs import Macs
 
         found = self._macs.get((config, steps))
         if found is None:

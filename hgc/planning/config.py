@@ -353,7 +353,7 @@ class Config:
                     f"got {len(self.steps)}"
                 )
         if self.name != "exact" and self.key_steps is self.steps is self.adaptive is None:
-            from hgc.presets import PRESETS
+            from hgc.planning.presets import PRESETS
 
             if self.name in PRESETS:
                 raise ConfigError(
@@ -447,7 +447,7 @@ class Config:
     @classmethod
     def preset(cls, name: str) -> Config:
         """The preset called ``name``; :class:`ConfigError`, a ValueError, names them all."""
-        from hgc.presets import PRESETS
+        from hgc.planning.presets import PRESETS
 
         if not isinstance(name, str) or name not in PRESETS:
             close = difflib.get_close_matches(str(name), PRESETS, n=1)

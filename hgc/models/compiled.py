@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hgc.kinds import Kind, Networks
+from hgc.models.graphs import Kind, Networks
 
 __all__ = ["CompiledNetworks", "Kind"]
 

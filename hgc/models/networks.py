@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.utils.torch_utils import apply_freeu
 
 import hgc_kernels
-from hgc.structure import UNetStructure
+from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 
 __all__ = [

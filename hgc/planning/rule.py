@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from hgc.config import Config, ConfigError, StepPlan
+from hgc.planning.config import Config, ConfigError, StepPlan
 
 __all__ = ["Past", "Rule", "bounds", "check_plan", "longest_gap", "plan", "scaled_key_steps"]
 

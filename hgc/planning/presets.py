@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hgc.config import Config
+from hgc.planning.config import Config
 
 _SKIPS: dict[str, Any] = {"depth": 0}
 

@@ -3,7 +3,7 @@
 An output that is computed is combined with earlier ones; where nothing is run, x0 is
 (:attr:`hgc.StepPlan.x0_correction`).
 
-:func:`hgc.fitting.fit` makes each forecast right by itself, on features of uncached runs. What
+:func:`hgc.tune.fit.fit` makes each forecast right by itself, on features of uncached runs. What
 matters is the end of a run whose own errors go round, those of its scheduler too. An output that is
 combined with those of earlier key evaluations makes good for both, and such coefficients are few
 (tens). So the derivative of the error with respect to all of them is measured, one run a
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from hgc.config import Config, StepPlan
-from hgc.planning import plan
+from hgc.planning.config import Config, StepPlan
+from hgc.planning.rule import plan
 
 __all__ = ["coefficients", "refine"]
 

@@ -23,8 +23,8 @@ from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
 from torch.nn.modules import module as all_modules
 
-from hgc.attention import unwrapped
-from hgc.structure import parts
+from hgc.models.attention import unwrapped
+from hgc.models.structure import parts
 
 __all__ = ["Trust"]
 

@@ -29,10 +29,10 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-from hgc.attention import Text, unwrapped
-from hgc.kinds import Kind, Networks
-from hgc.networks import control_function, freeu_of, run_unet
-from hgc.structure import UNetStructure
+from hgc.models.attention import Text, unwrapped
+from hgc.models.graphs import Kind, Networks
+from hgc.models.networks import control_function, freeu_of, run_unet
+from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 
 __all__ = ["CapturedNetworks", "CudaRecorder", "Recorder"]
@@ -575,14 +575,14 @@ class CapturedNetworks(Networks):
             self._refused.clear()
 
     def begin_run(self) -> None:
-        """See :class:`~hgc.kinds.Networks`."""
+        """See :class:`~hgc.models.graphs.Networks`."""
         self._runs += 1
 
     def run_unet(
         self, half: bool, unet: Any, structure: UNetStructure, sample: Tensor, timestep: Any,
         text: Any, wrap_text: Callable[[Any], Any] | None = None, **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """See :class:`~hgc.kinds.Networks`."""
+        """See :class:`~hgc.models.graphs.Networks`."""
         if self._is_eager(sample, text, wrap_text):
             return run_unet(unet, structure, sample, timestep, text, wrap_text, **arguments)
         timestep = _on(sample.device, timestep)
@@ -594,7 +594,7 @@ class CapturedNetworks(Networks):
         self, half: bool, net: Any, sample: Tensor, timestep: Any, text: Any, hint: Any,
         wrap_text: Callable[[Any], Any] | None = None, **arguments: Any,
     ) -> list[Tensor]:  # fmt: skip
-        """See :class:`~hgc.kinds.Networks`."""
+        """See :class:`~hgc.models.graphs.Networks`."""
         if self._is_eager(sample, text, wrap_text):
             run = control_function(net)
             return run(net, sample, timestep, text, hint, wrap_text, **arguments)

@@ -28,14 +28,11 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
-from hgc import attention as prompt_grain
-from hgc.adaptive import AdaptiveSchedule
-from hgc.cache import Cache, conditional_half
-from hgc.capturing import LIMIT, CapturedNetworks
-from hgc.compiling import CompiledNetworks
-from hgc.config import Config, StepPlan, model_name
-from hgc.kinds import Networks
-from hgc.networks import (
+from hgc.models import attention as prompt_grain
+from hgc.models.captured import LIMIT, CapturedNetworks
+from hgc.models.compiled import CompiledNetworks
+from hgc.models.graphs import Networks
+from hgc.models.networks import (
     UP_BLOCKS,
     Residuals,
     control_function,
@@ -44,9 +41,19 @@ from hgc.networks import (
     run_unet,
     scale_residuals,
 )
-from hgc.noise import NoiseLevels, to_host
-from hgc.promises import Promise, PromiseSet, Terms, Zeros, fresh
-from hgc.runs import (
+from hgc.models.structure import (
+    UNetStructure,
+    check_unet,
+    controlnets,
+    has_compiled_parts,
+    untested,
+)
+from hgc.planning.config import Config, StepPlan, model_name
+from hgc.run.adaptive import AdaptiveSchedule
+from hgc.run.cache import Cache, conditional_half
+from hgc.run.noise import NoiseLevels, to_host
+from hgc.run.residuals import Promise, PromiseSet, Terms, Zeros, fresh
+from hgc.run.run import (
     ControlSlot,
     Evaluation,
     Held,
@@ -59,14 +66,7 @@ from hgc.runs import (
     position_of,
     scheduler_of,
 )
-from hgc.structure import (
-    UNetStructure,
-    check_unet,
-    controlnets,
-    has_compiled_parts,
-    untested,
-)
-from hgc.trust import Trust
+from hgc.watch.trust import Trust
 
 __all__ = ["HgcWarning", "Installation", "install", "uninstall"]
 
@@ -815,7 +815,7 @@ class Installation:
 
         Raises RuntimeError where this thread has made no run yet.
         """
-        from hgc.report import Report
+        from hgc.report.report import Report
 
         run = self._runs.last
         if run is None or not run.report:
@@ -2044,7 +2044,7 @@ def _scaled(
     scale: float | Tensor,
     guess_mode: bool,
 ) -> tuple[Tensor, float]:
-    """A cached residual with its scale, as :func:`hgc.networks.scale_residuals` scales it."""
+    """A cached residual with its scale, as `hgc.models.networks.scale_residuals` scales it."""
     if pooled:
         return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
     factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0

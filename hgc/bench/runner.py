@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hgc
-from hgc.config import Config
 from hgc.evaluation.models import KNOWN, ModelError
-from hgc.structure import controlnets, in_dtype
+from hgc.models.structure import controlnets, in_dtype
+from hgc.planning.config import Config
 
 if TYPE_CHECKING:
-    from hgc.macs import MacCount, Macs
+    from hgc.report.macs import MacCount, Macs
 
 __all__ = [
     "MODES",

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from hgc.attention import Processor, Text, _is_plain, cross_attentions
-from hgc.networks import Residuals, control_function, run_unet
-from hgc.structure import UNetStructure
+from hgc.models.attention import Processor, Text, _is_plain, cross_attentions
+from hgc.models.networks import Residuals, control_function, run_unet
+from hgc.models.structure import UNetStructure
 
 __all__ = ["Kind", "Networks"]
 
@@ -175,8 +175,8 @@ def _control_function(net: Any, kind: Kind) -> Callable[..., Any]:
 
 
 class Networks:
-    """Stands for :func:`~hgc.networks.run_unet` and :func:`~hgc.networks.run_controlnet` in an
-    installation that was compiled or captured.
+    """Stands for `hgc.models.networks.run_unet` and `run_controlnet` in an installation that was
+    compiled or captured.
 
     Args:
         unet: The UNet.
@@ -228,7 +228,7 @@ class Networks:
         intrablock_residuals: list[Tensor] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:func:`~hgc.networks.run_unet`; ``half`` says that the rows are the conditional half."""
+        """`hgc.models.networks.run_unet`; ``half`` says that the rows are the conditional half."""
         added = arguments.get("added_cond_kwargs")
         processed = unet.process_encoder_hidden_states(text, added) if wrap_text else text
         spec, given, store = self._text(
@@ -278,7 +278,7 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """:func:`~hgc.networks.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
+        """`hgc.models.networks.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
         the UNet."""
         spec, given, store = self._text(net, wrap_text, text, arguments, None)
         kind = Kind(
@@ -343,7 +343,7 @@ class Networks:
 
 
 def _is_projected(attn: Any, arguments: dict[str, Any]) -> bool:
-    """Whether :class:`~hgc.attention.Processor` reads the projections of ``attn``."""
+    """Whether :class:`~hgc.models.attention.Processor` reads the projections of ``attn``."""
     processor = attn.processor
     masked = arguments.get("encoder_attention_mask") is not None
     standard = isinstance(processor, Processor) and processor._standard

@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 
 import hgc_kernels
-from hgc.cache import Cache, conditional_half
+from hgc.run.cache import Cache, conditional_half
 
 __all__ = ["Processor", "Text", "cross_attentions", "unwrapped", "wrap"]
 

@@ -6,11 +6,11 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from hgc.macs import Macs, Shapes, count_performed
+from hgc.report.macs import Macs, Shapes, count_performed
 
 if TYPE_CHECKING:
-    from hgc.engine import Installation
-    from hgc.runs import Run
+    from hgc.execute.engine import Installation
+    from hgc.run.run import Run
 
 __all__ = ["Report", "Row"]
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from hgc.config import Calibration, Config, model_name
-from hgc.engine import HgcWarning, install
-from hgc.fitting import Products, fit
-from hgc.macs import MacCount, count_macs
-from hgc.planning import carried_over, scaled_key_steps
-from hgc.presets import PRESETS
-from hgc.refining import coefficients, refine
-from hgc.structure import controlnets
+from hgc.execute.engine import HgcWarning, install
+from hgc.models.structure import controlnets
+from hgc.planning.config import Calibration, Config, model_name
+from hgc.planning.presets import PRESETS
+from hgc.planning.rule import carried_over, scaled_key_steps
+from hgc.report.macs import MacCount, count_macs
+from hgc.tune.fit import Products, fit
+from hgc.tune.refine import coefficients, refine
 
 __all__ = ["calibrate"]
 
@@ -384,7 +384,7 @@ def calibrate(
     only; the depth) from the best so far. The coefficients of each evaluation's forecasts are
     fitted by least squares to uncached runs on the same inputs; first, second and third order and
     a damped extrapolation are tried, and the nearest is kept. Then coefficients of its outputs are
-    refined on whole runs (:func:`hgc.refining.refine`), which takes one run for each of them. The
+    refined on whole runs (`hgc.tune.refine`), which takes one run for each of them. The
     dearest presets within ``max_macs`` are tried first; of them, the plan that was found and the
     refined one, the nearest on inputs the search did not see is returned, with a warning where it
     is a preset. The distance is the relative

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from hgc.adaptive import AdaptiveSchedule
-from hgc.cache import Cache, conditional_half
-from hgc.config import Config, StepPlan
-from hgc.maps import MapSums
-from hgc.noise import NoiseLevels, to_host
-from hgc.planning import plan, reads
-from hgc.promises import PromiseSet
+from hgc.planning.config import Config, StepPlan
+from hgc.planning.rule import plan, reads
+from hgc.run.adaptive import AdaptiveSchedule
+from hgc.run.cache import Cache, conditional_half
+from hgc.run.maps import MapSums
+from hgc.run.noise import NoiseLevels, to_host
+from hgc.run.residuals import PromiseSet
 
 __all__ = ["ControlSlot", "Evaluation", "Position", "Run", "Runs", "position_of", "same_tensor"]
 

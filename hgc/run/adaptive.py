@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hgc.cache import Cache, conditional_half
-from hgc.config import Config, StepPlan
-from hgc.noise import NoiseLevels, to_host
-from hgc.planning import Past, Rule, longest_gap, reads
+from hgc.planning.config import Config, StepPlan
+from hgc.planning.rule import Past, Rule, longest_gap, reads
+from hgc.run.cache import Cache, conditional_half
+from hgc.run.noise import NoiseLevels, to_host
 
 if TYPE_CHECKING:
-    from hgc.runs import Evaluation
+    from hgc.run.run import Evaluation
 
 __all__ = ["AdaptiveSchedule"]
 
@@ -35,7 +35,7 @@ _GROWTH = 2  # a distance is at most so many times the one before
 
 
 class AdaptiveSchedule:
-    """Stands for :class:`hgc.runs.Schedule` in a run that places its key evaluations itself.
+    """Stands for :class:`hgc.run.run.Schedule` in a run that places its key evaluations itself.
 
     A step is planned when its evaluation begins, before any network is called. What later steps
     may read is kept, whichever they turn out to be.
@@ -93,15 +93,15 @@ class AdaptiveSchedule:
         return step if self._in_x0 else step.in_output
 
     def whole(self, index: int) -> StepPlan:
-        """As :meth:`hgc.runs.Schedule.whole`."""
+        """As :meth:`hgc.run.run.Schedule.whole`."""
         return dataclasses.replace(self.plan[index], guidance="both", guidance_forecast=(1.0,))
 
     def will_read(self, *, after: int) -> tuple[frozenset[str], bool]:
-        """As :meth:`hgc.runs.Schedule.will_read`."""
+        """As :meth:`hgc.run.run.Schedule.will_read`."""
         return self._will_read[after]
 
     def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """As :meth:`hgc.runs.Schedule.guidance_read`: not known yet, so none."""
+        """As :meth:`hgc.run.run.Schedule.guidance_read`: not known yet, so none."""
         return ()
 
     def decide(self, index: int, made: Sequence[Evaluation]) -> str:

@@ -20,11 +20,11 @@ from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
-from hgc.config import Config, ConfigError, StepPlan
-from hgc.engine import Installation
-from hgc.planning import plan
-from hgc.runs import PairCheck
-from hgc.structure import check_unet, controlnets
+from hgc.execute.engine import Installation
+from hgc.models.structure import check_unet, controlnets
+from hgc.planning.config import Config, ConfigError, StepPlan
+from hgc.planning.rule import plan
+from hgc.run.run import PairCheck
 
 __all__ = ["MacCount", "Macs", "count_macs", "flop_counter"]
 

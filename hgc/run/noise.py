@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hgc.cache import Cache, conditional_half
+from hgc.run.cache import Cache, conditional_half
 
 __all__ = ["NoiseLevels", "to_host"]
 

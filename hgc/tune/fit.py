@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from hgc.config import Config, StepPlan
-from hgc.planning import plan
-from hgc.structure import UNetStructure, controlnets
+from hgc.models.structure import UNetStructure, controlnets
+from hgc.planning.config import Config, StepPlan
+from hgc.planning.rule import plan
 
 __all__ = ["Products", "fit"]
 

@@ -1,0 +1,1 @@
+"""Timing pipelines with and without the cache."""

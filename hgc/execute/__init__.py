@@ -1,0 +1,1 @@
+"""One evaluation of a patched model: which run it is of, what is decided, what is computed."""

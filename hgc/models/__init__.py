@@ -1,0 +1,1 @@
+"""diffusers' networks as pure functions that compute part of an evaluation."""

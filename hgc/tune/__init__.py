@@ -1,0 +1,1 @@
+"""Plans fitted to a model on its own pictures."""

@@ -1,0 +1,1 @@
+"""What features depend on, and whether it changed."""
