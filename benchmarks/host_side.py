@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 
 import hgc
-from hgc import networks, testbed
+from hgc import testbed
+from hgc.models import networks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from measured import commit, table, write_section

@@ -12,7 +12,8 @@ import torch
 from test_compile import small_pipeline
 
 import hgc
-from hgc import Config, benchmarking
+from hgc import Config
+from hgc.bench import runner as benchmarking
 from hgc.evaluation.models import ModelError
 
 EXACT = Config.preset("exact")

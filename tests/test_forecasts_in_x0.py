@@ -33,7 +33,8 @@ from diffusers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
-from hgc import Config, ConfigError, StepPlan, engine
+from hgc import Config, ConfigError, StepPlan
+from hgc.execute import engine
 from hgc.execute.engine import HgcWarning
 from hgc.run.noise import NoiseLevels
 

@@ -11,7 +11,8 @@ import torch
 
 import hgc
 import hgc_kernels as hk
-from hgc import Config, networks
+from hgc import Config
+from hgc.models import networks
 from hgc_kernels import backend
 
 SHALLOW = Config(num_evaluations=6, key_steps=(0, 3), depth=1)
