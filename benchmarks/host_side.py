@@ -116,7 +116,7 @@ def _print_walk(installed):
     took = []
     for _ in range(20):
         start = time.perf_counter()
-        assert installed._trust.stranger() == ""
+        assert installed._engine.watch.trust.stranger() == ""
         took.append(time.perf_counter() - start)
     print(f"modules looked at in {statistics.median(took) * 1e3:.2f} ms", file=sys.stderr)
 
@@ -131,7 +131,7 @@ def measure(pipe, config, steps, repeats, arguments, profiler=None):
         if not plain:
             _print_walk(installed)
             # the timer stands in every call, which hgc would leave to diffusers
-            installed._trust.stranger = str
+            installed._engine.watch.trust.stranger = str
         for repeat in range(repeats + 1):
             with Timer([pipe.unet, *nets]) as timer:
 
@@ -149,7 +149,7 @@ def measure(pipe, config, steps, repeats, arguments, profiler=None):
                     profiler.disable()
             if not repeat:
                 continue  # warming up
-            done = [None] * steps if plain else installed._runs.last.report
+            done = [None] * steps if plain else installed._engine.registry.last.report
             for i, (row, times) in enumerate(zip(done, timer.rows, strict=True)):
                 evaluation, modules, cpu, joins = times
                 kind = "full" if row is None or row.plan.is_key else "shallow"

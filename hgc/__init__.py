@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hgc.planning.config import Calibration, Config, ConfigError, StepPlan
+from hgc.planning.config import Calibration, Config, ConfigError, StepPlan, presets
 from hgc.planning.rule import plan
 
 if TYPE_CHECKING:
-    from hgc.execute.engine import HgcWarning, Installation, install, uninstall
+    from hgc.installation import Installation, install, uninstall
     from hgc.report.macs import MacCount, count_macs
     from hgc.report.report import Report
     from hgc.run.maps import plot_maps
@@ -34,15 +34,16 @@ __all__ = [
     "install",
     "plan",
     "plot_maps",
+    "presets",
     "uninstall",
 ]
 
 # torch and diffusers take seconds to import; Config and plan need neither.
 _LAZY = {
-    "HgcWarning": "hgc.execute.engine",
-    "Installation": "hgc.execute.engine",
-    "install": "hgc.execute.engine",
-    "uninstall": "hgc.execute.engine",
+    "HgcWarning": "hgc.warn",
+    "Installation": "hgc.installation",
+    "install": "hgc.installation",
+    "uninstall": "hgc.installation",
     "calibrate": "hgc.tune.calibrate",
     "MacCount": "hgc.report.macs",
     "count_macs": "hgc.report.macs",

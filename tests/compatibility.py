@@ -33,7 +33,7 @@ import torch
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 
 STEPS = 8
 # Presets run nothing between key steps, or one layer; this plan reuses all that a plan can:
@@ -1244,7 +1244,7 @@ class InstalledUnderOffload:
     def __init__(self, pipe: Any, config: Any) -> None:
         self._pipe = pipe
         self._installation = install(pipe, config)
-        self._runs = self._installation._runs
+        self._runs = self._installation._engine.registry
         group_offload(pipe, "block_level")
 
     def __enter__(self) -> InstalledUnderOffload:
@@ -1741,10 +1741,10 @@ def relative(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def reused_of(installation: hgc.Installation) -> tuple[int, int]:
     """Evaluations of the last run that reused something, and all of them."""
-    last = installation._runs.last
+    last = installation._engine.registry.last
     report = [] if last is None else last.report
     if len(report) < 2:  # not of the run that the last call alone made
-        reports = [report, *(run.report for run in installation._runs.runs.values())]
+        reports = [report, *(run.report for run in installation._engine.registry.runs.values())]
         report = max(reports, key=lambda r: sum(row.plan != hgc.StepPlan() for row in r))
     return sum(row.plan != hgc.StepPlan() for row in report), len(report)
 

@@ -22,7 +22,7 @@ from hgc.planning.config import Calibration
 from hgc.planning.rule import bounds, longest_gap
 from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.cache import Cache
-from hgc.run.run import Evaluation
+from hgc.run.evaluation import Evaluation
 
 STEPS = 12
 RULE = Config(
@@ -316,8 +316,8 @@ def test_after_an_exception_the_next_request_is_right(pipe, at):
         with pytest.raises(ArithmeticError):
             models.draw(pipe, steps=STEPS, callback_on_step_end=fail)
         assert torch.equal(models.draw(pipe, steps=STEPS, seed=1), expected)
-        assert installed._runs.last.cache.bytes == 0
-        assert not installed._runs.last.schedule._under_way
+        assert installed._engine.registry.last.cache.bytes == 0
+        assert not installed._engine.registry.last.schedule._under_way
 
 
 def test_a_changed_text_is_computed_in_full(pipe):
@@ -353,7 +353,7 @@ def test_kinds_of_evaluations_are_those_of_the_rule(pipe, monkeypatch):
             eager = models.draw(pipe, steps=STEPS)
             installed.compile()
             assert torch.equal(models.draw(pipe, steps=STEPS), eager)
-            kinds[config.adaptive] = installed._compiled.kinds
+            kinds[config.adaptive] = installed._engine.functions.networks.kinds
     assert set(kinds[0.2]) == set(kinds[None])
 
 

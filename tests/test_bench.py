@@ -60,7 +60,12 @@ def test_configurations_share_what_was_compiled():
             error_on_recompile=len(found) == 2
         ):  # fmt: skip
             models.draw(pipe, steps=4)
-            found.append((installed._compiled, len(installed._compiled.kinds)))
+            found.append(
+                (
+                    installed._engine.functions.networks,
+                    len(installed._engine.functions.networks.kinds),
+                )
+            )
     networks, counts = zip(*found, strict=True)
     assert networks[0] is networks[1] is networks[2]
     assert counts[0] < counts[1] == counts[2]

@@ -10,7 +10,7 @@ import torch
 
 from hgc.run.cache import Cache, conditional_half
 from hgc.run.residuals import Promise, PromiseSet, fresh, zero_promise
-from hgc.run.run import Signature
+from hgc.run.snapshot import Signature
 
 
 def write(cache, name, tensor, evaluation=0, history=2, half=False):

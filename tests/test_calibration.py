@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hgc
-from hgc.execute.engine import HgcWarning
 from hgc.planning.config import Calibration, ConfigError, model_name
+from hgc.warn import HgcWarning
 
 
 def inputs(count=4):
@@ -199,15 +199,15 @@ def test_with_another_scheduler_of_the_same_timesteps_the_rule_is_followed():
 
 def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkeypatch):
     """As on a GPU: the copy has an event, and what follows does not hang on when it is there."""
-    from hgc.execute import engine
+    from hgc.execute import fitted
 
     waited = []
 
     class Event:
         def synchronize(self):
-            waited.append(len(installed._runs.last.report))
+            waited.append(len(installed._engine.registry.last.report))
 
-    monkeypatch.setattr(engine, "to_host", lambda value: (value.clone(), Event()))
+    monkeypatch.setattr(fitted, "to_host", lambda value: (value.clone(), Event()))
     pipe, config, _ = found()
     steps = config.calibration.steps
     pipe.scheduler = type(pipe.scheduler).from_config(

@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
-from hgc.execute.engine import HgcWarning
 from hgc.models.attention import cross_attentions
 from hgc.models.captured import CapturedNetworks, _flatten, _Graph
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS
+from hgc.warn import HgcWarning
 
 
 def storage(x):
@@ -101,8 +101,8 @@ class Captured:
         self.installed = hgc.install(pipe.unet, pipe.controlnet, config=config, trust=vouched)
         self.count = self.installed.config.num_evaluations
         self.recorder = OnCpu()
-        self.networks = self.installed._compiled = CapturedNetworks(
-            pipe.unet, self.installed.controlnets, say=self.installed._say,
+        self.networks = self.installed._engine.functions.networks = CapturedNetworks(
+            pipe.unet, self.installed.controlnets, say=self.installed._engine.warn,
             recorder=self.recorder, **options,
         )  # fmt: skip
 
@@ -110,11 +110,11 @@ class Captured:
         return models.draw(self.pipe, **{"steps": self.count, **changes})
 
     def eager(self, **changes):
-        self.installed._compiled = None
+        self.installed._engine.functions.networks = None
         try:
             return self.draw(**changes)
         finally:
-            self.installed._compiled = self.networks
+            self.installed._engine.functions.networks = self.networks
 
     def counts(self, **changes):
         """What a run's evaluations did."""
@@ -129,7 +129,7 @@ def captured(pipe, config, **options):
     try:
         yield made
     finally:
-        if made.installed._forwards:
+        if made.installed._engine.patched:
             made.installed.uninstall()
 
 
@@ -243,7 +243,7 @@ def test_no_buffer_of_a_graph_is_handed_out_or_kept(shallow):
 
     def look(module, args, output):
         seen.extend(tensors_in(output, args))
-        run = shallow.installed._runs.last
+        run = shallow.installed._engine.registry.last
         for values in run.cache._entries.values():
             seen.extend(value.tensor for value in values)
         seen.extend(run.cache._kept.values())
@@ -522,7 +522,7 @@ def test_reset_and_uninstall_free_the_graphs(shallow):
     check(shallow, {})
     graphs = finders()
     shallow.installed.uninstall()
-    assert shallow.installed._compiled is None and shallow.networks.graphs == 0
+    assert shallow.installed._engine.functions.networks is None and shallow.networks.graphs == 0
     gc.collect()
     assert not any(graph() for graph in graphs)
 
@@ -540,7 +540,7 @@ def test_a_graph_holds_nothing_of_a_run(shallow):
     shallow.networks._by_graph = by_graph
     for _ in range(3):
         shallow.draw()
-    shallow.installed._runs.clear()
+    shallow.installed._engine.registry.clear()
     gc.collect()
     assert len(held) > 100 and not any(x() is not None for x in held)
 
@@ -655,7 +655,7 @@ def test_wrong_uses():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="torch sees no"):
             installed.capture()
-    assert installed._compiled is None
+    assert installed._engine.functions.networks is None
     installed.uninstall()
     with pytest.raises(RuntimeError, match="not installed"):
         installed.capture()

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import hgc
 from hgc import Config, StepPlan
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 
 SOME = Config(
     name="some", num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse", forecast=0.7
@@ -573,7 +573,7 @@ def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
                 unet.disable_freeu()
             for run in (0, 1):
                 unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
-                seen.append((run, i, installed._runs.last.report[-1].why))
+                seen.append((run, i, installed._engine.registry.last.report[-1].why))
     changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
     assert sorted(changed) == [(0, 2), (0, 6), (1, 2), (1, 6)]
 
@@ -590,7 +590,7 @@ def test_freeu_that_came_before_a_run_in_between_is_seen_by_the_one_around_it():
                 unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
             for i in steps:
                 unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
-                seen.append((run, i, installed._runs.last.report[-1].why))
+                seen.append((run, i, installed._engine.registry.last.report[-1].why))
     changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
     assert changed == [(0, 3)]
 

@@ -14,8 +14,7 @@ from commands import refused, run
 import hgc
 import hgc_kernels
 from hgc.evaluation.models import load_shapes
-from hgc.planning.config import Config, StepPlan
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS, Config, StepPlan
 
 _EXTRA = ("transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
 

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
-from hgc.execute.engine import HgcWarning
 from hgc.models.attention import cross_attentions, wrap
 from hgc.models.compiled import CompiledNetworks
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS
+from hgc.warn import HgcWarning
 
 SMALL = {
     "block_out_channels": (8, 16),
@@ -91,17 +91,20 @@ class Compiled:
 
     @property
     def kinds(self):
-        return self.installed._compiled.kinds
+        return self.installed._engine.functions.networks.kinds
 
     def draw(self, **changes):
         return models.draw(self.pipe, **{"steps": self.count, **changes})
 
     def eager(self, **changes):
-        compiled, self.installed._compiled = self.installed._compiled, None
+        compiled, self.installed._engine.functions.networks = (
+            self.installed._engine.functions.networks,
+            None,
+        )
         try:
             return self.draw(**changes)
         finally:
-            self.installed._compiled = compiled
+            self.installed._engine.functions.networks = compiled
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -445,10 +448,12 @@ class Checking(CompiledNetworks):
 def check_under_inductor(pipe, config, count):
     with hgc.install(pipe, config=config) as installed:
         installed.compile()
-        installed._compiled = Checking(pipe.unet, [pipe.controlnet], {})
+        installed._engine.functions.networks = Checking(pipe.unet, [pipe.controlnet], {})
         models.draw(pipe, steps=count)
-        assert installed._compiled.checked == {k.name for k in installed._compiled.kinds}
-        return installed._compiled.checked
+        assert installed._engine.functions.networks.checked == {
+            k.name for k in installed._engine.functions.networks.kinds
+        }
+        return installed._engine.functions.networks.checked
 
 
 @pytest.mark.timeout(1500)  # a C++ compiler runs once for each of some dozens of kernels
@@ -538,10 +543,10 @@ def test_wrong_uses():
         installed.compile(modus="reduce-overhead")
     with pytest.raises(RuntimeError, match="modus"):
         installed.compile(mode="modus")
-    assert installed._compiled is None
+    assert installed._engine.functions.networks is None
     installed.compile(backend="eager")
     installed.uninstall()
-    assert installed._compiled is None
+    assert installed._engine.functions.networks is None
     with pytest.raises(RuntimeError, match="not installed"):
         installed.compile()
 

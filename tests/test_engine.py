@@ -30,7 +30,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 import hgc
 import hgc.models.structure
 from hgc import Config, StepPlan
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -96,7 +96,7 @@ def loop(pipe, config, steps, *, count=None, same=True, seed=0, guidance=True, s
             )  # fmt: skip
             if not same:
                 sample = sample - 0.1 * outputs[-1].mean(0, keepdim=True)
-        rows = installed._runs.last.report
+        rows = installed._engine.registry.last.report
     return outputs, rows
 
 
@@ -266,7 +266,7 @@ def test_a_block_that_was_wrapped_and_put_back_is_as_it_was():
     pipe = models.sd15_pipeline()
     with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
         reference = models.draw(pipe)
-    up, _ = installed._structure.boundary(SOME.depth)  # run in part
+    up, _ = installed._engine.structure.boundary(SOME.depth)  # run in part
     block = pipe.unet.up_blocks[up]
     own = block.forward
     for forward, followed in ((own, True), (lambda *a, **k: own(*a, **k), False)):
@@ -405,7 +405,7 @@ def test_controlnets_run_at_their_own_key_steps(sd15, monkeypatch):
     installed = hgc.install(sd15.unet, sd15.controlnet, config=rule, trust=vouched)
     with installed:
         reused = models.draw(sd15)
-        report = installed._runs.last.report
+        report = installed._engine.registry.last.report
     monkeypatch.undo()
     assert calls.count("mid_block") == 3 and calls.count("controlnet_cond_embedding") == 1
     assert [row.control[0] for row in report] == [
@@ -532,7 +532,9 @@ def test_after_an_exception_the_next_request_equals_a_fresh_one(sd15, at, where,
                 del module.forward
         assert raised or where == "controlnet"  # a plan may call it fewer than `at` times
         assert torch.equal(models.draw(sd15, seed=1), expected)
-        assert all(run.cache.bytes == 0 for run in installed._runs.runs.values() if run.finished)
+        assert all(
+            run.cache.bytes == 0 for run in installed._engine.registry.runs.values() if run.finished
+        )
 
 
 def test_interleaved_requests_on_one_unet(sd15):
@@ -610,7 +612,9 @@ def test_residuals_that_somebody_keeps_stay_those_of_their_evaluation(sd15):
                 seen.add(id(down[0]))
                 if i in (2, 3, 5):
                     kept[i] = (down[3], mid)
-            assert all(row.control == {0: "reused"} for row in installed._runs.last.report[1:])
+            assert all(
+                row.control == {0: "reused"} for row in installed._engine.registry.last.report[1:]
+            )
             assert len(seen) < 8  # some were handed out again
             for i, (third, mid) in kept.items():
                 assert torch.equal(third + 0.0, expected[i][0][3])
@@ -637,7 +641,7 @@ def test_halves_called_one_by_one_are_two_runs(sd15):
                 alone.append([evaluate(text, t) for t in schedule])
         with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
             together = [[evaluate(text, t) for text in texts] for t in schedule]
-            assert len(installed._runs.runs) == 2
+            assert len(installed._engine.registry.runs) == 2
     for i in range(6):
         for j in range(2):
             assert torch.equal(together[i][j], alone[j][i])
@@ -930,7 +934,7 @@ def test_offload_hooks_stay(sd15):
 def test_memory_is_freed_at_the_end_and_bounded(sd15):
     with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
         models.draw(sd15)
-        run = installed._runs.last
+        run = installed._engine.registry.last
         assert run.finished and run.cache.bytes == 0 and not run.cache.names()
         peak = installed.report().peak_bytes
         assert peak > 0
@@ -1244,7 +1248,7 @@ def test_an_abandoned_run_is_forgotten(sd15):
             with contextlib.suppress(Stop):
                 models.draw(sd15, seed=seed, callback_on_step_end=fail)
         models.draw(sd15)
-        assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
+        assert sum(run.cache.bytes for run in installed._engine.registry.runs.values()) == 0
 
 
 def test_t2i_adapter_residuals_at_every_depth(sdxl):

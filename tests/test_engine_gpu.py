@@ -8,7 +8,7 @@ import torch
 
 import hgc
 from hgc import Config
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 
 pytestmark = pytest.mark.gpu
 
@@ -125,8 +125,8 @@ def test_compiled_evaluations_follow_the_eager_ones(pipe, mode):
             # another compiler rounds otherwise at every layer of ten evaluations
             bound = 64 * torch.finfo(pipe.unet.dtype).eps * eager[seed].abs().max()
             assert (out - eager[seed]).abs().max() <= bound
-            assert kinds is None or kinds == installed._compiled.kinds
-            kinds = installed._compiled.kinds
+            assert kinds is None or kinds == installed._engine.functions.networks.kinds
+            kinds = installed._engine.functions.networks.kinds
     torch._dynamo.reset()
 
 
@@ -139,7 +139,7 @@ def test_nothing_waits_for_the_gpu_when_compiled(pipe):
         installed.compile(mode="reduce-overhead")
         for _ in range(3):
             draw(pipe, steps=10)
-        watch(installed._compiled)
+        watch(installed._engine.functions.networks)
         draw(pipe, steps=10)
     torch._dynamo.reset()
 
@@ -191,7 +191,7 @@ def test_captured_evaluations_are_bitwise_eager(pipe, name):
         for _ in range(3):
             for call, expected in zip(calls, eager, strict=True):
                 assert torch.equal(draw(pipe, steps=10, **call), expected), call
-        counts = installed._compiled.counts
+        counts = installed._engine.functions.networks.counts
         assert counts["replayed"] > counts["recorded"] > 0
         allowed = {"first use", "recorded", "replayed"}
         if config.fresh_values:
@@ -207,9 +207,12 @@ def test_captured_under_other_settings_of_torch(pipe):
         for precise in (True, False, True):
             flags.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not precise
             try:
-                networks, installed._compiled = installed._compiled, None
+                networks, installed._engine.functions.networks = (
+                    installed._engine.functions.networks,
+                    None,
+                )
                 eager = draw(pipe, steps=10)
-                installed._compiled = networks
+                installed._engine.functions.networks = networks
                 for _ in range(3):
                     assert torch.equal(draw(pipe, steps=10), eager)
             finally:
@@ -262,9 +265,9 @@ def test_captured_graphs_follow_the_weights(pipe):
         for _ in range(3):
             assert torch.equal(draw(pipe, steps=10), reference)
         pipe.unet.to(memory_format=torch.channels_last)
-        installed._compiled, networks = None, installed._compiled
+        installed._engine.functions.networks, networks = None, installed._engine.functions.networks
         last = draw(pipe, steps=10)
-        installed._compiled = networks
+        installed._engine.functions.networks = networks
         for _ in range(3):
             assert torch.equal(draw(pipe, steps=10), last)
         pipe.unet.to(memory_format=torch.contiguous_format)
@@ -282,9 +285,9 @@ def test_captured_graphs_are_freed(pipe):
             installed.capture()
             for _ in range(3):
                 draw(pipe, steps=10)
-            assert installed._compiled.graphs > 0
+            assert installed._engine.functions.networks.graphs > 0
             installed.reset()
-            assert installed._compiled.graphs == 0
+            assert installed._engine.functions.networks.graphs == 0
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() <= before + (1 << 20)
 
@@ -321,7 +324,7 @@ def test_nothing_waits_for_the_gpu_when_captured(pipe):
         installed.capture()
         for _ in range(3):
             draw(pipe, steps=10)
-        watch(installed._compiled)
+        watch(installed._engine.functions.networks)
         draw(pipe, steps=10)
 
 
@@ -332,11 +335,11 @@ def test_a_replayed_evaluation_is_one_graph(pipe):
         installed.capture()
         for _ in range(3):
             draw(pipe, steps=10)
-        before = installed._compiled.counts["replayed"]
+        before = installed._engine.functions.networks.counts["replayed"]
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             draw(pipe, steps=10)
             torch.cuda.synchronize()
-        replayed = installed._compiled.counts["replayed"] - before
+        replayed = installed._engine.functions.networks.counts["replayed"] - before
     # an evaluation of the UNet each, and the ControlNet's at key evaluations
     graphs = sum(e.count for e in profiled.key_averages() if "GraphLaunch" in e.key)
     assert graphs == replayed == 10 + 3
@@ -359,11 +362,11 @@ def test_what_cannot_be_captured_runs_eagerly(pipe, monkeypatch):
         with pytest.warns(HgcWarning, match="cannot be captured and runs eagerly"):
             for _ in range(3):
                 assert torch.equal(draw(pipe, steps=10), eager)
-        assert installed._compiled.counts["could not be recorded"] > 0
+        assert installed._engine.functions.networks.counts["could not be recorded"] > 0
         torch.randn(8, device="cuda")
         torch.cuda.empty_cache()
         monkeypatch.undo()
         installed.reset()
         for _ in range(3):
             assert torch.equal(draw(pipe, steps=10), eager)
-        assert installed._compiled.counts["replayed"] > 0
+        assert installed._engine.functions.networks.counts["replayed"] > 0

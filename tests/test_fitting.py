@@ -12,8 +12,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
 from hgc import Config, StepPlan
-from hgc.execute.engine import HgcWarning
 from hgc.tune.fit import Products, fit
+from hgc.warn import HgcWarning
 
 STEPS = 6
 RULE = Config(
@@ -41,7 +41,7 @@ def test_what_is_recorded_is_what_the_cache_holds(sd15, guess_mode):
 
     def look(pipe, i, t, kwargs):
         if i == 3:
-            cache = installed._runs.last.cache
+            cache = installed._engine.registry.last.cache
             for name in ("feature/2", "control0/residual/0", "control0/residual/1", "guidance"):
                 half = name != "guidance"
                 seen[name.removeprefix("control0/")] = float(
@@ -150,7 +150,7 @@ def test_a_run_of_another_length_follows_the_rule(sd15):
     with hgc.install(sd15.unet, sd15.controlnet, config=fitted) as installed:
         with pytest.warns(HgcWarning, match="'fitted' is for 6 evaluations; this run has 9"):
             found = models.draw(sd15, 0, steps=STEPS + 3)
-        assert sum(row.plan.is_key for row in installed._runs.last.report) < STEPS + 3
+        assert sum(row.plan.is_key for row in installed._engine.registry.last.report) < STEPS + 3
     assert torch.equal(found, expected)
 
 

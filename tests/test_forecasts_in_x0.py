@@ -34,9 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
 from hgc import Config, ConfigError, StepPlan
-from hgc.execute import engine
-from hgc.execute.engine import HgcWarning
+from hgc.execute import functions
 from hgc.run.noise import NoiseLevels
+from hgc.warn import HgcWarning
 
 SKIP = Config(
     name="skip", num_evaluations=8, key_steps=(0, 2, 5), depth=0, damping=0.6, guidance_damping=0.3
@@ -522,6 +522,22 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
     assert alphas[1] > alphas[2] > 0.999 * alphas[1]
 
 
+@pytest.mark.parametrize(("steps", "share"), [(8, 1.0), (20, 1.0), (30, 0.70), (50, 0.43)])
+def test_a_forecast_is_damped_less_where_evaluations_are_near(steps, share):
+    """What is left of the damping is the median distance in log-SNR, beside 0.19."""
+    scheduler = models.scheduler(UniPCMultistepScheduler)
+    scheduler.set_timesteps(steps)
+    levels = NoiseLevels(scheduler, scheduler.timesteps, is_own=True)
+    log_snr = -scheduler.sigmas[:steps].double().log()
+    line = float((log_snr[4] - log_snr[3]) / (log_snr[3] - log_snr[1]))
+    gap = float(torch.median(log_snr.diff()))
+    assert min(1.0, gap / 0.19) == pytest.approx(share, abs=0.01)
+    for damping in (1.0, 0.6, 0.25):
+        expected = (1 - (1 - damping) * min(1.0, gap / 0.19)) * line
+        assert levels.slope(damping, 4, 3, 1) == pytest.approx(expected, rel=1e-2)
+    assert levels.slope(0.0, 4, 3, 1) == 0.0
+
+
 def test_levels_are_waited_for_once_the_first_evaluation_is_launched(monkeypatch):
     """A device that copies at the last moment: when somebody waits for the copy."""
     pipe = small()
@@ -542,14 +558,14 @@ def test_levels_are_waited_for_once_the_first_evaluation_is_launched(monkeypatch
         return late, Event(late, value)
 
     monkeypatch.setattr("hgc.run.noise.to_host", to_host)
-    run_unet = engine.run_unet
+    run_unet = functions.run_unet
 
     def launched(*args, **kwargs):
         out = run_unet(*args, **kwargs)
         done.append(1)
         return out
 
-    monkeypatch.setattr(engine, "run_unet", launched)
+    monkeypatch.setattr(functions, "run_unet", launched)
     with hgc.install(pipe, config=SKIP):
         assert torch.equal(models.draw(pipe, steps=8), expected_latents)
     assert waits == [1, 1, 1]  # timesteps, alphas and sigmas, after the first evaluation

@@ -78,7 +78,7 @@ def test_maps_of_key_evaluations_of_a_cached_run(sd15):
     with hgc.install(sd15.unet, sd15.controlnet, config=KEPT) as installed:
         models.draw(sd15, **arguments)
         maps = installed.maps()
-        assert installed._runs.last.cache.bytes == 0
+        assert installed._engine.registry.last.cache.bytes == 0
     assert maps.shape == (2, models.TOKENS, 16, 16)
     assert (maps - reference).norm() < 0.1 * reference.norm()
 

@@ -11,8 +11,8 @@ import torch
 
 import hgc
 from hgc import Config
-from hgc.execute.engine import HgcWarning
 from hgc.planning.config import ConfigError
+from hgc.warn import HgcWarning
 
 STEPS = 6
 SHALLOW = Config(num_evaluations=STEPS, key_steps=(0, 3), forecast=0.0)

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 import hgc
 from hgc import Config
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore::hgc.execute.engine.HgcWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hgc.warn.HgcWarning")
 SOME = Config(
     name="some", num_evaluations=8, key_steps=(0, 3, 6), depth=2, guidance="reuse", forecast=0.7
 )
@@ -126,7 +126,7 @@ def test_after_a_fault_at_any_evaluation_the_next_request_is_right(where):
                 faults += 1
             image = compatibility.call(pipe, 1)
             assert torch.equal(image, expected), at
-            assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
+            assert sum(run.cache.bytes for run in installed._engine.registry.runs.values()) == 0
         del image
         # the ControlNet is computed at key evaluations only
         assert faults == (3 if where == "controlnet" else compatibility.STEPS)
@@ -233,7 +233,7 @@ def test_random_requests_equal_those_of_a_fresh_installation(runs, config):
             with hgc.install(twin.unet, twin.controlnet, config=config):
                 expected = request(twin.unet, twin.controlnet)
             assert torch.equal(image, expected), k
-            assert sum(run.cache.bytes for run in installed._runs.runs.values()) == 0
+            assert sum(run.cache.bytes for run in installed._engine.registry.runs.values()) == 0
             del image, expected, request
             if k >= 3 and (runs < 50 or k % 25 == 0):
                 now = live_bytes()
@@ -467,14 +467,14 @@ def test_one_step_is_a_run_and_nothing_to_warn_of():
 
 
 def test_what_is_held_in_a_list_is_seen_when_it_is_written_to():
-    from hgc.run.run import Held
+    from hgc.run.snapshot import TensorSnapshot
 
     x, y = torch.zeros(2), torch.zeros(2)
-    held, given = Held([x, y]), [x, y]
+    held, given = TensorSnapshot([x, y]), [x, y]
     assert held.is_([x, y]) and not held.is_([y, x]) and not held.is_((x, y))
     y.add_(1)
     assert not held.is_([x, y])
-    held = Held(given)
+    held = TensorSnapshot(given)
     given[0] = y
     assert not held.is_(given)
 

@@ -22,9 +22,9 @@ import hgc  # noqa: E402
 from hgc import Config, testbed  # noqa: E402
 from hgc.evaluation.candidate import candidates, equal_steps  # noqa: E402
 from hgc.evaluation.models import sd15_macs  # noqa: E402
-from hgc.execute.engine import HgcWarning  # noqa: E402
 from hgc.testbed import judges  # noqa: E402
 from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
+from hgc.warn import HgcWarning  # noqa: E402
 
 # The training code is not installed; appended, so that an installed hgc is the one tested.
 sys.path.append(str(Path(__file__).resolve().parent.parent))

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import hgc
-from hgc.execute.engine import HgcWarning
+from hgc.warn import HgcWarning
 from hgc.watch.trust import Trust
 
 STEPS = 5

@@ -549,12 +549,12 @@ class _Runner:
                             installation.capture(graphs=_GRAPHS)
                         else:
                             installation.compile(**self._compile(variant.mode))
-                        self._made[variant.mode] = installation._compiled
-                    installation._compiled = self._made[variant.mode]
+                        self._made[variant.mode] = installation._engine.functions.networks
+                    installation._engine.functions.networks = self._made[variant.mode]
                 try:
                     yield installation
                 finally:
-                    installation._compiled = None  # to be used again
+                    installation._engine.functions.networks = None  # to be used again
 
     @contextlib.contextmanager
     def _uncached(self, mode: str) -> Iterator[None]:
@@ -777,7 +777,7 @@ def bench(
         with runner.state(variants[i]) as installation:
             timed = clock.time(lambda: call(steps))
             if installation is not None:
-                last = installation._runs.last
+                last = installation._engine.registry.last
                 held[i] = 0 if last is None else last.cache.peak_bytes
         if cuda:
             peak[i] = torch.cuda.max_memory_allocated()

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hgc.cli.console import as_usage, console, parse_size, tera
-from hgc.planning.config import Config, ConfigError, StepPlan
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS, Config, ConfigError, StepPlan
 from hgc.planning.rule import bounds, longest_gap
 from hgc.planning.rule import plan as hgc_plan
 

@@ -21,8 +21,7 @@ from hgc.evaluation.peers import (
     refined_rows,
 )
 from hgc.evaluation.subject import Subject, Testbed, ays, check_scheduler
-from hgc.planning.config import Config, ConfigError, model_name
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS, Config, ConfigError, model_name
 from hgc.planning.rule import plan
 from hgc.testbed import plans as calibrated_plans
 

@@ -43,8 +43,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from hgc.planning.config import Config, ConfigError, StepPlan
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS, Config, ConfigError, StepPlan
 from hgc.planning.rule import scaled_key_steps
 
 if TYPE_CHECKING:

@@ -10,168 +10,16 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Calibration", "Config", "ConfigError", "StepPlan", "model_name"]
+from hgc.planning.fields import ConfigError, choice, integer, number, unknown_keys
+from hgc.planning.presets import FIELDS
+from hgc.planning.step import ATTENTION, CONTROL, ENCODER, GUIDANCE, StepPlan
 
-FULL = "full"
+__all__ = ["PRESETS", "Calibration", "Config", "ConfigError", "StepPlan", "model_name", "presets"]
 
-_CONTROL = ("compute", "reuse", "off")
-_ENCODER = ("needed", "reuse")
-_ATTENTION = ("compute", "reuse")
-_GUIDANCE = ("both", "reuse", "off")
 _MAP_FORMATS = ("fp32", "fp16", "bf16", "e4m3")
-
-
-class ConfigError(ValueError):
-    """A value in a :class:`Config` or :class:`StepPlan` is wrong; the message names the field."""
-
-
-def _choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{owner}.{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _integer(owner: str, name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{owner}.{name} must be an integer of at least {minimum}; got {value!r}")
-
-
-def _number(owner: str, name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{owner}.{name} must be a finite number; got {value!r}")
-    if not low <= value <= high:
-        raise ConfigError(f"{owner}.{name} must lie in [{low}, {high}]; got {value!r}")
-
-
-def _unknown_keys(owner: str, data: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(data) - known)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{owner} has no field {unknown[0]!r}{hint} (fields: {sorted(known)})")
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """What one evaluation computes and what it reads from the cache.
-
-    An evaluation is one call of the ControlNet(s), then of the UNet.
-
-    Attributes:
-        control: ``"compute"`` runs the ControlNet(s), ``"reuse"`` takes their cached residuals,
-            ``"off"`` leaves them out.
-        depth: ``"full"`` computes everything. An integer ``k`` computes the ``k`` outermost decoder
-            layers with the encoder layers they need, on top of the cached input of the first of
-            them; ``0`` computes nothing and takes the output itself from the cache.
-        encoder: ``"needed"`` computes the skips those layers read, ``"reuse"`` takes them from the
-            cache (encoder propagation). Only read where ``depth`` is an integer above 0.
-        attention: ``"reuse"`` takes the output of each cross-attention from the cache, or, where
-            the text changed and maps are kept, applies the cached map to the fresh values.
-        guidance: ``"both"`` halves of a classifier-free guidance batch; ``"reuse"`` computes the
-            conditional half and restores the other from the cached difference; ``"off"`` sets the
-            unconditional half to the conditional one.
-        forecast: A cached feature is ``sum_i forecast[i] * value[i]`` over its last key values,
-            newest first: ``(1.0,)`` is reuse, ``(1 + a, -a)`` extrapolates to first order.
-        guidance_forecast: The same for the cached guidance difference.
-        control_forecast: The same for the ControlNets' residuals. ``None``: as ``forecast``.
-        output_forecast: The output is ``output_forecast[0]`` times the computed one and
-            ``output_forecast[1 + i]`` times the one computed at the ``i``-th last key evaluation:
-            ``(1.0,)`` leaves it as computed. It makes the run's scheduler a multistep method of
-            another order, with coefficients of its own at each evaluation.
-        damping: Where ``depth`` is 0, the output is what says of its sample the x0 (the clean
-            latents) that is forecast from the last two key evaluations', on a line in the log-SNR
-            of which so much of the slope is taken. ``None``, or where the run's scheduler is not
-            known: the model's own output is forecast, by ``forecast``.
-        guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
-        x0_correction: Added to that forecast: ``sum_i x0_correction[i] * x0[i]`` over the x0 of the
-            last key evaluations, newest first; nothing where fewer are held.
-        gain: Where ``depth`` is an integer above 0, the output is the x0 forecast plus so much of
-            what the computed layers say beyond it: 1.0 is what they say, 0.0 the forecast.
-    """
-
-    control: str = "compute"
-    depth: int | str = FULL
-    encoder: str = "needed"
-    attention: str = "compute"
-    guidance: str = "both"
-    forecast: tuple[float, ...] = (1.0,)
-    guidance_forecast: tuple[float, ...] = (1.0,)
-    control_forecast: tuple[float, ...] | None = None
-    output_forecast: tuple[float, ...] = (1.0,)
-    damping: float | None = None
-    guidance_damping: float | None = None
-    x0_correction: tuple[float, ...] = ()
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        _choice("StepPlan", "control", self.control, _CONTROL)
-        _choice("StepPlan", "encoder", self.encoder, _ENCODER)
-        _choice("StepPlan", "attention", self.attention, _ATTENTION)
-        _choice("StepPlan", "guidance", self.guidance, _GUIDANCE)
-        if self.depth != FULL:
-            _integer("StepPlan", "depth", self.depth, 0)
-        for name in (
-            "forecast", "guidance_forecast", "control_forecast", "output_forecast", "x0_correction"
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name == "control_forecast":
-                continue
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-                value = tuple(value)
-            if not isinstance(value, tuple) or not (value or name == "x0_correction"):
-                kind = "tuple" if name == "x0_correction" else "non-empty tuple"
-                raise ConfigError(f"StepPlan.{name} must be a {kind}; got {value!r}")
-            for coefficient in value:
-                _number("StepPlan", name, coefficient, -100.0, 100.0)
-        for name in ("damping", "guidance_damping", "gain"):
-            if getattr(self, name) is not None:
-                _number("StepPlan", name, getattr(self, name), -2.0, 2.0)
-
-    @property
-    def of_residuals(self) -> tuple[float, ...]:
-        """Coefficients of the ControlNets' residuals."""
-        return self.forecast if self.control_forecast is None else self.control_forecast
-
-    @property
-    def tells_halves(self) -> bool:
-        """Whether the halves of a guidance pair are not treated alike."""
-        return self.guidance != "both" or self.guidance_damping not in (None, self.damping)
-
-    @property
-    def in_output(self) -> StepPlan:
-        """The step with the model's own output forecast instead of x0."""
-        if self.damping is None:
-            return self
-        return dataclasses.replace(
-            self, damping=None, guidance_damping=None, x0_correction=(), gain=1.0
-        )
-
-    @property
-    def is_key(self) -> bool:
-        """True where everything is computed, so that later evaluations may read it."""
-        return self.depth == FULL
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from a full evaluation, ready for JSON."""
-        default = StepPlan()
-        fields = dataclasses.asdict(self)
-        return {
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in fields.items()
-            if v != getattr(default, k)
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> StepPlan:
-        """The inverse of :meth:`to_dict`. Raises :class:`ConfigError` naming a wrong field."""
-        if not isinstance(data, dict):
-            raise ConfigError(f"a StepPlan must be an object of fields; got {data!r}")
-        _unknown_keys("StepPlan", data, {f.name for f in dataclasses.fields(cls)})
-        return cls(**data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,14 +61,14 @@ class Calibration:
                 if not isinstance(value, tuple):
                     raise ConfigError(f"Calibration.timesteps must be a list; got {value!r}")
                 for timestep in value:
-                    _number("Calibration", "timesteps", timestep, -1e9, 1e9)
+                    number("Calibration", "timesteps", timestep, -1e9, 1e9)
             elif field.type == "str":
                 if not isinstance(value, str):
                     raise ConfigError(f"Calibration.{field.name} must be a string; got {value!r}")
             elif field.type == "int":
-                _integer("Calibration", field.name, value, 0)
+                integer("Calibration", field.name, value, 0)
             else:
-                _number("Calibration", field.name, value, 0.0, 1e9)
+                number("Calibration", field.name, value, 0.0, 1e9)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Calibration:
@@ -228,7 +76,7 @@ class Calibration:
         if not isinstance(data, dict):
             raise ConfigError(f"Config.calibration must be an object of fields; got {data!r}")
         names = {f.name for f in dataclasses.fields(cls)}
-        _unknown_keys("Calibration", data, names)
+        unknown_keys("Calibration", data, names)
         missing = sorted(names - set(data) - {"timesteps"})
         if missing:
             raise ConfigError(f"Calibration lacks the field {missing[0]!r}")
@@ -320,24 +168,24 @@ class Config:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"Config.name must be a non-empty string; got {self.name!r}")
-        _integer("Config", "num_evaluations", self.num_evaluations, 1)
-        _integer("Config", "depth", self.depth, 0)
-        _choice("Config", "encoder", self.encoder, _ENCODER)
-        _choice("Config", "control", self.control, _CONTROL)
-        _choice("Config", "attention", self.attention, _ATTENTION)
-        _choice("Config", "guidance", self.guidance, _GUIDANCE)
-        _choice("Config", "map_format", self.map_format, _MAP_FORMATS)
-        _number("Config", "attention_gate", self.attention_gate, 0.0, 1.0)
-        _number("Config", "forecast", self.forecast, -2.0, 2.0)
-        _number("Config", "guidance_forecast", self.guidance_forecast, -2.0, 2.0)
-        _number("Config", "damping", self.damping, -2.0, 2.0)
+        integer("Config", "num_evaluations", self.num_evaluations, 1)
+        integer("Config", "depth", self.depth, 0)
+        choice("Config", "encoder", self.encoder, ENCODER)
+        choice("Config", "control", self.control, CONTROL)
+        choice("Config", "attention", self.attention, ATTENTION)
+        choice("Config", "guidance", self.guidance, GUIDANCE)
+        choice("Config", "map_format", self.map_format, _MAP_FORMATS)
+        number("Config", "attention_gate", self.attention_gate, 0.0, 1.0)
+        number("Config", "forecast", self.forecast, -2.0, 2.0)
+        number("Config", "guidance_forecast", self.guidance_forecast, -2.0, 2.0)
+        number("Config", "damping", self.damping, -2.0, 2.0)
         if self.guidance_damping is not None:
-            _number("Config", "guidance_damping", self.guidance_damping, -2.0, 2.0)
-        _number("Config", "gain", self.gain, -2.0, 2.0)
+            number("Config", "guidance_damping", self.guidance_damping, -2.0, 2.0)
+        number("Config", "gain", self.gain, -2.0, 2.0)
         if not isinstance(self.fresh_values, bool):
             raise ConfigError(f"Config.fresh_values must be a bool; got {self.fresh_values!r}")
         if self.max_cache_bytes is not None:
-            _integer("Config", "max_cache_bytes", self.max_cache_bytes, 0)
+            integer("Config", "max_cache_bytes", self.max_cache_bytes, 0)
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise ConfigError(f"Config.calibration must be a Calibration; got {self.calibration!r}")
         self._check_keys()
@@ -352,14 +200,12 @@ class Config:
                     f"Config.steps must have num_evaluations={self.num_evaluations} entries; "
                     f"got {len(self.steps)}"
                 )
-        if self.name != "exact" and self.key_steps is self.steps is self.adaptive is None:
-            from hgc.planning.presets import PRESETS
-
-            if self.name in PRESETS:
-                raise ConfigError(
-                    f"Config({self.name!r}) would compute everything and only be called so: "
-                    f"Config.preset({self.name!r}) is the preset"
-                )
+        is_a_label = FIELDS.get(self.name) and self.key_steps is self.steps is self.adaptive is None
+        if is_a_label:
+            raise ConfigError(
+                f"Config({self.name!r}) would compute everything and only be called so: "
+                f"Config.preset({self.name!r}) is the preset"
+            )
 
     def _check_keys(self) -> None:
         for name in ("key_steps", "conditional_key_steps", "control_key_steps"):
@@ -369,7 +215,7 @@ class Config:
             if not isinstance(keys, tuple):
                 raise ConfigError(f"Config.{name} must be a tuple of integers; got {keys!r}")
             for key in keys:
-                _integer("Config", name, key, 0)
+                integer("Config", name, key, 0)
             if list(keys) != sorted(set(keys)):
                 raise ConfigError(f"Config.{name} must rise without repeats; got {keys!r}")
             if keys and keys[-1] >= self.num_evaluations:
@@ -389,12 +235,12 @@ class Config:
 
     def _check_adaptive(self) -> None:
         if self.max_gap is not None:
-            _integer("Config", "max_gap", self.max_gap, 1)
+            integer("Config", "max_gap", self.max_gap, 1)
         if self.adaptive is None:
             if self.max_gap is not None:
                 raise ConfigError("Config.max_gap bounds what Config.adaptive decides: set both")
             return
-        _number("Config", "adaptive", self.adaptive, 0.0, 1000.0)
+        number("Config", "adaptive", self.adaptive, 0.0, 1000.0)
         for name, why in (
             ("steps", "is a plan that is fixed"),
             ("calibration", "was measured on a plan that is fixed"),
@@ -447,8 +293,6 @@ class Config:
     @classmethod
     def preset(cls, name: str) -> Config:
         """The preset called ``name``; :class:`ConfigError`, a ValueError, names them all."""
-        from hgc.planning.presets import PRESETS
-
         if not isinstance(name, str) or name not in PRESETS:
             close = difflib.get_close_matches(str(name), PRESETS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -470,7 +314,7 @@ class Config:
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, validated again."""
-        _unknown_keys("Config", changes, {f.name for f in dataclasses.fields(self)})
+        unknown_keys("Config", changes, {f.name for f in dataclasses.fields(self)})
         return dataclasses.replace(self, **changes)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -507,7 +351,7 @@ class Config:
             raise ConfigError(f"{where} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{where} must hold an object of fields; got {type(data).__name__}")
-        _unknown_keys("Config", data, {f.name for f in dataclasses.fields(cls)})
+        unknown_keys("Config", data, {f.name for f in dataclasses.fields(cls)})
         if data.get("steps") is not None:
             if not isinstance(data["steps"], list):
                 raise ConfigError("Config.steps must be a list of objects")
@@ -515,3 +359,11 @@ class Config:
         if data.get("calibration") is not None:
             data["calibration"] = Calibration.from_dict(data["calibration"])
         return cls(**data)
+
+
+PRESETS = {name: Config(name=name, **fields) for name, fields in FIELDS.items()}
+
+
+def presets() -> dict[str, Config]:
+    """The presets by name, the most exact one first."""
+    return dict(PRESETS)

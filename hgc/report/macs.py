@@ -20,11 +20,11 @@ from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
-from hgc.execute.engine import Installation
+from hgc.execute.engine import Engine
 from hgc.models.structure import check_unet, controlnets
 from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
-from hgc.run.run import PairCheck
+from hgc.run.pair import PairCheck
 
 __all__ = ["MacCount", "Macs", "count_macs", "flop_counter"]
 
@@ -270,13 +270,13 @@ def _run_models(
             timestep_cond = torch.empty(shapes.batch, unet.config.time_cond_proj_dim)
     count = 1 if steps is None else len(steps)
     schedule = torch.arange(max(count, 2))
-    installation = None
+    engine = None
     if steps is not None:
         # what is forecast, and how, costs nothing
         padded = (*(step.in_output for step in steps), *([StepPlan()] * (len(schedule) - count)))
         config = Config(name="counted", num_evaluations=len(padded), steps=padded)
-        installation = Installation(unet, tuple(nets), config, assume_pair=pair)
-        installation._install()
+        engine = Engine(unet, tuple(nets), config, assume_pair=pair)
+        engine.attach(engine)
     counted = []
     try:
         with torch.no_grad():
@@ -306,8 +306,8 @@ def _run_models(
                     )  # fmt: skip
                 counted.append(macs_of(counter))
     finally:
-        if installation is not None:
-            installation.uninstall()
+        if engine is not None:
+            engine.detach()
     return counted
 
 
@@ -383,13 +383,13 @@ def count_macs(
 
 def count_performed(
     nets: Sequence[Any],
-    installation: Installation,
+    unet: Any,
     steps: Sequence[StepPlan],
     shapes: Shapes,
     off: Sequence[Sequence[bool]],
 ) -> tuple[list[Macs], Macs]:
     """MACs of evaluations that were performed, and of one made in full, for the report."""
-    models = _describe(installation.unet), tuple(_describe(net) for net in nets)
+    models = _describe(unet), tuple(_describe(net) for net in nets)
     full = _run(*models, None, shapes, False, ((False,) * len(nets),))[0]
     done = _count(*models, tuple(steps), shapes, True, tuple(tuple(o) for o in off))
     return done, full

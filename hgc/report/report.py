@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hgc.report.macs import Macs, Shapes, count_performed
 
 if TYPE_CHECKING:
-    from hgc.execute.engine import Installation
+    from hgc.planning.config import Config
     from hgc.run.run import Run
 
 __all__ = ["Report", "Row"]
@@ -113,7 +113,7 @@ class Report:
         return "\n".join(lines)
 
     @classmethod
-    def of(cls, installation: Installation, run: Run) -> Report:
+    def of(cls, unet: Any, config: Config, run: Run) -> Report:
         """The report on ``run``."""
         first = run.report[0]
         shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
@@ -127,7 +127,7 @@ class Report:
             for row in run.report
         ]
         nets = [slot.net for slot in run.slots]
-        macs, full = count_performed(nets, installation, steps, shapes, off)
+        macs, full = count_performed(nets, unet, steps, shapes, off)
         # all work is done row by row of the batch, which may shrink within a run
         batches = [row.batch / first.batch for row in run.report]
         macs = [
@@ -149,7 +149,6 @@ class Report:
             )
             for row, counted in zip(run.report, macs, strict=True)
         )
-        config = installation.config
         return cls(
             config.name, rows, full, run.cache.peak_bytes,
             meant_for=None if config.is_exact else config.num_evaluations,

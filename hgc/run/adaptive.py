@@ -35,7 +35,7 @@ _GROWTH = 2  # a distance is at most so many times the one before
 
 
 class AdaptiveSchedule:
-    """Stands for :class:`hgc.run.run.Schedule` in a run that places its key evaluations itself.
+    """Stands for a `hgc.run.schedule.Schedule` in a run that places its key evaluations itself.
 
     A step is planned when its evaluation begins, before any network is called. What later steps
     may read is kept, whichever they turn out to be.
@@ -48,7 +48,8 @@ class AdaptiveSchedule:
 
     Attributes:
         plan: A step an evaluation: what was decided, and for those to come what may read most.
-        history, captures, residuals, needed, halves, keeps_attention: As there.
+        history, captures, residuals, needed, halves, keeps_attention: See
+            :class:`hgc.run.schedule.Schedule`.
     """
 
     def __init__(self, config: Config, num_layers: int, total: int, *, in_x0: bool = True) -> None:
@@ -93,15 +94,15 @@ class AdaptiveSchedule:
         return step if self._in_x0 else step.in_output
 
     def whole(self, index: int) -> StepPlan:
-        """As :meth:`hgc.run.run.Schedule.whole`."""
+        """As :meth:`hgc.run.schedule.Schedule.whole`."""
         return dataclasses.replace(self.plan[index], guidance="both", guidance_forecast=(1.0,))
 
     def will_read(self, *, after: int) -> tuple[frozenset[str], bool]:
-        """As :meth:`hgc.run.run.Schedule.will_read`."""
+        """As :meth:`hgc.run.schedule.Schedule.will_read`."""
         return self._will_read[after]
 
     def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """As :meth:`hgc.run.run.Schedule.guidance_read`: not known yet, so none."""
+        """As :meth:`hgc.run.schedule.Schedule.guidance_read`: not known yet, so none."""
         return ()
 
     def decide(self, index: int, made: Sequence[Evaluation]) -> str:

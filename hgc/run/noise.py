@@ -32,6 +32,11 @@ _FORMS = {
     "v_prediction": lambda alpha, sigma: (alpha, -sigma),
     "sample": lambda alpha, sigma: (0.0, 1.0),
 }
+# The distance in log-SNR between evaluations, a little below that of 20 steps, from which on
+# dampings are as they were given. With nearer ones x0 is nearer to a line: docs/decisions/008.
+_FULLY_DAMPED = 0.19
+# Evaluations of one timestep, as second-order schedulers make them, are nearer than this.
+_NO_GAP = 1e-6
 # Schedules that end in pure noise have an alpha of zero there: as diffusers bounds it.
 _SMALLEST = 2.0**-12
 
@@ -75,6 +80,7 @@ class NoiseLevels:
         self._under_way = [*map(to_host, given)]
         self._levels: list[tuple[float, float]] = []  # of_sample, of_output at each evaluation
         self._log_snr: list[float] = []
+        self._spacing = 1.0  # of evaluations, beside that at which dampings are as given; 1 at most
 
     @staticmethod
     def fits(scheduler: Any) -> bool:
@@ -113,7 +119,11 @@ class NoiseLevels:
         self._levels = [
             self._form(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)
         ]
-        self._log_snr = np.log(alphas / sigmas).tolist()
+        self._log_snr = found = np.log(alphas / sigmas).tolist()
+        gaps = np.abs(np.diff(found))
+        gaps = gaps[gaps > _NO_GAP]
+        if len(gaps):
+            self._spacing = min(1.0, float(np.median(gaps)) / _FULLY_DAMPED)
 
     def _at(self, evaluation: int) -> tuple[float, float]:
         if self._under_way:
@@ -139,13 +149,16 @@ class NoiseLevels:
         return out
 
     def slope(self, damping: float, evaluation: int, newest: int, previous: int) -> float:
-        """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped."""
+        """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped; less
+        so in a run of evaluations that are nearer to each other than those of 20 steps. No slope
+        (a damping of 0) stays none."""
         if self._under_way:
             self._read()
+        if damping != 0.0:
+            damping = 1.0 - (1.0 - damping) * self._spacing
         found = self._log_snr
         behind, ahead = found[newest] - found[previous], found[evaluation] - found[newest]
-        # evaluations of one timestep, as second-order schedulers make them, show no slope
-        return damping * ahead / behind if abs(behind) > 1e-6 else 0.0
+        return damping * ahead / behind if abs(behind) > _NO_GAP else 0.0
 
     def forecast(
         self,

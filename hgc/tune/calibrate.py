@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from hgc.execute.engine import HgcWarning, install
+from hgc.installation import install
 from hgc.models.structure import controlnets
-from hgc.planning.config import Calibration, Config, model_name
-from hgc.planning.presets import PRESETS
+from hgc.planning.config import PRESETS, Calibration, Config, model_name
 from hgc.planning.rule import carried_over, scaled_key_steps
 from hgc.report.macs import MacCount, count_macs
 from hgc.tune.fit import Products, fit
 from hgc.tune.refine import coefficients, refine
+from hgc.warn import HgcWarning
 
 __all__ = ["calibrate"]
 

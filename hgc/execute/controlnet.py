@@ -1,0 +1,214 @@
+"""What a ControlNet is asked for in an evaluation: computed, reused, off; whole or by half."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import ControlNetUnionModel
+
+from hgc.execute.call import ControlCall, cut
+from hgc.execute.functions import Functions
+from hgc.execute.prompt import PromptGrain, may_be_kept
+from hgc.models.networks import embed_condition, scale_residuals
+from hgc.run.cache import conditional_half
+from hgc.run.evaluation import ControlSlot, Evaluation
+from hgc.run.residuals import PromiseSet, Terms, Zeros
+from hgc.run.run import Run
+from hgc.run.snapshot import Signature
+from hgc.watch.adapters import lora_scaled, scales_lora, take_lora_scale
+from hgc.watch.weights import module_state
+
+__all__ = ["ControlExecutor", "describe_slot"]
+
+Tensor = torch.Tensor
+
+
+def describe_slot(slot: ControlSlot, signature: tuple[Any, ...], call: ControlCall) -> None:
+    """Take note in ``slot`` of what residuals depend on, and of what they are."""
+    slot.signature = Signature(signature)
+    slot.shapes = _residual_shapes(slot.net, call.sample)
+    slot.names = (*(f"residual/{j}" for j in range(len(slot.shapes) - 1)), "residual/mid")
+    slot.entries = tuple([slot.prefix + name for name in slot.names])
+    slot.zeros, slot.promises = None, []
+    slot.pooled = bool(slot.net.config.global_pool_conditions)
+
+
+def _residual_shapes(net: Any, sample: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of the residuals of ``net``, the middle block's last."""
+    batch, _, height, width = sample.shape
+    shapes: list[tuple[int, ...]] = [(batch, net.config.block_out_channels[0], height, width)]
+    for block, channels in zip(net.down_blocks, net.config.block_out_channels, strict=True):
+        shapes += [(batch, channels, height, width)] * len(block.resnets)
+        if block.downsamplers is not None:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((batch, channels, height, width))
+    shapes.append((batch, net.config.block_out_channels[-1], height, width))
+    if net.config.global_pool_conditions:
+        shapes = [(*shape[:2], 1, 1) for shape in shapes]
+    return shapes
+
+
+class ControlExecutor:
+    """Computes and hands out residuals.
+
+    fresh: Computes all residuals of the whole batch of a call, by diffusers.
+    """
+
+    def __init__(
+        self,
+        functions: Functions,
+        prompt: PromptGrain,
+        fresh: Callable[[ControlCall], list[Tensor]],
+    ) -> None:
+        self._functions, self._prompt, self._fresh = functions, prompt, fresh
+
+    def zeros(self, slot: ControlSlot, call: ControlCall) -> Sequence[Tensor]:
+        """Those of a ControlNet whose scale is 0."""
+        # constants, which may be handed out until somebody adds something to them
+        if slot.zeros is None or slot.zeros.is_touched:
+            made = slot.shapes, call.sample.dtype, call.sample.device
+            slot.zeros = PromiseSet(*made, Zeros(*made))
+        return slot.zeros.hand_out()
+
+    def promised(
+        self, run: Run, now: Evaluation, slot: ControlSlot, call: ControlCall
+    ) -> Sequence[Tensor]:
+        """Promises of residuals that are reused: those of an earlier evaluation where nobody holds
+        them any more."""
+        for found in slot.promises:
+            if not found.is_held:
+                found.turn.now, found.turn.call = now, call
+                break
+        else:
+            turn = _Source(self._fresh, run, slot, now, call)
+            found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, turn)
+            # a pipeline holds those of one evaluation until it has those of the next
+            slot.promises = [*slot.promises[-1:], found]
+        return found.hand_out()
+
+    def computed(
+        self, run: Run, now: Evaluation, slot: ControlSlot, call: ControlCall, half: bool
+    ) -> Sequence[Tensor]:
+        """Those of the whole batch, or promises of them with the conditional half computed."""
+        outputs = self._compute(run, slot, call, half)
+        values = dict(zip(slot.names, outputs, strict=True))
+        _record(run, slot, values, now.index, half)
+        owned = self._functions.hands_over
+        scaled = scale_residuals(slot.net, outputs, call.scale, call.guess_mode, owned=owned)
+        if not half:
+            return scaled
+        source = _Source(self._fresh, run, slot, now, call)
+        source.values = dict(zip(slot.names, scaled, strict=True))
+        return PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, source).promises
+
+    def _compute(self, run: Run, slot: ControlSlot, call: ControlCall, half: bool) -> list[Tensor]:
+        net, sample, text, arguments = call.net, call.sample, call.text, call.arguments
+        made_by = module_state(net.controlnet_cond_embedding)
+        if slot.embedding is None or not slot.embedding.same(made_by):
+            run.cache.drop_kept(f"{slot.prefix}hint")
+            slot.embedding = Signature(made_by)
+        hints = []
+        for i, cond in enumerate(call.conditions):
+            hint = run.cache.kept(f"{slot.prefix}hint{i}")
+            if hint is None:
+                hint = embed_condition(net, cond)
+                if may_be_kept(cond):
+                    hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
+            hints.append(hint)
+        if half:
+            batch = sample.shape[0]
+            sample, text = conditional_half(sample), conditional_half(text)
+            hints = [conditional_half(hint) for hint in hints]
+            arguments = cut(arguments, batch)
+        lora_scale = 1.0
+        if scales_lora(net):
+            arguments, lora_scale = take_lora_scale(arguments)
+        wrap = self._prompt.wrapper(run, slot.prefix, half)
+        with lora_scaled(net, lora_scale):
+            return self._functions.of(net, half)(
+                net, sample, call.timestep, text,
+                hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,
+                **call.constants, **arguments,
+            )  # fmt: skip
+
+
+def _record(run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool) -> None:
+    wanted, half_only = run.schedule.will_read(after=index)
+    cond = slot.cond.value
+    rows = cond.shape[0] if isinstance(cond, Tensor) else cond[0].shape[0]
+    is_whole_condition = rows != run.text.value.shape[0]
+    cut = half_only and not half and not is_whole_condition and run.pair.confirmed()
+    for name, value in values.items():
+        if name in wanted:
+            run.cache.write(
+                slot.prefix + name,
+                conditional_half(value) if cut else value,
+                evaluation=index,
+                history=run.schedule.history,
+                half=half or cut,
+            )
+        else:
+            run.cache.drop([slot.prefix + name])
+
+
+@dataclasses.dataclass(slots=True)
+class _Source:
+    """One call of a ControlNet, for the promises that stand for its residuals.
+
+    Attributes:
+        compute_fresh: Computes all residuals of the whole batch of a call.
+        values: Those of the conditional half, where they were computed in this call.
+        held: What ``compute_fresh`` returned, once it was called.
+    """
+
+    compute_fresh: Callable[[ControlCall], list[Tensor]]
+    run: Run
+    slot: ControlSlot
+    now: Evaluation
+    call: ControlCall
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    held: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def fresh(self, j: int) -> Tensor:
+        """The value of residual ``j``, computed now."""
+        if not self.held:
+            # what is computed goes when the promises do: they are not handed out again
+            self.slot.promises = [each for each in self.slot.promises if each.turn is not self]
+            self.held.extend(self.compute_fresh(self.call))
+            self.now.control[self.slot.index] = "computed"
+        return self.held[j]
+
+    def planned(self, j: int, half: bool) -> Terms | None:
+        """What the plan means by residual ``j``."""
+        slot, plan, cache = self.slot, self.now.plan, self.run.cache
+        if self.values:
+            return [(self.values[slot.names[j]], 1.0)] if half else None
+        if plan.control == "off":
+            return []
+        entry = slot.entries[j]
+        # promoted after the ControlNet's turn: what was reused then is not wanted any more
+        if plan.control != "reuse" or not cache.has(entry, half=half):
+            return None
+        value, call = cache.read(entry, plan.of_residuals, half=half), self.call
+        count = len(slot.entries)
+        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
+
+
+def _scaled(
+    pooled: bool,
+    value: Tensor,
+    j: int,
+    count: int,
+    scale: float | Tensor,
+    guess_mode: bool,
+) -> tuple[Tensor, float]:
+    """A cached residual with its scale, as `hgc.models.networks.scale_residuals` scales it."""
+    if pooled:
+        return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
+    factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0
+    if isinstance(scale, (int, float)):
+        return value, float(scale) * factor
+    return value * (scale * factor), 1.0

@@ -1,0 +1,46 @@
+"""What computes an evaluation: the pure functions, or what was compiled or captured of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from hgc.models.graphs import Networks
+from hgc.models.networks import control_function, run_unet
+
+__all__ = ["Functions"]
+
+
+class Functions:
+    """The functions of one UNet and its ControlNets.
+
+    Attributes:
+        networks: What stands in for the pure functions; None where they are called.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
+        self.networks: Networks | None = None
+
+    def stand_in(self, networks: Networks | None) -> None:
+        """Compute by ``networks`` from now on, None: by the pure functions."""
+        self.clear()
+        self.networks = networks
+
+    def clear(self) -> None:
+        """Free what can be made again."""
+        if self.networks is not None:
+            self.networks.clear()
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether what is computed is in memory that nobody else holds."""
+        return self.networks is None or self.networks.hands_over
+
+    def of(self, module: Any, half: bool) -> Callable[..., Any]:
+        """What computes ``module``; ``half``: its rows are the conditional half of a batch."""
+        if self.networks is not None:
+            name = "run_unet" if module is self._unet else "run_controlnet"
+            return functools.partial(getattr(self.networks, name), half)
+        return run_unet if module is self._unet else control_function(module)

@@ -1,0 +1,169 @@
+"""What the UNet computes in an evaluation, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hgc.execute.call import NOTHING_GIVEN, UNetCall, cut
+from hgc.execute.functions import Functions
+from hgc.execute.prompt import PromptGrain
+from hgc.models.networks import Residuals
+from hgc.models.structure import UNetStructure
+from hgc.run.adaptive import AdaptiveSchedule
+from hgc.run.cache import conditional_half
+from hgc.run.residuals import Promise, Terms
+from hgc.run.run import Run
+from hgc.watch.adapters import lora_scaled, take_lora_scale
+
+__all__ = ["UNetExecutor"]
+
+Tensor = torch.Tensor
+
+
+class UNetExecutor:
+    """Computes and forecasts outputs of the UNet."""
+
+    def __init__(self, structure: UNetStructure, functions: Functions, prompt: PromptGrain) -> None:
+        self._structure, self._functions, self._prompt = structure, functions, prompt
+
+    def forecast(self, run: Run, sample: Tensor) -> Tensor:
+        """The output of an evaluation that computes nothing; new."""
+        assert run.now is not None
+        step = run.now.plan
+        if step.damping is None:
+            # what is read may be the cache's own buffer
+            return run.cache.read("output", step.forecast).clone()
+        return self._forecast_in_x0(run, sample).to(run.output_dtype)
+
+    def _forecast_in_x0(self, run: Run, sample: Tensor) -> Tensor:
+        """The output that says of ``sample`` the x0 that is forecast, in float32 at least; new."""
+        now = run.now
+        assert now is not None and run.noise is not None
+        step = now.plan
+        assert step.damping is not None
+        x0 = run.noise.forecast(
+            run.cache, now.index, step.damping, step.guidance_damping, step.x0_correction,
+            is_pair=now.is_pair,
+        )  # fmt: skip
+        return run.noise.output(sample, x0, now.index)
+
+    def compute(self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None) -> Tensor:
+        """The output of an evaluation that computes the UNet, in part or in full.
+
+        halves: Those of the sample, where it was cut already.
+        """
+        now = run.now
+        assert now is not None and run.unet_signature is not None
+        step, half, sample, text = now.plan, now.half, call.sample, call.text
+        down, arguments, intrablock = call.down, call.arguments, call.intrablock
+        depth = step.depth if isinstance(step.depth, int) else None
+        count = self._structure.num_layers if depth is None else depth
+        residuals = None
+        if down is not None:
+            residuals = Residuals(
+                [_terms(down[0], half)]
+                if count == 1 and len(down)
+                else [_terms(value, half) for value in down[:count]],
+                _terms(call.mid, half) if depth is None else [],
+            )
+        hidden = skips = None
+        if depth is not None:
+            hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
+            if run.watched.freeu[str(self._structure.boundary(depth)[0])]:
+                hidden = hidden.clone()  # FreeU writes into its input
+            if step.encoder == "reuse":
+                skips = [
+                    run.cache.read(f"skip/{j}", step.forecast, half=half) for j in range(count)
+                ]
+        capture = run.schedule.captures if step.is_key else ()
+        plain, lora_scale = run.unet_signature.is_plain, 1.0
+        if half:
+            batch = sample.shape[0]
+            sample = conditional_half(sample) if halves is None else halves[1]
+            text = run.text.half() if run.text.value is text else conditional_half(text)
+            if not plain:
+                arguments = cut(arguments, batch)
+            if intrablock is not None:
+                intrablock = cut(intrablock, batch)
+        if not plain:
+            arguments, lora_scale = take_lora_scale(arguments)
+        elif arguments is NOTHING_GIVEN and self._functions.networks is None:
+            arguments = {}
+        with lora_scaled(call.unet, lora_scale):
+            out, captured = self._functions.of(call.unet, half)(
+                call.unet, self._structure, sample, call.timestep, text,
+                self._prompt.wrapper(run, "unet/", half),
+                depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
+                intrablock_residuals=intrablock, **arguments,
+            )  # fmt: skip
+        if not half:
+            whole = out
+        elif step.guidance == "off":
+            whole = torch.cat([out, out])
+        else:
+            whole = run.cache.subtract("guidance", step.guidance_forecast, out)
+        if step.output_forecast == (1.0,):
+            blend = whole
+        else:
+            blend = run.cache.blend(whole, "output", step.output_forecast)
+        if step.gain != 1.0:
+            forecast = self._forecast_in_x0(run, call.sample)
+            blend = forecast.lerp_(blend.to(forecast.dtype), step.gain).to(whole.dtype)
+        if step.is_key:
+            _record(run, captured, call.sample, whole)
+        return blend
+
+
+def _terms(value: Any, half: bool) -> Terms:
+    """What to add to a skip for the residual ``value``."""
+    if isinstance(value, Promise):
+        terms = value._planned(half) if value._value is None else value.planned(half)
+        if terms is not None:
+            return terms
+        value = value.fresh()
+    return [(conditional_half(value) if half else value, 1.0)]
+
+
+def _record(run: Run, captured: dict[str, Tensor], sample: Tensor, out: Tensor) -> None:
+    """Keep of a key evaluation what later ones read."""
+    now = run.now
+    assert now is not None
+    half = now.half
+    wanted, half_only = run.schedule.will_read(after=now.index)
+    x0 = None
+    if "x0" in wanted:
+        assert run.noise is not None
+        x0 = run.noise.x0(sample, out, now.index)
+        run.output_dtype = out.dtype
+    if isinstance(run.schedule, AdaptiveSchedule):
+        computed = {**captured, "output": out, **({} if x0 is None else {"x0": x0})}
+        run.schedule.measure(now, computed, run.cache, is_pair=run.pair.wants, noise=run.noise)
+    halved = half_only and not half and run.pair.confirmed()
+    index, history = now.index, run.schedule.history
+    for name, value in captured.items():
+        if name not in wanted:
+            continue
+        value = conditional_half(value) if halved else value
+        run.cache.write(name, value, evaluation=index, history=history, half=half or halved)
+    if "output" in wanted:
+        run.cache.write("output", out, evaluation=index, history=history, half=False)
+    if x0 is not None:
+        run.cache.write("x0", x0, evaluation=index, history=history, half=False)
+    if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
+        unconditional, conditional = out.chunk(2)
+        run.cache.write(
+            "guidance", conditional - unconditional, evaluation=index, history=history,
+            half=False,
+        )  # fmt: skip
+        if run.cache.has("guidance", half=False):
+            for coefficients in run.schedule.guidance_read(after=index):
+                run.cache.prepare("guidance", coefficients)
+    stale = [
+        n
+        for n in run.cache.names()
+        if n.startswith(("feature/", "skip/", "guidance", "output", "x0")) and n not in wanted
+    ]
+    run.cache.drop(stale)
