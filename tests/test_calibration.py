@@ -191,7 +191,7 @@ def test_with_another_scheduler_of_the_same_timesteps_the_rule_is_followed():
     scheduler = DPMSolverMultistepScheduler.from_config(own)
     with (
         torch.no_grad(),
-        hgc.install(pipe.unet, config=config),
+        hgc.install(pipe.unet, config=config, scheduler=scheduler),
         pytest.warns(HgcWarning, match="is DPMSolverMultistepScheduler"),
     ):
         loop(scheduler)
