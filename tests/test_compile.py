@@ -467,11 +467,7 @@ def test_a_preset_under_inductor():
         **one_level, mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",)
     )
     pipe = models.sd15_pipeline(unet, models.sd15_controlnet(**one_level))
-    names = check_under_inductor(pipe, "paper", 8)
-    assert names == {
-        "controlnet0", "controlnet0_storing_attention", "unet_full", "unet_full_storing_attention",
-        "unet_depth1_reused_output_half",
-    }  # fmt: skip
+    assert check_under_inductor(pipe, "turbo", 8) == {"controlnet0", "unet_full"}
 
 
 @pytest.mark.slow
