@@ -312,6 +312,35 @@ def test_a_setting_of_a_processor_that_changes_in_a_run_is_seen_at_once():
     assert [row.index for row in rows if row.why == "the UNet's arguments changed"] == [2]
 
 
+@pytest.mark.parametrize("config", ["exact", "paper", "turbo"])
+def test_a_processor_that_comes_in_a_run_sees_tensors_and_leaves_the_rest_to_diffusers(config):
+    seen = []
+
+    class Stranger(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            seen.append(type(encoder_hidden_states))
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+    attn = pipeline().unet.get_submodule(f"{ATTENTION}.attn2")
+
+    def change(pipe, step, t, tensors):
+        if step == 1:
+            attn.processor = Stranger()  # not by set_attn_processor
+        return {}
+
+    try:
+        with (
+            hgc.install(pipeline(), config=config) as installed,
+            pytest.warns(HgcWarning, match="Stranger is not known"),
+        ):
+            models.draw(pipeline(), steps=10, callback_on_step_end=change)
+            rows = installed.report().rows
+    finally:
+        attn.processor = AttnProcessor2_0()
+    assert set(seen) == {torch.Tensor}
+    assert len(seen) == sum("Stranger is not known" in row.why for row in rows) > 4
+
+
 def test_settings_go_to_the_processor_that_is_wrapped():
     with hgc.install(pipeline()):
         attn = pipeline().unet.get_submodule(f"{ATTENTION}.attn2")

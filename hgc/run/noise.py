@@ -34,7 +34,7 @@ _FORMS = {
 }
 # The distance in log-SNR between evaluations, a little below that of 20 steps, from which on
 # dampings are as they were given. With nearer ones x0 is nearer to a line: docs/decisions/008.
-_FULLY_DAMPED = 0.19
+_FULLY_DAMPED = 0.18
 # Evaluations of one timestep, as second-order schedulers make them, are nearer than this.
 _NO_GAP = 1e-6
 # Schedules that end in pure noise have an alpha of zero there: as diffusers bounds it.

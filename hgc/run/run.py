@@ -196,7 +196,7 @@ class Run:
         step = FULL_STEP
         if verdict.keep_maps and self.schedule.plan[now.index].attention == "reuse":
             step = dataclasses.replace(step, attention="reuse")
-        if cost is Cost.FEATURES or now.plan != step or now.half:
+        if cost in (Cost.FEATURES, Cost.HGC) or now.plan != step or now.half:
             now.plan, now.half, now.why = step, False, why
 
     def _drop_features(self, *, keep_maps: bool) -> None:
