@@ -7,16 +7,13 @@ from hgc_kernels.backend import BackendError, backends, get_backend, set_backend
 from hgc_kernels.library import build_info, say_what_is_missing
 from hgc_kernels.map_format import FORMATS, map_bytes, map_probabilities, new_map, padded
 from hgc_kernels.ops.apply_map import apply_map
-from hgc_kernels.ops.apply_map_project import apply_map_project
 from hgc_kernels.ops.attend_and_store import attend_and_store
 from hgc_kernels.ops.gather_blocks import gather_blocks
-from hgc_kernels.ops.scatter_rows import scatter_rows
 
 __all__ = [
     "FORMATS",
     "BackendError",
     "apply_map",
-    "apply_map_project",
     "attend_and_store",
     "backends",
     "build_info",
@@ -26,7 +23,6 @@ __all__ = [
     "map_probabilities",
     "new_map",
     "padded",
-    "scatter_rows",
     "set_backend",
     "use_backend",
 ]

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -152,7 +153,8 @@ def _choice(op: str) -> str:
 
 def _load(implementation: Implementation) -> Callable[..., Any]:
     module, _, name = implementation.target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found: Callable[..., Any] = attrgetter(name)(importlib.import_module(module))
+    return found
 
 
 def _select(op: str, device: str, choice: str) -> tuple[str, str]:

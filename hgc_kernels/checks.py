@@ -11,9 +11,7 @@ from hgc_kernels import backend
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def tensor(
-    name: str, value: object, ndim: int | None, dtypes: tuple[torch.dtype, ...]
-) -> torch.Tensor:
+def tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -22,7 +20,7 @@ def tensor(
         raise TypeError(
             f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}"
         )
-    if ndim is not None and value.ndim != ndim:
+    if value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
     return value
 
@@ -68,30 +66,3 @@ def wants_grad(op: str, *operands: torch.Tensor | None) -> bool:
             f"hgc_kernels.{op}: backend {choice!r} has no backward; use torch.no_grad()"
         )
     return True
-
-
-def rows(
-    name: str, value: object, like: torch.Tensor, length: int, bound: int, *, distinct: bool = False
-) -> torch.Tensor:
-    """Check an int64 index of samples. Values are looked at only where that costs no device sync
-    and breaks no graph.
-    """
-    index = tensor(name, value, 1, (torch.int64,))
-    if index.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {index.device}")
-    if index.shape[0] != length:
-        raise ValueError(
-            f"{name}: expected {length} row indices, one a sample, got {index.shape[0]}"
-        )
-    if (
-        index.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(index) is torch.Tensor
-    ):
-        values = index.tolist()
-        for row in values:
-            if not 0 <= row < bound:
-                raise IndexError(f"{name}: expected row indices in [0, {bound}), got {row}")
-        if distinct and len(set(values)) != len(values):
-            raise ValueError(f"{name}: expected distinct row indices, got {values}")
-    return index

@@ -1,16 +1,26 @@
-"""Choices that every Triton launch makes: how a head size is tiled and how many warps work on a
-tile.
-"""
+"""What every Triton launch chooses. Each op's `launch.py` has one heuristic that does."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from hgc_kernels.backend import Unsupported
 
 MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tiles of queries, keys and a head, warps a program and stages of a loop."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
 
 
 def next_power_of_two(n: int, least: int = 16) -> int:

@@ -23,8 +23,8 @@ _hgc = torch.library.Library("hgc", "DEF")
 _native = torch.library.Library("hgc_native", "DEF")
 
 _NATIVE_OPS = {
-    "cpu": ("gather_blocks", "scatter_rows", "apply_map"),
-    "cuda": ("gather_blocks", "scatter_rows"),
+    "cpu": ("gather_blocks", "apply_map"),
+    "cuda": ("gather_blocks",),
 }
 
 
@@ -46,7 +46,7 @@ def define(
         backend.register(
             op,
             "native",
-            f"hgc_kernels.library:native_{op}",
+            f"torch:ops.hgc_native.{op}.default",
             devices=devices,
             available=native_missing,
         )
@@ -141,18 +141,6 @@ def gpu_refuses(library: Path) -> str | None:
     except RuntimeError as error:
         return f"the GPU does not take its kernels: {error}"
     return None
-
-
-def native_gather_blocks(*args: Any) -> torch.Tensor:
-    return torch.ops.hgc_native.gather_blocks.default(*args)
-
-
-def native_scatter_rows(*args: Any) -> None:
-    torch.ops.hgc_native.scatter_rows.default(*args)
-
-
-def native_apply_map(*args: Any) -> torch.Tensor:
-    return torch.ops.hgc_native.apply_map.default(*args)
 
 
 def build_info() -> dict[str, Any]:

@@ -13,6 +13,7 @@ CUDA kernel uses local memory, or one of its 16-byte paths lacks 128-bit loads o
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -34,7 +35,6 @@ from triton.compiler import ASTSource
 
 import hgc_kernels as hk
 from hgc_kernels.ops.apply_map import launch as apply_map_launch
-from hgc_kernels.ops.apply_map_project import launch as project_launch
 from hgc_kernels.ops.attend_and_store import launch as attend_launch
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -89,9 +89,8 @@ class Recorder:
             ):
                 if isinstance(value, torch.Tensor):
                     signature[name] = POINTER[value.dtype]
-                    divisible.append(
-                        position
-                    )  # allocations are aligned, and so are heads of even sizes
+                    # allocations are aligned, and so are heads of even sizes
+                    divisible.append(position)
                 elif isinstance(value, float):
                     signature[name] = "fp32"
                 elif value == 1:
@@ -110,8 +109,6 @@ class Recorder:
 RECORDED = (
     (attend_launch, "attend_and_store_kernel"),
     (apply_map_launch, "apply_map_kernel"),
-    (project_launch, "apply_map_project_fold_kernel"),
-    (project_launch, "apply_map_project_main_kernel"),
 )
 
 
@@ -161,18 +158,6 @@ def triton_cases(quick):
                 attend = partial(attend_launch.attend_and_store, q, v, v, 0.1, map)
                 found += record(label, dtype_name, attend)
                 found += record(label, dtype_name, partial(apply_map_launch.apply_map, map, v))
-                channels = count * size
-                weight = torch.empty(channels, channels, dtype=dtype, device="meta")
-                bias = torch.empty(channels, dtype=dtype, device="meta")
-                residual = torch.empty(2, s_q, channels, dtype=dtype, device="meta")
-                chosen = project_launch.heuristic(
-                    dtype, map.dtype, 2, s_q, n, count, size, channels
-                )
-                for form in ("folded", "two_stage"):
-                    config = replace(chosen, form=form)
-                    operands = (map, v, weight, bias, residual, config)
-                    project = partial(project_launch.apply_map_project, *operands)
-                    found += record(f"{label} {form}", dtype_name, project)
     # Many labels come down to one and the same compilation.
     unique = {}
     for case in found:
@@ -180,19 +165,18 @@ def triton_cases(quick):
     return list(unique.values())
 
 
+def tool(name, *arguments, **options):
+    """What one of CUDA's binary utilities prints."""
+    command = [BIN / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
 def inspect_cubin(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        sass = subprocess.run(
-            [BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", file.name)
     fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": fields["REG"],
@@ -202,8 +186,6 @@ def inspect_cubin(cubin):
 
 
 def compile_case(case):
-    import importlib
-
     kernel = getattr(importlib.import_module(case.module), case.kernel)
     source = ASTSource(
         fn=kernel,
@@ -226,10 +208,7 @@ def triton_table(architectures, quick, jobs):
             zip(cases, pool.map(compile_case, cases), strict=True), 1
         ):
             where = f"sm_{case.arch} {case.kernel} {case.dtype} {case.label}"
-            print(
-                f"{done}/{len(cases)} {where} {result}",
-                flush=True,
-            )
+            print(f"{done}/{len(cases)} {where} {result}", flush=True)
             groups[case.kernel, case.dtype, case.arch].append(result)
             if result["spills"]:
                 problems.append(f"{where}: {result['spills']} spills")
@@ -246,17 +225,8 @@ def triton_table(architectures, quick, jobs):
                 max(result["spills"] for result in results),
             ]
         )  # fmt: skip
-    header = [
-        "kernel",
-        "dtype",
-        "target",
-        "variants",
-        "registers",
-        "shared bytes",
-        "matrix instructions",
-        "spills",
-    ]
-    return table(header, rows), problems
+    header = ["kernel", "dtype", "target", "variants", "registers", "shared bytes"]
+    return table([*header, "matrix instructions", "spills"], rows), problems
 
 
 def span(results, key):
@@ -268,33 +238,19 @@ def cuda_table():
     """Registers, local memory and 128-bit accesses of the kernels in the built CUDA library."""
     rows, problems = [], []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [BIN / "cuobjdump", "-xelf", "all", str(LIBRARY)],
-            cwd=folder,
-            capture_output=True,
-            check=True,
-        )
+        tool("cuobjdump", "-xelf", "all", LIBRARY, cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"\.(sm_\w+)\.", cubin.name).group(1)
-            usage = subprocess.run(
-                [BIN / "cuobjdump", "--dump-resource-usage", str(cubin)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            sass = subprocess.run(
-                [BIN / "nvdisasm", str(cubin)], capture_output=True, text=True, check=True
-            ).stdout
+            usage = tool("cuobjdump", "--dump-resource-usage", cubin)
+            sass = tool("nvdisasm", cubin)
             bodies = dict(re.findall(r"^\.text\.(\w+):(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
             groups = defaultdict(list)
             for symbol, registers, stack, local in re.findall(
                 r"Function (\w+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage
             ):
-                name = re.search(
-                    r"\d((?:gather_blocks|scatter_rows)_(?:dense|strided)_kernel)", symbol
-                ).group(1)
+                name = re.search(r"\d(gather_blocks_(?:dense|strided)_kernel)", symbol).group(1)
                 body = bodies[symbol]
-                wide_path = "Li8E" in symbol or "Li4E" in symbol or "uint4" in symbol
+                wide_path = "Li8E" in symbol or "Li4E" in symbol
                 spilled = int(local) + int(stack) + len(re.findall(r"\b(?:LDL|STL)\b", body))
                 loads = len(re.findall(r"\bLDG\.E[\w.]*\.128\b", body))
                 stores = len(re.findall(r"\bSTG\.E[\w.]*\.128\b", body))
@@ -312,17 +268,8 @@ def cuda_table():
                      f"{min(loads)} to {max(loads)}", f"{min(stores)} to {max(stores)}",
                      max(spilled)]
                 )  # fmt: skip
-    header = [
-        "kernel",
-        "path",
-        "target",
-        "variants",
-        "registers",
-        "LDG.128",
-        "STG.128",
-        "local memory",
-    ]
-    return table(header, rows), problems
+    header = ["kernel", "path", "target", "variants", "registers", "LDG.128", "STG.128"]
+    return table([*header, "local memory"], rows), problems
 
 
 def main():
@@ -331,12 +278,7 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="a subset, for CI")
     parser.add_argument(
-        "--arch",
-        type=int,
-        nargs="+",
-        default=None,
-        choices=ARCHITECTURES,
-        help="compute capabilities, as 80 90",
+        "--arch", type=int, nargs="+", choices=ARCHITECTURES, help="compute capabilities, as 80 90"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA library out")

@@ -28,5 +28,4 @@ print("torch", torch.__version__, info["libraries"])
 assert info["libraries"]["cpu"] == "loaded", info
 PYTHON
 PYTHONPATH=$root "$environment/bin/python" -m pytest -q --confcutdir="$root/tests/kernels" \
-    tests/kernels/test_gather_blocks.py tests/kernels/test_scatter_rows.py tests/kernels/test_apply_map.py \
-    -k "not vector_sets"
+    tests/kernels/test_gather_blocks.py tests/kernels/test_apply_map.py -k "not vector_sets"

@@ -24,6 +24,5 @@ for isa in ${HGC_CPU_ISA:-avx512_bf16 avx512 avx2 baseline}; do
         LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
         "$python" -m pytest -q -p no:cacheprovider "$root/tests/kernels/test_random_calls.py" \
-        -k "gather_blocks or scatter_rows or test_apply_map" --deselect \
-        "$root/tests/kernels/test_random_calls.py::test_apply_map_project"
+        -k "gather_blocks or apply_map"
 done

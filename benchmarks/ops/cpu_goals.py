@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,25 +92,16 @@ def gather_rows(rounds):
         for name, dtype in DTYPES.items():
             for order in ("NCHW", "channels_last"):
                 operands = shape.tensors(BATCH, dtype, "cpu", order == "channels_last")
-                assert torch.equal(
-                    hk.gather_blocks(*operands, scale=0.7), eager_gather_blocks(*operands, 0.7)
-                )
+                ours, eager = hk.gather_blocks, eager_gather_blocks
+                assert torch.equal(ours(*operands, 0.7), eager(*operands, 0.7))
                 layouts = (
-                    (
-                        lambda x=x: hk.gather_blocks(*x, scale=0.7),
-                        lambda x=x: eager_gather_blocks(*x, 0.7),
-                    )
-                    for x in elsewhere(operands)
+                    (partial(ours, *x, 0.7), partial(eager, *x, 0.7)) for x in elsewhere(operands)
                 )
                 times, (low, middle, high) = interleave(layouts, rounds)
                 ratio = shape.eager_bytes(BATCH, dtype) / shape.bytes(BATCH, dtype)
                 speed = shape.bytes(BATCH, dtype) / times[0] / 1e6
-                yield (
-                    f"gather_blocks {shape.name} {name} {order}",
-                    [*times, low, middle, high, ratio, speed],
-                    middle / ratio,
-                    0.9,
-                )
+                figures = [*times, low, middle, high, ratio, speed]
+                yield f"gather_blocks {shape.name} {name} {order}", figures, middle / ratio, 0.9
 
 
 def apply_rows(rounds):
@@ -119,16 +111,12 @@ def apply_rows(rounds):
             v, map = shape.values(BATCH, dtype, "cpu"), shape.map(BATCH, format, "cpu")
             full = hk.map_probabilities(map, shape.s_kv).to(dtype)
             layouts = (
-                (lambda v=v, map=map: hk.apply_map(map, v), lambda v=v, f=f: eager_apply_map(f, v))
+                (partial(hk.apply_map, map, v), partial(eager_apply_map, f, v))
                 for v, map, f in elsewhere((v, map, full))
             )
             times, (low, middle, high) = interleave(layouts, rounds)
-            yield (
-                f"apply_map {shape.name} {name}",
-                [*times, low, middle, high, 1.0, 0.0],
-                middle,
-                1.0,
-            )
+            figures = [*times, low, middle, high, 1.0, 0.0]
+            yield f"apply_map {shape.name} {name}", figures, middle, 1.0
 
 
 def main():
@@ -157,17 +145,8 @@ def main():
                 print(rows[-1], flush=True)
                 if reached < goal:
                     failed.append(name)
-    header = [
-        "case",
-        "hgc ms",
-        "eager ms",
-        "speedup (p20 to p80)",
-        "byte ratio",
-        "share reached",
-        "goal",
-        "GB/s",
-    ]
-    text = table(header, rows)
+    header = ["case", "hgc ms", "eager ms", "speedup (p20 to p80)", "byte ratio", "share reached"]
+    text = table([*header, "goal", "GB/s"], rows)
     print(text)
     if options.write:
         head = (
@@ -175,8 +154,9 @@ def main():
             f"{platform.machine()}, vector set {hk.build_info()['vector_set']}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit "
             f"{commit()}, batch {BATCH}, {options.rounds} interleaved rounds with "
-            "caches cold. The byte ratio is `counts.eager_gather_blocks_bytes` over "
-            "`counts.gather_blocks_bytes`; the share reached is the median speedup over it.\n\n"
+            "caches cold. The byte ratio is `DecoderInput.eager_bytes` over "
+            "`DecoderInput.bytes` of benchmarks/ops/workloads.py; the share reached is the median "
+            "speedup over it.\n\n"
         )
         write_section("cpu-goals", f"python {' '.join(sys.argv)}", head + text)
     for name in failed:

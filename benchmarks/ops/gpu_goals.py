@@ -15,22 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from timing import copy_bandwidth, device_seconds, percentile
-from workloads import (
-    CROSS_ATTENTIONS,
-    DECODER_INPUTS,
-    eager_gather_blocks,
-    whole_cross_attention,
-)
+from workloads import CROSS_ATTENTIONS, DECODER_INPUTS, eager_gather_blocks, whole_cross_attention
 
 import hgc_kernels as hk
-from hgc_kernels import counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from measured import table
@@ -42,8 +36,33 @@ COMPILED = ("sd15_level0", "sd15_level1", "sdxl_level2")  # each takes seconds t
 Row = tuple[str, float, float, float, float, str]  # case, ours, other, reached, goal, of what
 
 
-def middle(seconds: list[float]) -> float:
-    return percentile(seconds, 0.5)
+def device_seconds(functions: Sequence[Callable[[], object]], rounds: int = 50) -> list[float]:
+    """Median seconds of each function on the GPU: interleaved, caches cold, by CUDA events."""
+    # larger than any cache, and long enough to write that the work behind it is queued by then
+    flush = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    for function in functions:
+        for _ in range(3):  # compiles, and fills the allocator's pool
+            function()
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, found in zip(functions, events, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.fill_(1)
+            begin.record()
+            function()
+            end.record()
+            found.append((begin, end))
+    torch.cuda.synchronize()
+    return [statistics.median_low(a.elapsed_time(b) / 1e3 for a, b in found) for found in events]
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes a second of a 256 MiB copy on the GPU, reads and writes counted."""
+    source = torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    (seconds,) = device_seconds([lambda: target.copy_(source)], rounds=20)
+    return 2 * source.numel() / seconds
 
 
 def gather_rows() -> Iterator[Row]:
@@ -54,7 +73,7 @@ def gather_rows() -> Iterator[Row]:
             partial(hk.gather_blocks, *operands, scale=0.7),
             partial(eager_gather_blocks, *operands, 0.7),
         ]
-        ours, eager = map(middle, device_seconds(functions))
+        ours, eager = device_seconds(functions)
         case = f"gather_blocks {shape.name}"
         goal = 0.85 if moved >= LARGE_BYTES else 0.0
         floor = moved / copy_bandwidth()
@@ -68,7 +87,7 @@ def attention_rows() -> Iterator[Row]:
         ours, theirs = whole_cross_attention(shape, BATCH, FP16, "cuda")
         with_compiled = shape.name in COMPILED
         more = [torch.compile(theirs)] if with_compiled else []
-        mine, eager, *compiled = map(middle, device_seconds([ours, theirs, *more]))
+        mine, eager, *compiled = device_seconds([ours, theirs, *more])
         case = f"cached cross-attention {shape.name}"
         yield case, mine, eager, eager / mine, 2.0, "diffusers, eager"
         if compiled:
@@ -83,13 +102,12 @@ def attention_rows() -> Iterator[Row]:
                 partial(attend, *(x.transpose(1, 2) for x in (q, k, v))),
                 partial(hk.apply_map, map_, v),
             ]
-            mine, plain, applied = map(middle, device_seconds(functions))
-            sizes = (BATCH, shape.s_q, shape.s_kv, shape.heads, shape.size, FP16.itemsize, format)
-            floor = counts.attend_and_store_bytes(*sizes) / copy_bandwidth()
+            mine, plain, applied = device_seconds(functions)
+            floor = shape.attend_bytes(BATCH, FP16, format) / copy_bandwidth()
             allowed = max(1.25 * plain, floor / 0.7)
             case = f"attend_and_store {shape.name} {format}"
             yield case, mine, allowed, allowed / mine, 1.0, "1.25 times attention, or its bytes"
-            floor = counts.apply_map_bytes(*sizes) / copy_bandwidth()
+            floor = shape.apply_bytes(BATCH, FP16, format) / copy_bandwidth()
             case = f"apply_map {shape.name} {format}"
             yield case, applied, plain, plain / applied, 0.0, "attention alone"
             yield case, applied, floor, floor / applied, 0.0, "copy bandwidth"
@@ -101,7 +119,7 @@ def matmul_rate() -> float:
     a, b = (torch.randn(size, size, device="cuda").half() for _ in "ab")
     out = torch.empty_like(a)
     (seconds,) = device_seconds([lambda: torch.mm(a, b, out=out)], rounds=10)
-    return 2 * size**3 / middle(seconds)
+    return 2 * size**3 / seconds
 
 
 def ceilings(path: Path) -> int:

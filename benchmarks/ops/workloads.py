@@ -1,4 +1,6 @@
-"""The shapes and the rivals of the op benchmarks."""
+"""The shapes and the rivals of the op benchmarks, and the bytes that an op must move: each operand
+counted once, as if caches were perfect, padding where the format has it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 import hgc_kernels as hk
-from hgc_kernels import counts
 from hgc_kernels.map_format import encode
 
 
@@ -32,14 +33,14 @@ class DecoderInput:
         return found
 
     def bytes(self, batch, dtype):
-        return counts.gather_blocks_bytes(
-            batch, self.hidden, self.skip, self.side**2, dtype.itemsize
-        )
+        """hidden, skip and residual read, the result written."""
+        return batch * self.side**2 * dtype.itemsize * (2 * self.hidden + 3 * self.skip)
 
     def eager_bytes(self, batch, dtype):
-        return counts.eager_gather_blocks_bytes(
-            batch, self.hidden, self.skip, self.side**2, dtype.itemsize
-        )
+        """cat([hidden, skip + scale * residual]) as three ops: the product and the sum are written
+        and read again.
+        """
+        return batch * self.side**2 * dtype.itemsize * (2 * self.hidden + 7 * self.skip)
 
 
 # The three largest of SD1.5 at 512 come first.
@@ -85,6 +86,17 @@ class CrossAttention:
         encode(torch.softmax(scores, -1), map)
         return map
 
+    def apply_bytes(self, batch, dtype, format):
+        """The map and the values read, the result written."""
+        tokens = (self.s_q + self.s_kv) * self.channels * dtype.itemsize
+        return batch * tokens + hk.map_bytes(batch, self.s_q, self.heads, self.s_kv, format)
+
+    def attend_bytes(self, batch, dtype, format):
+        """The queries, keys and values read, the result and the map written."""
+        return self.apply_bytes(batch, dtype, format) + (
+            batch * (self.s_q + self.s_kv) * self.channels * dtype.itemsize
+        )
+
 
 CROSS_ATTENTIONS = (
     CrossAttention("sd15_level0", 4096, 8, 40, 768),
@@ -108,28 +120,15 @@ def eager_apply_map(probabilities, v):
     return out.transpose(1, 2).contiguous()
 
 
-def eager_apply_map_project(probabilities, v, weight, bias, residual):
-    attended = eager_apply_map(probabilities, v).flatten(2)
-    return torch.nn.functional.linear(attended, weight, bias) + residual
-
-
-def eager_attend_and_store(q, k, v, scale):
-    """Attention that keeps its probabilities."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    probabilities = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * scale, -1)
-    out = torch.matmul(probabilities, v).transpose(1, 2).contiguous()
-    return out, probabilities.transpose(1, 2).contiguous()
-
-
 def whole_cross_attention(
     shape: CrossAttention, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
     """(hgc's, diffusers'): a block's cross-attention with fresh values, from hidden states to
     hidden states.
 
-    diffusers: norm, to_q, to_k, to_v, scaled_dot_product_attention, to_out, residual. hgc: to_v and
-    one op; the norm, the queries and the keys are not needed. The map is the one that diffusers'
-    would compute, so both give the same result.
+    diffusers: norm, to_q, to_k, to_v, scaled_dot_product_attention, to_out, residual. hgc: to_v,
+    apply_map, to_out, residual; the norm, the queries and the keys are not needed. The map is the
+    one that diffusers' would compute, so both give the same result.
     """
     from diffusers.models.attention_processor import Attention
 
@@ -149,6 +148,6 @@ def whole_cross_attention(
 
     def ours() -> torch.Tensor:
         v = attention.to_v(prompt).unflatten(-1, heads)
-        return hk.apply_map_project(map, v, projection.weight, projection.bias, hidden)
+        return projection(hk.apply_map(map, v).flatten(2)) + hidden
 
     return ours, theirs

@@ -1,6 +1,5 @@
 // torch.ops.hgc_native on CPU tensors: arguments in, pointers out.
 #include <atomic>
-#include <cstring>
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
@@ -9,40 +8,7 @@
 namespace hgc {
 namespace {
 
-using cpu::Element;
 using cpu::kernels;
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::Half:
-      return Element::kHalf;
-    case ScalarType::BFloat16:
-      return Element::kBFloat;
-    default:
-      return Element::kE4m3;
-  }
-}
-
-// rows as a dense list, each value checked.
-class Rows {
- public:
-  Rows(const Tensor& rows, int64_t bound) {
-    const int64_t* from = static_cast<const int64_t*>(rows.const_data_ptr());
-    const int64_t n = rows.size(0);
-    values_.reset(new int64_t[n > 0 ? n : 1]);
-    for (int64_t i = 0; i < n; ++i) {
-      values_[i] = from[i * rows.stride(0)];
-      STD_TORCH_CHECK(values_[i] >= 0 && values_[i] < bound, "rows: expected indices in [0, ",
-                      bound, "), got ", values_[i]);
-    }
-  }
-  const int64_t* get() const { return values_.get(); }
-
- private:
-  std::unique_ptr<int64_t[]> values_;
-};
 
 // Bytes a thread should have to do, so that starting it pays.
 constexpr int64_t kGrainBytes = 64 * 1024;
@@ -51,114 +17,29 @@ constexpr int64_t kGrainBytes = 64 * 1024;
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
 Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Tensor> residual,
-                     std::optional<Tensor> rows, double scale) {
-  const Gather g(hidden, skip, residual, rows);
-  std::optional<Rows> row_list;
-  if (rows) row_list.emplace(*rows, skip.size(0));
-  Tensor out = g.new_result(hidden);
+                     double scale) {
+  const Gather g(hidden, skip, residual, scale);
+  Tensor out = g.new_result();
   const int64_t elements = out.numel();
   if (elements == 0) return out;
   const Element element = element_of(hidden.scalar_type());
   const int64_t element_bytes = out.element_size();
-  const void* residual_ptr = residual ? residual->const_data_ptr() : nullptr;
-  const int64_t* rows_ptr = row_list ? row_list->get() : nullptr;
   if (g.dense) {
-    const int64_t pixels = g.height * g.width;
-    const int64_t runs = g.channels_last ? pixels : 1;
-    const cpu::GatherDense a{hidden.const_data_ptr(),
-                             skip.const_data_ptr(),
-                             residual_ptr,
-                             rows_ptr,
-                             out.mutable_data_ptr(),
-                             runs,
-                             g.hidden_channels * pixels / runs,
-                             g.skip_channels * pixels / runs,
-                             hidden.stride(0),
-                             skip.stride(0),
-                             residual ? residual->stride(0) : 0,
-                             static_cast<float>(scale),
-                             elements * element_bytes >= kStreamBytes};
-    torch::stable::parallel_for(
-        0, elements, kGrainBytes / element_bytes,
-        [&](int64_t begin, int64_t end) { kernels().gather_dense(a, element, begin, end); });
+    const GatherDense a = g.dense_arguments(out);
+    const bool stream = elements * element_bytes >= kStreamBytes;
+    torch::stable::parallel_for(0, elements, kGrainBytes / element_bytes,
+                                [&](int64_t begin, int64_t end) {
+                                  kernels().gather_dense(a, element, stream, begin, end);
+                                });
     return out;
   }
-  cpu::GatherStrided a{hidden.const_data_ptr(),
-                       skip.const_data_ptr(),
-                       residual_ptr,
-                       rows_ptr,
-                       out.mutable_data_ptr(),
-                       g.hidden_channels,
-                       g.skip_channels,
-                       g.height,
-                       g.width,
-                       {},
-                       {},
-                       {},
-                       {},
-                       static_cast<float>(scale)};
-  for (int d = 0; d < 4; ++d) {
-    a.hidden_strides[d] = hidden.stride(d);
-    a.skip_strides[d] = skip.stride(d);
-    a.residual_strides[d] = residual ? residual->stride(d) : 0;
-    a.out_strides[d] = out.stride(d);
-  }
+  const GatherStrided a = g.strided_arguments(out);
   const int64_t line_bytes = g.width * element_bytes;
   torch::stable::parallel_for(0, g.batch * (g.hidden_channels + g.skip_channels) * g.height,
                               kGrainBytes / 4 / line_bytes + 1, [&](int64_t begin, int64_t end) {
                                 kernels().gather_strided(a, element, begin, end);
                               });
   return out;
-}
-
-// Copies elements [begin, end) of a row, counted in the order of the loops.
-void copy_part(const RowLoops& loops, char* cache, const char* fresh, int64_t element_bytes,
-               int64_t begin, int64_t end) {
-  if (loops.is_run()) {
-    std::memcpy(cache + begin * element_bytes, fresh + begin * element_bytes,
-                (end - begin) * element_bytes);
-    return;
-  }
-  int64_t index[RowLoops::kMaxDims];
-  int64_t rest = begin;
-  for (int d = loops.dims - 1; d >= 0; --d) {
-    index[d] = rest % loops.sizes[d];
-    rest /= loops.sizes[d];
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    int64_t to = 0;
-    int64_t from = 0;
-    for (int d = 0; d < loops.dims; ++d) {
-      to += index[d] * loops.cache_strides[d];
-      from += index[d] * loops.fresh_strides[d];
-    }
-    std::memcpy(cache + to * element_bytes, fresh + from * element_bytes, element_bytes);
-    for (int d = loops.dims - 1; d >= 0 && ++index[d] == loops.sizes[d]; --d) index[d] = 0;
-  }
-}
-
-void scatter_rows(const Tensor& cache, const Tensor& fresh, const Tensor& rows) {
-  const RowLoops loops(cache, fresh);
-  check_scatter(cache, fresh, rows);
-  const Rows row_list(rows, cache.size(0));  // all checked before the first is written
-  const int64_t count = rows.size(0);
-  if (count == 0 || loops.elements == 0) return;
-  const int64_t element_bytes = cache.element_size();
-  char* cache_ptr = static_cast<char*>(cache.mutable_data_ptr());
-  const char* fresh_ptr = static_cast<const char*>(fresh.const_data_ptr());
-  const int64_t cache_row = cache.stride(0) * element_bytes;
-  const int64_t fresh_row = fresh.stride(0) * element_bytes;
-  torch::stable::parallel_for(
-      0, count * loops.elements, kGrainBytes / element_bytes, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-          const int64_t sample = begin / loops.elements;
-          const int64_t first = begin - sample * loops.elements;
-          const int64_t n = std::min(end - begin, loops.elements - first);
-          copy_part(loops, cache_ptr + row_list.get()[sample] * cache_row,
-                    fresh_ptr + sample * fresh_row, element_bytes, first, first + n);
-          begin += n;
-        }
-      });
 }
 
 Tensor apply_map(const Tensor& map, const Tensor& v) {
@@ -220,7 +101,6 @@ Tensor apply_map(const Tensor& map, const Tensor& v) {
 
 STABLE_TORCH_LIBRARY_IMPL(hgc_native, CPU, m) {
   m.impl("gather_blocks", TORCH_BOX(&hgc::gather_blocks));
-  m.impl("scatter_rows", TORCH_BOX(&hgc::scatter_rows));
   m.impl("apply_map", TORCH_BOX(&hgc::apply_map));
 }
 

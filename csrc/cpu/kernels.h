@@ -3,40 +3,9 @@
 
 #include <cstdint>
 
+#include "../gather.h"
+
 namespace hgc::cpu {
-
-enum class Element : int { kFloat, kHalf, kBFloat, kE4m3 };
-
-// cat(hidden, skip[rows] + scale * residual[rows]) over inputs whose samples are dense in one and
-// the same order. In NCHW order a sample is one run of C * H * W elements; in channels_last order
-// it is H * W runs of C elements.
-struct GatherDense {
-  const void* hidden_ptr;
-  const void* skip_ptr;
-  const void* residual_ptr;  // may be null
-  const int64_t* rows_ptr;   // may be null; every value in [0, N)
-  void* out_ptr;             // dense
-  int64_t runs_per_sample;
-  int64_t hidden_run;  // elements a run
-  int64_t skip_run;
-  int64_t hidden_stride;  // elements from sample to sample
-  int64_t skip_stride;
-  int64_t residual_stride;
-  float scale;
-  bool stream;  // write past the caches: the result is larger than they are
-};
-
-// The same over inputs of any strides, a line of W elements at a time.
-struct GatherStrided {
-  const void* hidden_ptr;
-  const void* skip_ptr;
-  const void* residual_ptr;
-  const int64_t* rows_ptr;
-  void* out_ptr;
-  int64_t hidden_channels, skip_channels, height, width;
-  int64_t hidden_strides[4], skip_strides[4], residual_strides[4], out_strides[4];
-  float scale;
-};
 
 // values: of every (b, h) packed_head floats, laid out by pack_values as its instruction set likes
 // them. map: [B, S_q, H, padded_s_kv]. out: [B, S_q, H, size].
@@ -58,7 +27,8 @@ struct Kernels {
   const char* name;
   // Each works on items [begin, end) of its own: elements of the result, lines (b, c, y), blocks of
   // kQueryBlock queries (b, q / kQueryBlock), heads (b, h).
-  void (*gather_dense)(const GatherDense&, Element, int64_t begin, int64_t end);
+  // stream: write past the caches, for a result that is larger than they are.
+  void (*gather_dense)(const GatherDense&, Element, bool stream, int64_t begin, int64_t end);
   void (*gather_strided)(const GatherStrided&, Element, int64_t begin, int64_t end);
   // Returns false where scratch memory could not be had.
   bool (*apply_map)(const ApplyMap&, Element map, Element out, int64_t begin, int64_t end);

@@ -58,7 +58,7 @@ void blend_run(T* out, const T* skip, const T* residual, float scale, int64_t n,
 }
 
 template <typename T>
-void gather_dense(const GatherDense& a, int64_t begin, int64_t end) {
+void gather_dense(const GatherDense& a, bool stream, int64_t begin, int64_t end) {
   const int64_t run = a.hidden_run + a.skip_run;
   T* out = static_cast<T*>(a.out_ptr);
   int64_t i = begin;
@@ -72,26 +72,25 @@ void gather_dense(const GatherDense& a, int64_t begin, int64_t end) {
       const int64_t n = (stop < a.hidden_run ? stop : a.hidden_run) - column;
       const T* hidden =
           static_cast<const T*>(a.hidden_ptr) + sample * a.hidden_stride + within * a.hidden_run;
-      copy_run(out + i, hidden + column, n, a.stream);
+      copy_run(out + i, hidden + column, n, stream);
       i += n;
       column += n;
     }
     if (column < stop) {
       const int64_t n = stop - column;
-      const int64_t row = a.rows_ptr ? a.rows_ptr[sample] : sample;
       const int64_t offset = within * a.skip_run + (column - a.hidden_run);
-      const T* skip = static_cast<const T*>(a.skip_ptr) + row * a.skip_stride + offset;
+      const T* skip = static_cast<const T*>(a.skip_ptr) + sample * a.skip_stride + offset;
       if (a.residual_ptr) {
         const T* residual =
-            static_cast<const T*>(a.residual_ptr) + row * a.residual_stride + offset;
-        blend_run(out + i, skip, residual, a.scale, n, a.stream);
+            static_cast<const T*>(a.residual_ptr) + sample * a.residual_stride + offset;
+        blend_run(out + i, skip, residual, a.scale, n, stream);
       } else {
-        copy_run(out + i, skip, n, a.stream);
+        copy_run(out + i, skip, n, stream);
       }
       i += n;
     }
   }
-  if (a.stream) stream_fence();
+  if (stream) stream_fence();
 }
 
 template <typename T>
@@ -110,15 +109,14 @@ void gather_strided(const GatherStrided& a, int64_t begin, int64_t end) {
         out[x * a.out_strides[3]] = hidden[x * a.hidden_strides[3]];
       continue;
     }
-    const int64_t row = a.rows_ptr ? a.rows_ptr[b] : b;
     const int64_t k = c - a.hidden_channels;
-    const T* skip = static_cast<const T*>(a.skip_ptr) + row * a.skip_strides[0] +
+    const T* skip = static_cast<const T*>(a.skip_ptr) + b * a.skip_strides[0] +
                     k * a.skip_strides[1] + y * a.skip_strides[2];
     if (!a.residual_ptr) {
       for (int64_t x = 0; x < a.width; ++x) out[x * a.out_strides[3]] = skip[x * a.skip_strides[3]];
       continue;
     }
-    const T* residual = static_cast<const T*>(a.residual_ptr) + row * a.residual_strides[0] +
+    const T* residual = static_cast<const T*>(a.residual_ptr) + b * a.residual_strides[0] +
                         k * a.residual_strides[1] + y * a.residual_strides[2];
     for (int64_t x = 0; x < a.width; ++x) {
       out[x * a.out_strides[3]] =
@@ -374,10 +372,11 @@ bool apply_map(const ApplyMap& a, int64_t begin, int64_t end) {
   return true;
 }
 
-void gather_dense_any(const GatherDense& a, Element element, int64_t begin, int64_t end) {
-  if (element == Element::kFloat) gather_dense<float>(a, begin, end);
-  if (element == Element::kHalf) gather_dense<Half>(a, begin, end);
-  if (element == Element::kBFloat) gather_dense<BFloat>(a, begin, end);
+void gather_dense_any(const GatherDense& a, Element element, bool stream, int64_t begin,
+                      int64_t end) {
+  if (element == Element::kFloat) gather_dense<float>(a, stream, begin, end);
+  if (element == Element::kHalf) gather_dense<Half>(a, stream, begin, end);
+  if (element == Element::kBFloat) gather_dense<BFloat>(a, stream, begin, end);
 }
 
 void gather_strided_any(const GatherStrided& a, Element element, int64_t begin, int64_t end) {

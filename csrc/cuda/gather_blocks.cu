@@ -1,9 +1,89 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
 #include <type_traits>
 
-#include "device.cuh"
+#include "kernels.h"
 
 namespace hgc::cuda {
 namespace {
+
+constexpr int kThreads = 256;
+// Vectors a thread has in flight: enough loads outstanding to cover the latency of memory.
+constexpr int kUnroll = 4;
+constexpr int kVectorBytes = 16;
+
+// n / divisor for n below 2^31, by one multiplication (Granlund and Montgomery, "Division by
+// invariant integers using multiplication", 1994, with the shift folded in).
+class FastDivisor {
+ public:
+  explicit FastDivisor(uint32_t divisor) : divisor_(divisor) {
+    while (shift_ < 32 && (uint64_t{1} << shift_) < divisor) ++shift_;
+    multiplier_ = static_cast<uint32_t>(
+        ((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
+  }
+  __device__ __forceinline__ void split(uint32_t n, uint32_t* quotient_out, uint32_t* rest) const {
+    *quotient_out = (__umulhi(n, multiplier_) + n) >> shift_;
+    *rest = n - *quotient_out * divisor_;
+  }
+
+ private:
+  uint32_t divisor_;
+  uint32_t multiplier_;
+  uint32_t shift_ = 0;
+};
+
+// The same face for sizes that need 64 bits.
+class WideDivisor {
+ public:
+  explicit WideDivisor(int64_t divisor) : divisor_(divisor) {}
+  __device__ __forceinline__ void split(int64_t n, int64_t* quotient_out, int64_t* rest) const {
+    *quotient_out = n / divisor_;
+    *rest = n - *quotient_out * divisor_;
+  }
+
+ private:
+  int64_t divisor_;
+};
+
+struct Narrow {
+  using Index = uint32_t;
+  using Divisor = FastDivisor;
+};
+struct Wide {
+  using Index = int64_t;
+  using Divisor = WideDivisor;
+};
+
+// Whether every index a kernel forms, the overhang of its last block included, stays below 2^31.
+bool fits_narrow(int64_t items) { return items < (int64_t{1} << 31) - 2 * kThreads * kUnroll; }
+
+bool is_aligned(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % kVectorBytes == 0; }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Blocks of kThreads * kUnroll items each.
+dim3 grid_of(int64_t items) {
+  return dim3(static_cast<unsigned>((items + kThreads * kUnroll - 1) / (kThreads * kUnroll)));
+}
 
 // Rounds scale * residual to T before the sum, as eager's two ops do; the _rn intrinsics are never
 // fused into an FMA.
@@ -47,18 +127,6 @@ __device__ __forceinline__ T blend_packed(T skip, T residual, float scale) {
   return blend(skip, residual, scale);
 }
 
-template <typename T, int kWidth>
-__device__ __forceinline__ typename Packed<T, kWidth>::Word not_a_number() {
-  if constexpr (kWidth == 1) {
-    return from_float<T>(__int_as_float(0x7fc00000));
-  } else {
-    const uint32_t word = sizeof(T) == 4              ? 0x7fc00000u
-                          : std::is_same_v<T, __half> ? 0x7e007e00u
-                                                      : 0x7fc07fc0u;
-    return make_uint4(word, word, word, word);
-  }
-}
-
 template <typename Size>
 struct GatherDivisors {
   typename Size::Divisor run;              // vectors a run
@@ -92,19 +160,14 @@ __global__ void __launch_bounds__(kThreads)
       value[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.hidden_ptr) + offset);
       continue;
     }
-    const int64_t row = row_of(args.rows, sample);
-    if (!in_range(args.rows, row)) {
-      value[u] = not_a_number<T, kWidth>();
-      continue;
-    }
     const int64_t offset =
         within * args.skip_run + static_cast<int64_t>(column - divisors.hidden_vectors) * kWidth;
     value[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.skip_ptr) +
-                                             row * args.skip_stride + offset);
+                                             sample * args.skip_stride + offset);
     if constexpr (kResidual) {
       is_skip[u] = true;
       residual[u] = *reinterpret_cast<const Vec*>(static_cast<const T*>(args.residual_ptr) +
-                                                  row * args.residual_stride + offset);
+                                                  sample * args.residual_stride + offset);
     }
   }
 #pragma unroll
@@ -137,20 +200,15 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_strided_kernel(const G
         args.hidden_ptr)[b * args.hidden_strides[0] + c * args.hidden_strides[1] +
                          y * args.hidden_strides[2] + x * args.hidden_strides[3]];
   } else {
-    const int64_t row = row_of(args.rows, b);
     const int64_t k = c - args.hidden_channels;
-    if (!in_range(args.rows, row)) {
-      value = from_float<T>(__int_as_float(0x7fc00000));
-    } else {
-      value = static_cast<const T*>(
-          args.skip_ptr)[row * args.skip_strides[0] + k * args.skip_strides[1] +
-                         y * args.skip_strides[2] + x * args.skip_strides[3]];
-      if constexpr (kResidual) {
-        const T residual = static_cast<const T*>(
-            args.residual_ptr)[row * args.residual_strides[0] + k * args.residual_strides[1] +
-                               y * args.residual_strides[2] + x * args.residual_strides[3]];
-        value = blend(value, residual, args.scale);
-      }
+    value =
+        static_cast<const T*>(args.skip_ptr)[b * args.skip_strides[0] + k * args.skip_strides[1] +
+                                             y * args.skip_strides[2] + x * args.skip_strides[3]];
+    if constexpr (kResidual) {
+      const T residual = static_cast<const T*>(
+          args.residual_ptr)[b * args.residual_strides[0] + k * args.residual_strides[1] +
+                             y * args.residual_strides[2] + x * args.residual_strides[3]];
+      value = blend(value, residual, args.scale);
     }
   }
   static_cast<T*>(args.out_ptr)[b * args.out_strides[0] + c * args.out_strides[1] +
@@ -233,8 +291,9 @@ cudaError_t gather_dense(const GatherDense& args, Element element, cudaStream_t 
       return gather_dense_of<__half>(args, stream);
     case Element::kBFloat:
       return gather_dense_of<__nv_bfloat16>(args, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 cudaError_t gather_strided(const GatherStrided& args, Element element, cudaStream_t stream) {
@@ -245,8 +304,9 @@ cudaError_t gather_strided(const GatherStrided& args, Element element, cudaStrea
       return gather_strided_of<__half>(args, stream);
     case Element::kBFloat:
       return gather_strided_of<__nv_bfloat16>(args, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 const NamedKernel* gather_kernels(int* count) {

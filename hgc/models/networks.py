@@ -93,7 +93,7 @@ def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Te
     if torch.is_grad_enabled():
         return hgc_kernels.gather_blocks(hidden, skip, residual, scale=scale)
     # the arguments are known to be right
-    return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, None, scale)
+    return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, scale)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -96,24 +95,16 @@ def _apply(stored: Any, v: Any, *args: Any, out_shape: Any = None, **kw: Any) ->
     return 2 * batch * length * heads * v[1] * v[3]
 
 
-def _apply_project(
-    stored: Any, v: Any, weight: Any, *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    batch, length = stored[:2]
-    return _apply(stored, v) + 2 * batch * length * math.prod(weight)
-
-
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.hgc.attend_and_store: _attend,
     torch.ops.hgc.apply_map: _apply,
 }
-_MAPPING = {**_ATTENTION, torch.ops.hgc.apply_map_project: _apply_project}
 
 
 def flop_counter() -> FlopCounterMode:
     """torch's FLOP counter, taught the ops of hgc and attention on CPU, which it does not know."""
-    return FlopCounterMode(display=False, custom_mapping=_MAPPING)
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
 def macs_of(counter: FlopCounterMode) -> Macs:

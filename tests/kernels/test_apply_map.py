@@ -14,13 +14,10 @@ from kernel_checks import (
     assert_within_rule,
     attend64,
     attend_eager,
-    chain_error,
     decode64,
     guarded,
     heads,
     max_error,
-    project64,
-    project_eager,
     stored_map,
     text_probabilities,
 )
@@ -108,22 +105,6 @@ def test_reference_attend_and_store(dtype, format):
     assert_within_rule(decode64(map, 77), probabilities, stored, q.dtype)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_map_project(dtype, backend):
-    kind = DTYPES[dtype]
-    v, map = heads(2, 77, 3, 40, kind), stored_map(text_probabilities(2, 50, 3, 77), "fp16")
-    weight, bias, residual = (
-        torch.randn(s).to(kind) * 0.1 for s in [(48, 120), (48,), (2, 50, 48)]
-    )
-    for added in ((bias, residual), (None, residual), (bias, None)):
-        with hk.use_backend(backend):
-            out = hk.apply_map_project(map, v, weight, *added)
-        reference = project64(apply64(map, v), weight, *added)
-        eager = project_eager(apply_eager(map, v), weight, *added)
-        assert_within_rule(out, reference, eager, kind)
-
-
 @pytest.mark.parametrize("format", hk.FORMATS)
 def test_what_a_map_stores(format):
     probabilities, unit = text_probabilities(2, 9, 3, 77), 448.0 if format == "e4m3" else 1.0
@@ -141,8 +122,6 @@ def test_a_strided_map_is_refused():
     with pytest.raises(ValueError, match="map: expected a contiguous"):
         hk.apply_map(map, v)
     with pytest.raises(ValueError, match="map: expected a contiguous"):
-        hk.apply_map_project(map, v, torch.randn(5, 24))
-    with pytest.raises(ValueError, match="map: expected a contiguous"):
         hk.attend_and_store(v[:, :5], v, v, map)
     with hk.use_backend("native"), pytest.raises(RuntimeError, match="map: expected a contiguous"):
         torch.ops.hgc.apply_map(map, v)
@@ -158,31 +137,6 @@ def test_the_rule_catches_a_dropped_key():
     assert max_error(dropped, reference) < 1e-1
     with pytest.raises(AssertionError, match="is above"):
         assert_within_rule(dropped, reference, eager, torch.bfloat16)
-
-
-def test_the_rule_of_one_accumulator():
-    """apply_map_project's folded form at the length of an image prompt, one addition after another
-    as a GPU does them: within the rule, and not without its last key.
-    """
-    v = heads(1, 257, 4, 64, torch.float32)
-    map = stored_map(text_probabilities(1, 300, 4, 257), "fp32")
-    weight = torch.randn(256, 256) / 16
-    values = torch.cat([v[:, :1], v[:, 1:] - v[:, :1]], 1)
-    folded = torch.einsum("bkhd,chd->hkc", values, weight.unflatten(1, (4, 64))).flatten(0, 1)
-    left = map[0, :, :, :257].flatten(1)
-    reference = project64(apply64(map, v), weight, None, None)
-    eager = project_eager(apply_eager(map, v), weight, None, None)
-    beside = chain_error(4 * 272, reference)
-
-    def summed(terms):
-        out = torch.zeros(1, 300, 256)
-        for term in terms:
-            out.addcmul_(left[:, term, None], folded[term])
-        return out
-
-    assert_within_rule(summed(range(4 * 257)), reference, eager, torch.float32, beside)
-    with pytest.raises(AssertionError, match="is above"):
-        assert_within_rule(summed(range(4 * 257 - 1)), reference, eager, torch.float32, beside)
 
 
 def test_new_map_attends_to_the_first_token():

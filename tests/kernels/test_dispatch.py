@@ -17,20 +17,11 @@ def arguments(op, batch=2, tokens=10):
     """Arguments for the op as torch.ops.hgc takes it."""
     q, k = torch.randn(batch, tokens, 3, 8), torch.randn(batch, 7, 3, 8)
     map = hk.new_map(batch, tokens, 3, 7)
-    hidden, skip = torch.randn(batch, 6, tokens, 4), torch.randn(batch + 1, 5, tokens, 4)
-    rows = torch.arange(batch).flip(0)
+    hidden, skip = torch.randn(batch, 6, tokens, 4), torch.randn(batch, 5, tokens, 4)
     return {
-        "gather_blocks": (hidden, skip, torch.randn_like(skip), rows, 0.7),
-        "scatter_rows": (torch.randn(batch + 1, tokens), torch.randn(batch, tokens), rows),
+        "gather_blocks": (hidden, skip, torch.randn_like(skip), 0.7),
         "attend_and_store": (q, k, k, 0.3, map),
         "apply_map": (map, k),
-        "apply_map_project": (
-            map,
-            k,
-            torch.randn(5, 24),
-            torch.randn(5),
-            torch.randn(batch, tokens, 5),
-        ),
     }[op]
 
 
@@ -38,23 +29,14 @@ def public(op, args):
     if op == "attend_and_store":
         q, k, v, scale, map = args
         return hk.attend_and_store(q, k, v, map, scale), map
-    if op == "scatter_rows":
-        hk.scatter_rows(*args)
-        return (args[0],)
     return (getattr(hk, op)(*args),)
 
 
 OPS = list(hk.backends())
 
 
-def test_there_are_five():
-    assert OPS == [
-        "apply_map",
-        "apply_map_project",
-        "attend_and_store",
-        "gather_blocks",
-        "scatter_rows",
-    ]
+def test_there_are_three():
+    assert OPS == ["apply_map", "attend_and_store", "gather_blocks"]
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
@@ -67,12 +49,8 @@ def test_opcheck(op, choice):
 def test_opcheck_channels_last_and_no_residual():
     hidden = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
     op = torch.ops.hgc.gather_blocks.default
-    torch.library.opcheck(op, (hidden, hidden, None, None, 1.0))
-    torch.library.opcheck(op, (hidden[:1], hidden[1:], hidden[1:], None, 1.0))
-    map, v = hk.new_map(2, 10, 3, 7), torch.randn(2, 7, 3, 8)
-    torch.library.opcheck(
-        torch.ops.hgc.apply_map_project.default, (map, v, torch.randn(5, 24), None, None)
-    )
+    torch.library.opcheck(op, (hidden, hidden, None, 1.0))
+    torch.library.opcheck(op, (hidden[:1], hidden[1:], hidden[1:], 1.0))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -81,7 +59,7 @@ def test_opcheck_channels_last_and_no_residual():
 def test_autocast_changes_nothing(op, choice, grad):
     """Not the dtype of the result, which compiled graphs rely on, and not a bit of it."""
     args = arguments(op)
-    args[1].requires_grad_(grad and op != "scatter_rows")
+    args[1].requires_grad_(grad)
     copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
     with hk.use_backend(choice):
         expected = public(op, copies)

@@ -22,11 +22,12 @@ SHAPES = {
 BACKENDS = ("native", "reference")
 
 
-def inputs(shape, dtype, channels_last, samples=None):
+def inputs(shape, dtype, channels_last):
     batch, hidden_channels, skip_channels, height, width = shape
-    samples = batch if samples is None else samples
-    sizes = (batch, hidden_channels), (samples, skip_channels), (samples, skip_channels)
-    found = [torch.randn(*size, height, width).to(DTYPES[dtype]) for size in sizes]
+    found = [
+        torch.randn(batch, channels, height, width).to(DTYPES[dtype])
+        for channels in (hidden_channels, skip_channels, skip_channels)
+    ]
     if channels_last:
         found = [x.contiguous(memory_format=torch.channels_last) for x in found]
     return [guarded(x) for x in found]
@@ -52,19 +53,6 @@ def test_is_eager(shape, dtype, channels_last, backend):
             promised = torch.empty(out.shape, device="meta", memory_format=format)
             assert out.stride() == promised.stride()
         assert torch.equal(hk.gather_blocks(hidden, skip), torch.cat([hidden, skip], 1))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows(dtype, channels_last, backend):
-    """Samples in any order, repeated and left out; the index itself strided."""
-    hidden, skip, residual = inputs((5, 12, 7, 9, 4), dtype, channels_last, samples=3)
-    rows = torch.tensor([2, -1, 0, -1, 0, -1, 1, -1, 2, -1])[::2]
-    with hk.use_backend(backend):
-        out = hk.gather_blocks(hidden, skip, residual, rows, 0.3)
-    assert torch.equal(out, torch.cat([hidden, skip[rows] + 0.3 * residual[rows]], 1))
-    assert is_channels_last(out) == channels_last
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,15 +154,16 @@ def test_empty():
             )
 
 
-@pytest.mark.parametrize("row", [-1, 3, 2**40])
-def test_rows_out_of_range(row):
-    hidden, skip, residual = inputs((2, 3, 2, 4, 4), "fp32", False, samples=3)
-    rows = torch.tensor([0, row])
-    with pytest.raises(IndexError, match=r"rows.*\[0, 3\)"):
-        hk.gather_blocks(hidden, skip, residual, rows)
-    # The op itself has only the native check between the index and memory.
-    with hk.use_backend("native"), pytest.raises(RuntimeError, match="rows"):
-        torch.ops.hgc.gather_blocks(hidden, skip, residual, rows, 1.0)
+@pytest.mark.parametrize("name", ["skip", "residual"])
+def test_other_samples_are_refused(name):
+    """By the function, and by the op itself, which has only the native check before memory."""
+    found = inputs((2, 3, 2, 4, 4), "fp32", False)
+    given = dict(zip(("hidden", "skip", "residual"), found, strict=True))
+    given[name] = given[name][:1]
+    with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        hk.gather_blocks(**given)
+    with hk.use_backend("native"), pytest.raises(RuntimeError, match=f"{name}: expected the s"):
+        torch.ops.hgc.gather_blocks(*given.values(), 1.0)
 
 
 def test_gradients_flow_through_the_reference():

@@ -11,16 +11,12 @@ from kernel_checks import (
     assert_within_rule,
     attend64,
     attend_eager,
-    chain_error,
     decode64,
-    project64,
-    project_eager,
     stored_map,
     text_probabilities,
 )
 
 import hgc_kernels as hk
-from hgc_kernels.map_format import MAP_DTYPES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,14 +66,11 @@ def test_gather_blocks_is_eager(shape, dtype, offset, channels_last):
         make(batch, skip_channels),
         make(batch, skip_channels),
     )
-    rows = torch.arange(batch, device="cuda").flip(0)
     with hk.use_backend("native"):
         assert torch.equal(
             hk.gather_blocks(hidden, skip, residual, scale=0.7),
             torch.cat([hidden, skip + 0.7 * residual], 1),
         )
-        picked = hk.gather_blocks(hidden, skip, residual, rows)
-        assert torch.equal(picked, torch.cat([hidden, skip[rows] + residual[rows]], 1))
         assert torch.equal(hk.gather_blocks(hidden, skip), torch.cat([hidden, skip], 1))
 
 
@@ -92,50 +85,6 @@ def test_gather_blocks_mixed_layouts(dtype):
         )
 
 
-@KINDS
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
-@pytest.mark.parametrize("path", ["vector", "element", "strided"])
-def test_rows_out_of_range_are_nan_and_read_nothing(path, residual, dtype):
-    width = 7 if path == "element" else 8
-    hidden, skip = (on_gpu(3, 4, 2, width, dtype=DTYPES[dtype]) for _ in range(2))
-    if path == "strided":
-        skip = skip.contiguous(memory_format=torch.channels_last)
-    rows = torch.tensor([1, -1, 2**40], device="cuda")
-    with hk.use_backend("native"):
-        out = hk.gather_blocks(hidden, skip, skip if residual else None, rows)
-    expected = skip[1] + skip[1] if residual else skip[1]
-    assert torch.equal(out[0], torch.cat([hidden[0], expected]))
-    assert torch.equal(out[:, :4], hidden)
-    assert out[1:, 4:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", MAP_DTYPES, ids=str)
-@pytest.mark.parametrize("row", [(320, 8, 8), (7,), (5, 3, 2)], ids=str)
-def test_scatter_rows(row, dtype):
-    cache, fresh = (
-        on_gpu(4, *row, dtype=torch.float32).to(dtype),
-        on_gpu(3, *row, dtype=torch.float32).to(dtype),
-    )
-    before = cache.clone()
-    rows = torch.tensor([3, 4, 0], device="cuda")  # the middle one is out of range: dropped
-    with hk.use_backend("native"):
-        hk.scatter_rows(cache, fresh, rows)
-    expected = before.clone()
-    expected[3], expected[0] = fresh[0], fresh[2]
-    assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
-
-
-@KINDS
-def test_scatter_rows_strided(dtype):
-    cache = on_gpu(4, 6, 5, 16, dtype=DTYPES[dtype])[..., ::2]
-    fresh = on_gpu(4, 8, 5, 6, dtype=DTYPES[dtype]).transpose(1, 3)
-    rows, expected = torch.tensor([1, -1, 3, 2**40], device="cuda"), cache.clone()
-    expected[1], expected[3] = fresh[0], fresh[2]  # the others are out of range: dropped
-    with hk.use_backend("native"):
-        hk.scatter_rows(cache, fresh, rows)
-    assert torch.equal(cache, expected)
-
-
 def projected(batch, tokens, count, size, kind):
     return on_gpu(batch, tokens, count * size, dtype=kind).view(batch, tokens, count, size)
 
@@ -144,10 +93,6 @@ def projected(batch, tokens, count, size, kind):
 @KINDS
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
 def test_attention_ops(shape, dtype, format):
-    from dataclasses import replace
-
-    from hgc_kernels.ops.apply_map_project import launch
-
     batch, s_q, count, s_kv, size = shape
     kind = DTYPES[dtype]
     q = projected(batch, s_q, count, size, kind)
@@ -168,38 +113,18 @@ def test_attention_ops(shape, dtype, format):
     peaked = stored_map(text_probabilities(batch, s_q, count, s_kv), format).cuda()
     with hk.use_backend("triton"):
         applied = hk.apply_map(peaked, v)
-    reference, eager = apply64(peaked, v), apply_eager(peaked, v)
-    assert_within_rule(applied, reference, eager, kind)
-    channels = count * size
-    weight = on_gpu(channels, channels, dtype=kind) * channels**-0.5
-    bias, residual = on_gpu(channels, dtype=kind), on_gpu(batch, s_q, channels, dtype=kind)
-    chosen = launch.heuristic(kind, peaked.dtype, batch, s_q, s_kv, count, size, channels)
-    # Folded, every key of every head goes through one accumulator, where eager sums in parts.
-    long = chain_error(count * hk.padded(s_kv), project64(reference, weight, None, None))
-    for form, beside in (("folded", long), ("two_stage", 0.0)):
-        out = launch.apply_map_project(
-            peaked, v, weight, bias, residual, replace(chosen, form=form)
-        )
-        assert_within_rule(
-            out,
-            project64(reference, weight, bias, residual),
-            project_eager(eager, weight, bias, residual),
-            kind,
-            beside,
-        )
+    assert_within_rule(applied, apply64(peaked, v), apply_eager(peaked, v), kind)
 
 
 def test_backends_and_kernel_attributes():
     table = hk.backends()
     assert {op: devices["cuda"][0] for op, devices in table.items()} == {
         "gather_blocks": "native",
-        "scatter_rows": "native",
         "apply_map": "triton",
-        "apply_map_project": "triton",
         "attend_and_store": "triton",
     }
     kernels = hk.build_info()["kernels"]
-    assert len(kernels) == 44
+    assert len(kernels) == 30
     assert all(kernel["local_bytes"] == 0 for kernel in kernels)
 
 
@@ -207,15 +132,13 @@ def test_backends_and_kernel_attributes():
 def test_tensors_of_another_gpu_than_the_current_one():
     q, v = (projected(2, 64, 4, 40, torch.float16).to("cuda:1") for _ in range(2))
     map = hk.new_map(2, 64, 4, 64, device="cuda:1")
-    weight, x = torch.randn(160, 160).half().to("cuda:1"), torch.randn(2, 8, 16, 16).to("cuda:1")
-    rows = torch.tensor([1, 0], device="cuda:1")
+    x = torch.randn(2, 8, 16, 16).to("cuda:1")
 
     def results():
         return (
             hk.attend_and_store(q, v, v, map),
             hk.apply_map(map, v),
-            hk.apply_map_project(map, v, weight),
-            hk.gather_blocks(x, x, x, rows, 0.3),
+            hk.gather_blocks(x, x, x, 0.3),
         )
 
     with torch.cuda.device(0):
@@ -229,15 +152,11 @@ def test_tensors_of_another_gpu_than_the_current_one():
 @KINDS
 def test_empty_tensors_launch_nothing(dtype):
     kind = DTYPES[dtype]
-    x, none = on_gpu(2, 3, 4, 4, dtype=kind), on_gpu(0, 3, 4, 4, dtype=kind)
-    rows = torch.tensor([], dtype=torch.int64, device="cuda")
-    assert hk.gather_blocks(none, x, x, rows).shape == (0, 6, 4, 4)
-    hk.scatter_rows(x, none, rows)
+    none = on_gpu(0, 3, 4, 4, dtype=kind)
+    assert hk.gather_blocks(none, none, none).shape == (0, 6, 4, 4)
     map, v = hk.new_map(0, 3, 2, 5, device="cuda"), on_gpu(0, 5, 2, 8, dtype=kind)
     assert hk.apply_map(map, v).shape == (0, 3, 2, 8)
     assert hk.attend_and_store(v[:, :3], v, v, map).shape == (0, 3, 2, 8)
-    weight = on_gpu(6, 16, dtype=kind)
-    assert hk.apply_map_project(map, v, weight).shape == (0, 3, 6)
 
 
 def test_compiled_on_the_gpu():
@@ -250,17 +169,13 @@ def test_a_cuda_graph_captures_every_op():
     """Nothing in an op waits for the device or allocates outside torch's pool."""
     q, v = projected(2, 64, 4, 40, torch.float16), projected(2, 77, 4, 40, torch.float16)
     map = hk.new_map(2, 64, 4, 77, device="cuda")
-    x, cache = on_gpu(2, 8, 16, 16, dtype=torch.float16), on_gpu(3, 8, dtype=torch.float16)
-    rows = torch.tensor([1, 0], device="cuda")
-    weight = on_gpu(160, 160, dtype=torch.float16)
+    x = on_gpu(2, 8, 16, 16, dtype=torch.float16)
 
     def step():
-        hk.scatter_rows(cache, x[:, :, 0, 0], rows)
         return (
             hk.attend_and_store(q, v, v, map),
             hk.apply_map(map, v),
-            hk.apply_map_project(map, v, weight),
-            hk.gather_blocks(x, x, x, rows, 0.3),
+            hk.gather_blocks(x, x, x, 0.3),
         )
 
     expected = step()

@@ -1,5 +1,5 @@
-"""Random calls: each either equals the reference or raises TypeError, ValueError or IndexError
-naming an argument.
+"""Random calls: each either equals the reference or raises TypeError or ValueError naming an
+argument.
 
 HGC_RANDOM_CALLS sets how many an op (150 by default; 2000 before a release). The sanitizer build
 runs this file too.
@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hgc_kernels as hk
-from hgc_kernels.map_format import MAP_DTYPES
 
 CALLS = int(os.environ.get("HGC_RANDOM_CALLS", "150"))
 random_calls = settings(
@@ -81,121 +80,53 @@ def spoil(x, how):
     return x
 
 
-def check(op, arguments, names, run_reference, *, valid, mutated=None):
+def check(op, arguments, names, run_reference, *, valid):
     """Run the op; compare with the reference, or read the error, which no valid call may raise."""
-    before = arguments[mutated].clone() if mutated else None
     try:
         out = getattr(hk, op)(**arguments)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError) as error:
         assert not valid, f"a valid call was refused: {error!r}"
         assert re.match(rf"({'|'.join(names)}): ", str(error)), f"no argument is named in {error!r}"
         return
-    if mutated:
-        out = arguments[mutated].clone() if out is None else out
-        arguments[mutated].copy_(before)
     expected = run_reference(arguments)
     assert (
         out.shape == expected.shape
         and out.dtype == expected.dtype
         and out.stride() == expected.stride()
     )
-    if op in ("gather_blocks", "scatter_rows"):
+    if op == "gather_blocks":
         assert torch.equal(out.float(), expected.float())
     elif out.numel():
-        # Two orders of summation over at most 33 unit-scale terms, or one rounding of the dtype;
-        # the projection sums up to 99 such results.
-        terms = 64 if op == "apply_map_project" else 8
-        step = torch.finfo(out.dtype).eps * terms * float(expected.abs().max().clamp(min=1))
+        # Two orders of summation over at most 33 unit-scale terms, or one rounding of the dtype.
+        step = torch.finfo(out.dtype).eps * 8 * float(expected.abs().max().clamp(min=1))
         assert float((out.float() - expected.float()).abs().max()) <= step
 
 
 @random_calls
 @given(
-    small, small, sizes, sizes, sizes, sizes, st.sampled_from(FLOATS),
-    st.tuples(layouts, layouts, layouts),
-    st.booleans(), st.lists(st.integers(-1, 3), min_size=0, max_size=3), st.booleans(),
-    st.sampled_from([1.0, 0.0, 0.7, -2.5]), spoils, st.integers(0, 3), st.integers(0, 2**31),
+    small, sizes, sizes, sizes, sizes, st.sampled_from(FLOATS),
+    st.tuples(layouts, layouts, layouts), st.booleans(),
+    st.sampled_from([1.0, 0.0, 0.7, -2.5]), spoils, st.integers(0, 2), st.integers(0, 2**31),
 )  # fmt: skip
 def test_gather_blocks(
-    batch,
-    samples,
-    c_h,
-    c_s,
-    height,
-    width,
-    dtype,
-    layout,
-    use_residual,
-    rows,
-    use_rows,
-    scale,
-    how,
-    which,
-    seed,
+    batch, c_h, c_s, height, width, dtype, layout, use_residual, scale, how, which, seed
 ):
     arguments = {
         "hidden": tensor((batch, c_h, height, width), dtype, layout[0], seed),
-        "skip": tensor(
-            (samples if use_rows else batch, c_s, height, width), dtype, layout[1], seed + 1
-        ),
+        "skip": tensor((batch, c_s, height, width), dtype, layout[1], seed + 1),
     }
     if use_residual:
         arguments["residual"] = tensor(arguments["skip"].shape, dtype, layout[2], seed + 2)
-    if use_rows:
-        length = batch if which else len(rows)
-        arguments["rows"] = torch.tensor(
-            (rows * 3)[:length] + [0] * max(0, length - 3 * len(rows)), dtype=torch.int64
-        )
     names = list(arguments)
     target = names[which % len(names)]
     arguments[target] = spoil(arguments[target], how)
     from hgc_kernels.ops.gather_blocks.reference import gather_blocks as reference
 
     def run_reference(a):
-        return reference(a["hidden"], a["skip"], a.get("residual"), a.get("rows"), scale)
+        return reference(a["hidden"], a["skip"], a.get("residual"), scale)
 
-    if all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in arguments.values()):
-        valid = how is None
-        if valid and use_rows:
-            index = arguments["rows"].tolist()
-            valid = len(index) == batch and all(0 <= row < samples for row in index)
-        check("gather_blocks", {**arguments, "scale": scale}, names, run_reference, valid=valid)
-    else:
-        with pytest.raises((TypeError, ValueError), match=rf"({'|'.join(names)}): "):
-            hk.gather_blocks(**arguments, scale=scale)
-
-
-@random_calls
-@given(
-    st.lists(sizes, min_size=0, max_size=3), st.integers(0, 4),
-    st.lists(st.integers(-1, 4), max_size=4),
-    st.sampled_from(MAP_DTYPES), layouts, layouts, spoils, st.integers(0, 2), st.integers(0, 2**31),
-)  # fmt: skip
-def test_scatter_rows(rest, samples, rows, dtype, cache_layout, fresh_layout, how, which, seed):
-    arguments = {
-        "cache": tensor((samples, *rest), dtype, cache_layout, seed),
-        "fresh": tensor((len(rows), *rest), dtype, fresh_layout, seed + 1),
-        "rows": torch.tensor(rows, dtype=torch.int64),
-    }
-    names = list(arguments)
-    arguments[names[which]] = spoil(arguments[names[which]], how)
-    from hgc_kernels.ops.scatter_rows.reference import scatter_rows as reference
-
-    def run_reference(a):
-        cache = a["cache"].clone()
-        reference(cache, a["fresh"], a["rows"])
-        return cache
-
-    if not all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in arguments.values()):
-        with pytest.raises((TypeError, ValueError), match=rf"({'|'.join(names)}): "):
-            hk.scatter_rows(**arguments)
-    elif arguments["cache"].layout != torch.strided:
-        with pytest.raises(TypeError, match="cache: "):
-            hk.scatter_rows(**arguments)
-    else:
-        valid = how is None and cache_layout != "expanded" and len(set(rows)) == len(rows)
-        valid = valid and all(0 <= row < samples for row in rows)
-        check("scatter_rows", arguments, names, run_reference, valid=valid, mutated="cache")
+    arguments["scale"] = scale
+    check("gather_blocks", arguments, names, run_reference, valid=how is None)
 
 
 def map_of(batch, s_q, count, s_kv, format, seed):
@@ -264,42 +195,7 @@ def test_attend_and_store(batch, s_q, count, s_kv, size, dtype, format, layout, 
         assert torch.isfinite(before.float()).all()
 
 
-@random_calls
-@given(*attention)
-def test_apply_map_project(batch, s_q, count, s_kv, size, dtype, format, layout, how, which, seed):
-    channels = 1 + seed % 19
-    arguments = {
-        "map": map_of(batch, s_q, count, s_kv, format, seed),
-        "v": tensor((batch, s_kv, count, size), dtype, layout, seed + 1),
-        "weight": tensor(
-            (channels, count * size), dtype, "transposed" if seed % 2 else "plain", seed + 2
-        ),
-        "bias": tensor((channels,), dtype, "sliced" if seed % 3 else "plain", seed + 3),
-        "residual": tensor(
-            (batch, s_q, channels),
-            dtype,
-            layout if layout != "channels_last" else "plain",
-            seed + 4,
-        ),
-    }
-    if seed % 5 == 0:
-        del arguments["bias"]
-    if seed % 7 == 0:
-        del arguments["residual"]
-    names = ["map", "v", "weight", "bias", "residual"]
-    target = list(arguments)[which % len(arguments)]
-    arguments[target] = spoil(arguments[target], how)
-    from hgc_kernels.ops.apply_map_project.reference import apply_map_project as reference
-
-    def run_reference(a):
-        return reference(a["map"], a["v"], a["weight"], a.get("bias"), a.get("residual"))
-
-    check("apply_map_project", arguments, names, run_reference, valid=how is None)
-
-
-@pytest.mark.parametrize(
-    "op", ["gather_blocks", "apply_map", "attend_and_store", "apply_map_project", "scatter_rows"]
-)
+@pytest.mark.parametrize("op", ["gather_blocks", "apply_map", "attend_and_store"])
 def test_nothing_at_all(op):
     with pytest.raises(TypeError):
         getattr(hk, op)()

@@ -1,7 +1,6 @@
 """Every Triton kernel in Triton's interpreter, against fp64, by the error rule."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from kernel_checks import (
     guarded,
     guarded_allocations,
     heads,
-    project64,
-    project_eager,
     stored_map,
     text_probabilities,
 )
@@ -96,86 +93,19 @@ def test_apply_map(dtype, format, size, s_kv):
     assert_within_rule(out, apply64(map, v), apply_eager(map, v), v.dtype)
 
 
-def _project_inputs(dtype, format, size, s_kv, channels=24):
-    batch, s_q, count = _sizes(dtype)
-    kind = DTYPES[dtype]
-    v = heads(batch, s_kv, count, size, kind)
-    map = guarded(stored_map(text_probabilities(batch, s_q, count, s_kv), format))
-    weight = guarded((torch.randn(channels, count * size) * (count * size) ** -0.5).to(kind))
-    bias, residual = (
-        guarded(torch.randn(channels).to(kind)),
-        guarded(torch.randn(batch, s_q, channels).to(kind)),
-    )
-    return map, v, weight, bias, residual
-
-
-@pytest.mark.parametrize("form", ["folded", "two_stage"])
-@pytest.mark.parametrize("dtype, format, size, s_kv", list(_grid()))
-def test_apply_map_project(dtype, format, size, s_kv, form):
-    from hgc_kernels.ops.apply_map_project import launch
-
-    map, v, weight, bias, residual = _project_inputs(dtype, format, size, s_kv)
-    chosen = launch.heuristic(
-        v.dtype, map.dtype, *map.shape[:2], s_kv, *v.shape[2:], weight.shape[0]
-    )
-    with guarded_allocations() as made:
-        out = launch.apply_map_project(map, v, weight, bias, residual, replace(chosen, form=form))
-    folded = (map.shape[0], map.shape[2] * map.shape[3], weight.shape[0])
-    assert (folded in [tuple(x.shape) for x in made]) == (form == "folded")
-    reference = project64(apply64(map, v), weight, bias, residual)
-    eager = project_eager(apply_eager(map, v), weight, bias, residual)
-    assert_within_rule(out, reference, eager, v.dtype)
-
-
-@pytest.mark.parametrize("form", ["folded", "two_stage"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("residual", ["none", "transposed", "broadcast"])
-def test_apply_map_project_operands(form, bias, residual):
-    """Left out, transposed and broadcast operands; a transposed weight, every second bias."""
-    from hgc_kernels.ops.apply_map_project import launch
-
-    map, v, weight, bias_vector, plain = _project_inputs("fp16", "fp16", 40, 13)
-    weight = guarded(weight.t().contiguous()).t()
-    added = {
-        "none": None,
-        "transposed": guarded(plain.transpose(1, 2).contiguous()).transpose(1, 2),
-        "broadcast": plain[:1].expand_as(plain),
-    }[residual]
-    chosen = launch.heuristic(v.dtype, map.dtype, *map.shape[:2], 13, *v.shape[2:], weight.shape[0])
-    vector = bias_vector.repeat_interleave(2)[::2] if bias else None
-    out = launch.apply_map_project(map, v, weight, vector, added, replace(chosen, form=form))
-    reference = project64(apply64(map, v), weight, vector, added)
-    assert_within_rule(
-        out, reference, project_eager(apply_eager(map, v), weight, vector, added), v.dtype
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", ["projection", "fused", "half", "transposed"])
 def test_views(view, dtype):
     """Strided inputs as diffusers makes them, one view for all operands."""
-    from hgc_kernels.ops.apply_map_project import launch
-
     kind = DTYPES[dtype]
     q = heads(2, 21, 3, 40, kind, view)
     k, v = (heads(2, 13, 3, 40, kind, view) for _ in "kv")
-    map, weight = hk.new_map(2, 21, 3, 13), torch.randn(24, 120).to(kind) * 120**-0.5
+    map = hk.new_map(2, 21, 3, 13)
     with hk.use_backend("triton"):
         out = hk.attend_and_store(q, k, v, map, scale=0.3)
         applied = hk.apply_map(map, v)
     assert_within_rule(out, attend64(q, k, v, 0.3)[0], attend_eager(q, k, v, 0.3)[0], kind)
-    reference, eager = apply64(map, v), apply_eager(map, v)
-    assert_within_rule(applied, reference, eager, kind)
-    chosen = launch.heuristic(v.dtype, map.dtype, 2, 21, 13, 3, 40, 24)
-    for form in ("folded", "two_stage"):
-        config = replace(chosen, form=form)
-        projected = launch.apply_map_project(map, v, weight, None, None, config)
-        assert_within_rule(
-            projected,
-            project64(reference, weight, None, None),
-            project_eager(eager, weight, None, None),
-            kind,
-        )
+    assert_within_rule(applied, apply64(map, v), apply_eager(map, v), kind)
 
 
 def test_large_scores_do_not_overflow():
@@ -206,10 +136,9 @@ def test_nan_is_not_lost(format):
     )
     q[0, 3] = float("nan")
     map = hk.new_map(1, 18, 2, 13, format=format)
-    weight = torch.randn(8, 80).half()
     with hk.use_backend("triton"):
         out = hk.attend_and_store(q, k, v, map)
-        rows = [out, hk.apply_map(map, v), hk.apply_map_project(map, v, weight)]
+        rows = [out, hk.apply_map(map, v)]
     for row in rows:
         assert row[0, 3].isnan().all()
         assert not row[0, 4].isnan().any()
@@ -251,17 +180,3 @@ def test_a_head_is_one_tile():
     assert [head_block(size) for size in sizes] == [16, 16, 32, 64, 64, 128, 128, 256, 256]
     with pytest.raises(Unsupported, match="head size 257 is above 256"):
         head_block(257)
-
-
-def test_form_follows_the_counts():
-    """Folding wins where queries are many; at the middle of SD1.5, with 64 queries, it does not."""
-    from hgc_kernels.ops.apply_map_project import launch
-
-    def form(s_q, count, size):
-        channels = count * size
-        return launch.heuristic(
-            torch.float16, torch.float16, 2, s_q, 77, count, size, channels
-        ).form
-
-    assert form(64, 8, 160) == "two_stage"
-    assert form(1024, 8, 80) == "folded"

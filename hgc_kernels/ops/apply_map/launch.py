@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
+    LaunchConfig,
     as_bytes,
     dot_precision,
     head_block,
@@ -17,15 +15,6 @@ from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 E4M3 = torch.float8_e4m3fn
 # What decode_e4m3 leaves: 448 for the format, 2^-8 for reading its bytes as fp16.
 E4M3_UNIT = 256.0 / 448.0
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
 
 
 def heuristic(
@@ -45,25 +34,13 @@ def heuristic(
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
 
-def bucket(
-    dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
-) -> tuple[object, ...]:
-    """What :func:`heuristic` looks at, as launch_table names it."""
-    queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
-    keys = min(next_power_of_two(s_kv), 64)
-    return dtype, f"map {map_dtype}", queries, f"{keys} keys", f"head {head_block(size)}"
-
-
 def apply_map(
     map: torch.Tensor,  # [B, S_q, H, S_kv padded to 16]
     v: torch.Tensor,  # [B, S_kv, H, D]
-    config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     batch, s_kv, heads, size = v.shape
     s_q = map.shape[1]
-    if config is None:
-        call = (v.dtype, map.dtype, s_q, s_kv, size)
-        config = launch_table.measured("apply_map", v.device, bucket(*call), heuristic(*call))
+    config = heuristic(v.dtype, map.dtype, s_q, s_kv, size)
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from hgc_kernels import launch_table
 from hgc_kernels.launch_config import (
+    LaunchConfig,
     as_bytes,
     dot_precision,
     head_block,
@@ -14,15 +13,6 @@ from hgc_kernels.launch_config import (
     on_device_of,
 )
 from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kernel
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
 
 
 def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
@@ -41,28 +31,16 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
 
-def bucket(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> tuple[object, ...]:
-    """What :func:`heuristic` looks at, as launch_table names it."""
-    queries = "over 32 queries" if s_q > 32 else "up to 32 queries"
-    keys = next_power_of_two(s_kv)
-    named = f"{keys} keys" if keys <= 128 else "over 128 keys"
-    return dtype, queries, named, f"head {head_block(size)}"
-
-
 def attend_and_store(
     q: torch.Tensor,  # [B, S_q, H, D]
     k: torch.Tensor,  # [B, S_kv, H, D]
     v: torch.Tensor,  # [B, S_kv, H, D]
     scale: float,
     map: torch.Tensor,  # [B, S_q, H, S_kv padded to 16]
-    config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     batch, s_q, heads, size = q.shape
     s_kv = k.shape[1]
-    if config is None:
-        call = (q.dtype, s_q, s_kv, size)
-        chosen, name = heuristic(*call), bucket(*call)
-        config = launch_table.measured("attend_and_store", q.device, name, chosen)
+    config = heuristic(q.dtype, s_q, s_kv, size)
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out

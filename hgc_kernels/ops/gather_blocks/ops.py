@@ -11,7 +11,6 @@ def fake(
     hidden: torch.Tensor,
     skip: torch.Tensor,
     residual: torch.Tensor | None,
-    rows: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     batch, channels, height, width = hidden.shape
@@ -25,7 +24,7 @@ def fake(
 
 library.define(
     "gather_blocks",
-    "(Tensor hidden, Tensor skip, Tensor? residual, Tensor? rows, float scale) -> Tensor",
+    "(Tensor hidden, Tensor skip, Tensor? residual, float scale) -> Tensor",
     reference=reference,
     fake=fake,
 )
