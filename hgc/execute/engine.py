@@ -31,23 +31,11 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from hgc.models import attention as prompt_grain
 from hgc.models.captured import LIMIT, CapturedNetworks
 from hgc.models.compiled import CompiledNetworks
+from hgc.models.controlnet import control_function, embed_condition, scale_residuals
 from hgc.models.graphs import Networks
-from hgc.models.networks import (
-    UP_BLOCKS,
-    Residuals,
-    control_function,
-    embed_condition,
-    freeu_of,
-    run_unet,
-    scale_residuals,
-)
-from hgc.models.structure import (
-    UNetStructure,
-    check_unet,
-    controlnets,
-    has_compiled_parts,
-    untested,
-)
+from hgc.models.structure import UNetStructure
+from hgc.models.supported import check_unet, controlnets, has_compiled_parts, untested
+from hgc.models.unet import UP_BLOCKS, Residuals, freeu_of, run_unet
 from hgc.planning.config import Config, StepPlan, model_name
 from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.cache import Cache, conditional_half
@@ -2044,7 +2032,7 @@ def _scaled(
     scale: float | Tensor,
     guess_mode: bool,
 ) -> tuple[Tensor, float]:
-    """A cached residual with its scale, as `hgc.models.networks.scale_residuals` scales it."""
+    """A cached residual with its scale, as `hgc.models.controlnet.scale_residuals` scales it."""
     if pooled:
         return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
     factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from hgc.models.attention import Processor, Text, _is_plain, cross_attentions
-from hgc.models.networks import Residuals, control_function, run_unet
+from hgc.models.controlnet import control_function
 from hgc.models.structure import UNetStructure
+from hgc.models.unet import Residuals, run_unet
 
 __all__ = ["Kind", "Networks"]
 

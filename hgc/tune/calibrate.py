@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hgc.execute.engine import HgcWarning, install
-from hgc.models.structure import controlnets
+from hgc.models.supported import controlnets
 from hgc.planning.config import Calibration, Config, model_name
 from hgc.planning.presets import PRESETS
 from hgc.planning.rule import carried_over, scaled_key_steps
