@@ -31,7 +31,7 @@ import torch
 
 import hgc
 from hgc import testbed
-from hgc.models import networks
+from hgc.models import unet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from measured import commit, table, write_section
@@ -52,7 +52,7 @@ class Timer:
         self.models = frozenset(map(id, models))
         # seconds of an evaluation, of the modules in it, of the thread's CPU, of joins
         self.rows = []
-        self._call, self._join = torch.nn.Module.__call__, networks._join
+        self._call, self._join = torch.nn.Module.__call__, unet._join
 
     def __enter__(self):
         call, models, clock, cpu = self._call, self.models, time.perf_counter, time.thread_time
@@ -93,11 +93,11 @@ class Timer:
                 evaluation.append(start)
                 evaluation.append(end)
 
-        torch.nn.Module.__call__, networks._join = timed, timed_join
+        torch.nn.Module.__call__, unet._join = timed, timed_join
         return self
 
     def __exit__(self, *exc):
-        torch.nn.Module.__call__, networks._join = self._call, self._join
+        torch.nn.Module.__call__, unet._join = self._call, self._join
 
     def end(self):
         """The evaluation under way is over."""

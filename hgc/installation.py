@@ -17,7 +17,7 @@ from hgc.execute.engine import Engine
 from hgc.execute.patch import owner_of
 from hgc.models.captured import LIMIT, CapturedNetworks
 from hgc.models.compiled import CompiledNetworks
-from hgc.models.structure import check_unet, controlnets, has_compiled_parts
+from hgc.models.supported import check_unet, controlnets, has_compiled_parts
 from hgc.planning.config import Config
 from hgc.report.report import Report
 

@@ -416,7 +416,7 @@ class Checking(CompiledNetworks):
             )
             with pytest.MonkeyPatch.context() as patch:
                 # the ops take no float64
-                patch.setattr("hgc.models.networks._join", join)
+                patch.setattr("hgc.models.unet._join", join)
                 patch.setattr("hgc_kernels.attend_and_store", attend_and_store)
                 patch.setattr("hgc_kernels.apply_map", apply_map)
                 references = pytree.tree_leaves(double(*args64))

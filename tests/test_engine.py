@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import hgc
-import hgc.models.structure
+import hgc.models.supported
 from hgc import Config, StepPlan
 from hgc.warn import HgcWarning
 
@@ -1020,7 +1020,7 @@ def test_a_controlnet_takes_the_lora_scale_as_its_class_does(union):
 
 def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
     reference = models.draw(sd15)
-    ranges = hgc.models.structure.RELEASES
+    ranges = hgc.models.supported.RELEASES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hgc.install(sd15.unet, sd15.controlnet).uninstall()
@@ -1028,7 +1028,7 @@ def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
         ("diffusers.__version__", "0.43.0", f"diffusers 0.43.0 .*{ranges['diffusers']} is;", False),
         ("diffusers.__version__", "0.34.0", f"diffusers 0.34.0 .*{ranges['diffusers']} is;", False),
         (
-            "hgc.models.structure._KNOWN_SOURCES",
+            "hgc.models.supported._KNOWN_SOURCES",
             (),
             f"forwards of .*{ranges['diffusers']} are;",
             False,
@@ -1046,7 +1046,7 @@ def test_a_release_that_hgc_was_not_tested_with_is_said(monkeypatch, sd15):
 
 def test_the_ranges_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for name, range_ in hgc.models.structure.RELEASES.items():
+    for name, range_ in hgc.models.supported.RELEASES.items():
         assert name + range_ in project["dependencies"]
 
 

@@ -12,7 +12,7 @@ import torch
 import hgc
 import hgc_kernels as hk
 from hgc import Config
-from hgc.models import networks
+from hgc.models import unet
 from hgc_kernels import backend
 
 SHALLOW = Config(num_evaluations=6, key_steps=(0, 3), depth=1)
@@ -33,7 +33,7 @@ def ran(monkeypatch):
 @pytest.fixture(autouse=True)
 def any_size_is_worth_an_op(monkeypatch):
     """The models of the tests are smaller than what the op is called for."""
-    monkeypatch.setattr(networks, "_WORTH_AN_OP", 0)
+    monkeypatch.setattr(unet, "_WORTH_AN_OP", 0)
 
 
 def draw(pipe, config, **changes):
@@ -52,7 +52,7 @@ def test_decoder_inputs_go_through_gather_blocks(sd15, ran):
 
 def test_small_decoder_inputs_are_joined_by_eager_with_the_same_bits(sd15, ran, monkeypatch):
     expected, _ = draw(sd15, SHALLOW)
-    monkeypatch.setattr(networks, "_WORTH_AN_OP", 1 << 21)
+    monkeypatch.setattr(unet, "_WORTH_AN_OP", 1 << 21)
     ran.clear()
     assert torch.equal(draw(sd15, SHALLOW)[0], expected)
     assert not ran

@@ -25,7 +25,7 @@ import torch
 
 import hgc
 from hgc.evaluation.models import KNOWN, ModelError
-from hgc.models.structure import controlnets, in_dtype
+from hgc.models.supported import controlnets, in_dtype
 from hgc.planning.config import Config
 
 if TYPE_CHECKING:

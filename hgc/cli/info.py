@@ -26,7 +26,7 @@ def run() -> None:
 
     import hgc
     import hgc_kernels
-    from hgc.models.structure import untested
+    from hgc.models.supported import untested
 
     out = console()
     versions = Table(title="versions", title_justify="left", show_header=False)

@@ -306,7 +306,7 @@ class Folder(Subject):
         import diffusers
         import torch
 
-        from hgc.models.structure import in_dtype
+        from hgc.models.supported import in_dtype
 
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self._dtype]
         given: dict[str, Any] = {"local_files_only": True, **in_dtype(dtype)}

@@ -12,7 +12,7 @@ from diffusers import ControlNetUnionModel
 from hgc.execute.call import ControlCall, cut
 from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain, may_be_kept
-from hgc.models.networks import embed_condition, scale_residuals
+from hgc.models.controlnet import embed_condition, scale_residuals
 from hgc.run.cache import conditional_half
 from hgc.run.evaluation import ControlSlot, Evaluation
 from hgc.run.residuals import PromiseSet, Terms, Zeros
@@ -205,7 +205,7 @@ def _scaled(
     scale: float | Tensor,
     guess_mode: bool,
 ) -> tuple[Tensor, float]:
-    """A cached residual with its scale, as `hgc.models.networks.scale_residuals` scales it."""
+    """A cached residual with its scale, as `scale_residuals` scales it."""
     if pooled:
         return torch.mean(value * scale, dim=(2, 3), keepdim=True), 1.0
     factor = 10.0 ** (-1.0 + j / (count - 1)) if guess_mode else 1.0

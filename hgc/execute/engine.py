@@ -16,7 +16,8 @@ from hgc.execute.functions import Functions
 from hgc.execute.patch import PatchedModels
 from hgc.execute.prompt import PromptGrain
 from hgc.execute.unet import UNetExecutor
-from hgc.models.structure import UNetStructure, untested
+from hgc.models.structure import UNetStructure
+from hgc.models.supported import untested
 from hgc.planning.config import Config, StepPlan
 from hgc.run.evaluation import ControlSlot, Evaluation
 from hgc.run.noise import NoiseLevels

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from hgc.models.controlnet import control_function
 from hgc.models.graphs import Networks
-from hgc.models.networks import control_function, run_unet
+from hgc.models.unet import run_unet
 
 __all__ = ["Functions"]
 

@@ -10,8 +10,8 @@ import torch
 from hgc.execute.call import NOTHING_GIVEN, UNetCall, cut
 from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain
-from hgc.models.networks import Residuals
 from hgc.models.structure import UNetStructure
+from hgc.models.unet import Residuals
 from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.cache import conditional_half
 from hgc.run.residuals import Promise, Terms

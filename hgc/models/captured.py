@@ -30,9 +30,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
 from hgc.models.attention import Text, unwrapped
+from hgc.models.controlnet import control_function
 from hgc.models.graphs import Kind, Networks
-from hgc.models.networks import control_function, freeu_of, run_unet
 from hgc.models.structure import UNetStructure
+from hgc.models.unet import freeu_of, run_unet
 from hgc_kernels import get_backend
 
 __all__ = ["CapturedNetworks", "CudaRecorder", "Recorder"]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from hgc.models.attention import Processor, Text, _is_plain, cross_attentions
-from hgc.models.networks import Residuals, control_function, run_unet
+from hgc.models.controlnet import control_function
 from hgc.models.structure import UNetStructure
+from hgc.models.unet import Residuals, run_unet
 
 __all__ = ["Kind", "Networks"]
 
@@ -175,7 +176,7 @@ def _control_function(net: Any, kind: Kind) -> Callable[..., Any]:
 
 
 class Networks:
-    """Stands for `hgc.models.networks.run_unet` and `run_controlnet` in an installation that was
+    """Stands for `hgc.models.unet.run_unet` and `run_controlnet` in an installation that was
     compiled or captured.
 
     Args:
@@ -228,7 +229,7 @@ class Networks:
         intrablock_residuals: list[Tensor] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`hgc.models.networks.run_unet`; ``half`` says that the rows are the conditional half."""
+        """`hgc.models.unet.run_unet`; ``half`` says that the rows are the conditional half."""
         added = arguments.get("added_cond_kwargs")
         processed = unet.process_encoder_hidden_states(text, added) if wrap_text else text
         spec, given, store = self._text(
@@ -278,7 +279,7 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """`hgc.models.networks.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
+        """`hgc.models.controlnet.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
         the UNet."""
         spec, given, store = self._text(net, wrap_text, text, arguments, None)
         kind = Kind(

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
 from hgc.execute.engine import Engine
-from hgc.models.structure import check_unet, controlnets
+from hgc.models.supported import check_unet, controlnets
 from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
 from hgc.run.pair import PairCheck

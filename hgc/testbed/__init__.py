@@ -140,7 +140,7 @@ def load_pipeline(
     import torch
     from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline
 
-    from hgc.models.structure import in_dtype
+    from hgc.models.supported import in_dtype
 
     given = in_dtype(torch.float32 if torch_dtype is None else torch_dtype)
     nets = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hgc.installation import install
-from hgc.models.structure import controlnets
+from hgc.models.supported import controlnets
 from hgc.planning.config import PRESETS, Calibration, Config, model_name
 from hgc.planning.rule import carried_over, scaled_key_steps
 from hgc.report.macs import MacCount, count_macs

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from hgc.models.structure import UNetStructure, controlnets
+from hgc.models.structure import UNetStructure
+from hgc.models.supported import controlnets
 from hgc.planning.config import Config, StepPlan
 from hgc.planning.rule import plan
 

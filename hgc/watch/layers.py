@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hgc.models import attention as prompt_grain
-from hgc.models.networks import UP_BLOCKS, freeu_of
 from hgc.models.structure import UNetStructure
+from hgc.models.unet import UP_BLOCKS, freeu_of
 from hgc.run.run import Run
 from hgc.run.verdict import Cost, Verdict
 from hgc.watch.processors import Processors

@@ -10,7 +10,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from hgc.models import attention as prompt_grain
-from hgc.models.structure import UNetStructure, has_compiled_parts
+from hgc.models.structure import UNetStructure
+from hgc.models.supported import has_compiled_parts
 from hgc.warn import WarnOnce
 from hgc.watch.trust import Trust
 from hgc.watch.weights import all_are

@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.modules import module as all_modules
 
 from hgc.models.attention import unwrapped
-from hgc.models.structure import parts
+from hgc.models.structure import modules_inside
 
 __all__ = ["Trust"]
 
@@ -105,7 +105,7 @@ class Trust:
         classes: dict[type, str] = {}  # of this walk: what is not known in each
         known = self._watched
         for model in self._models:
-            for module in (model, *parts(model)):
+            for module in (model, *modules_inside(model)):
                 cls, own = type(module), module.__dict__
                 unknown = classes.get(cls)
                 if unknown is None:
@@ -200,9 +200,9 @@ class Trust:
         given a tensor."""
         return bool(self._vouched) and any(
             type(module) in self._vouched
-            and any(isinstance(inner, Attention) for inner in (module, *parts(module)))
+            and any(isinstance(inner, Attention) for inner in (module, *modules_inside(module)))
             for model in self._models
-            for module in parts(model)
+            for module in modules_inside(model)
         )
 
     def _vouches(self, processor: Any) -> bool:
