@@ -279,8 +279,8 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """`hgc.models.controlnet.run_controlnet` or its like for a ControlNet-Union; ``half`` as for
-        the UNet."""
+        """`hgc.models.controlnet.run_controlnet` or its like for a ControlNet-Union; ``half`` as
+        for the UNet."""
         spec, given, store = self._text(net, wrap_text, text, arguments, None)
         kind = Kind(
             network=self._networks[id(net)],
