@@ -223,7 +223,7 @@ def test_any_other_reader_gets_the_fresh_value(read):
 
 
 class Numbers:
-    """A turn whose residual ``j`` is ``start + j``."""
+    """A source whose residual ``j`` is ``start + j``."""
 
     def __init__(self, start):
         self.start = start
@@ -272,7 +272,7 @@ def test_what_was_read_of_a_promise_does_not_hold_it():
     promises = promise_set(5)
     kept = promises.promises[1] * torch.ones(2, 3)
     assert not promises.is_held
-    promises.turn.start = 50
+    promises.source.start = 50
     again = promises.hand_out()
     assert torch.equal(kept, torch.full((2, 3), 6.0))
     assert torch.equal(again[1].fresh(), torch.full((2, 3), 51.0))

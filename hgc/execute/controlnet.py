@@ -80,11 +80,11 @@ class ControlExecutor:
         them any more."""
         for found in slot.promises:
             if not found.is_held:
-                found.turn.now, found.turn.call = now, call
+                found.source.now, found.source.call = now, call
                 break
         else:
-            turn = _Source(self._fresh, run, slot, now, call)
-            found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, turn)
+            source = _Residuals(self._fresh, run, slot, now, call)
+            found = PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, source)
             # a pipeline holds those of one evaluation until it has those of the next
             slot.promises = [*slot.promises[-1:], found]
         return found.hand_out()
@@ -100,7 +100,7 @@ class ControlExecutor:
         scaled = scale_residuals(slot.net, outputs, call.scale, call.guess_mode, owned=owned)
         if not half:
             return scaled
-        source = _Source(self._fresh, run, slot, now, call)
+        source = _Residuals(self._fresh, run, slot, now, call)
         source.values = dict(zip(slot.names, scaled, strict=True))
         return PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, source).promises
 
@@ -155,7 +155,7 @@ def _record(run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, 
 
 
 @dataclasses.dataclass(slots=True)
-class _Source:
+class _Residuals:
     """One call of a ControlNet, for the promises that stand for its residuals.
 
     Attributes:
@@ -176,7 +176,7 @@ class _Source:
         """The value of residual ``j``, computed now."""
         if not self.held:
             # what is computed goes when the promises do: they are not handed out again
-            self.slot.promises = [each for each in self.slot.promises if each.turn is not self]
+            self.slot.promises = [each for each in self.slot.promises if each.source is not self]
             self.held.extend(self.compute_fresh(self.call))
             self.now.control[self.slot.index] = "computed"
         return self.held[j]

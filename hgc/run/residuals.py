@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Promise", "PromiseSet", "Turn", "Zeros", "fresh", "zero_promise"]
+__all__ = ["Promise", "PromiseSet", "ResidualSource", "Zeros", "fresh", "zero_promise"]
 
 Tensor = torch.Tensor
 Terms = list[tuple[Tensor, float]]
@@ -110,7 +110,7 @@ class Promise(torch.Tensor):
         return func(*fresh(args), **fresh(kwargs or {}))
 
 
-class Turn(Protocol):
+class ResidualSource(Protocol):
     """What the promises of several tensors ask for the values of the one with number ``j``."""
 
     def planned(self, j: int, half: bool) -> Terms | None:
@@ -120,17 +120,17 @@ class Turn(Protocol):
         """As :meth:`Promise.fresh`."""
 
 
-T = TypeVar("T", bound=Turn)
+T = TypeVar("T", bound=ResidualSource)
 
 
 _strong, _weak = sys.getrefcount, weakref.getweakrefcount
 
 
 class PromiseSet(Generic[T]):
-    """Promises of tensors of ``shapes`` that ask ``turn`` for their values.
+    """Promises of tensors of ``shapes`` that ask ``source`` for their values.
 
     Making a tensor costs more than most other things a host does in an evaluation, so promises that
-    nobody holds any more are handed out again, after their turn was made another.
+    nobody holds any more are handed out again, after their source was made another.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class PromiseSet(Generic[T]):
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
         device: torch.device,
-        turn: T,
+        source: T,
     ) -> None:
-        self.turn = turn
+        self.source = source
         self._asks = [
-            (functools.partial(turn.planned, j), functools.partial(turn.fresh, j))
+            (functools.partial(source.planned, j), functools.partial(source.fresh, j))
             for j in range(len(shapes))
         ]
         self.promises = [
@@ -191,7 +191,7 @@ def fresh(value: Any) -> Any:
 
 
 class Zeros:
-    """A turn whose promises are zeros, which are added to nothing."""
+    """A source whose promises are zeros, which are added to nothing."""
 
     def __init__(
         self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
