@@ -66,7 +66,7 @@ class ControlExecutor:
         self._functions, self._prompt, self._fresh = functions, prompt, fresh
 
     def zeros(self, slot: ControlSlot, call: ControlCall) -> Sequence[Tensor]:
-        """Those of a ControlNet whose scale is 0."""
+        """Zeros, for a ControlNet whose scale is 0."""
         # constants, which may be handed out until somebody adds something to them
         if slot.zeros is None or slot.zeros.is_touched:
             made = slot.shapes, call.sample.dtype, call.sample.device
@@ -92,7 +92,7 @@ class ControlExecutor:
     def computed(
         self, run: Run, now: Evaluation, slot: ControlSlot, call: ControlCall, half: bool
     ) -> Sequence[Tensor]:
-        """Those of the whole batch, or promises of them with the conditional half computed."""
+        """The residuals of the whole batch, or promises of them with the conditional half computed."""
         outputs = self._compute(run, slot, call, half)
         values = dict(zip(slot.names, outputs, strict=True))
         _record(run, slot, values, now.index, half)

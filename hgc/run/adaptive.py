@@ -94,15 +94,16 @@ class AdaptiveSchedule:
         return step if self._in_x0 else step.in_output
 
     def whole(self, index: int) -> StepPlan:
-        """As :meth:`hgc.run.schedule.Schedule.whole`."""
+        """The step of evaluation ``index`` with both halves of the batch computed."""
         return dataclasses.replace(self.plan[index], guidance="both", guidance_forecast=(1.0,))
 
     def will_read(self, *, after: int) -> tuple[frozenset[str], bool]:
-        """As :meth:`hgc.run.schedule.Schedule.will_read`."""
+        """Names that evaluations after ``after`` may read, and whether all of those need the
+        conditional half only."""
         return self._will_read[after]
 
     def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """As :meth:`hgc.run.schedule.Schedule.guidance_read`: not known yet, so none."""
+        """With which coefficients the guidance difference will be read: not known yet, so none."""
         return ()
 
     def decide(self, index: int, made: Sequence[Evaluation]) -> str:

@@ -114,10 +114,10 @@ class ResidualSource(Protocol):
     """What the promises of several tensors ask for the values of the one with number ``j``."""
 
     def planned(self, j: int, half: bool) -> Terms | None:
-        """As :meth:`Promise.planned`."""
+        """The terms that the plan meant, or None: what :meth:`Promise.planned` returns."""
 
     def fresh(self, j: int) -> Tensor:
-        """As :meth:`Promise.fresh`."""
+        """The value, computed at the first call."""
 
 
 T = TypeVar("T", bound=ResidualSource)
