@@ -92,7 +92,7 @@ class ControlExecutor:
     def computed(
         self, run: Run, now: Evaluation, slot: ControlSlot, call: ControlCall, half: bool
     ) -> Sequence[Tensor]:
-        """The residuals of the whole batch, or promises of them with the conditional half computed."""
+        """The whole batch's residuals, or promises of them with the conditional half computed."""
         outputs = self._compute(run, slot, call, half)
         values = dict(zip(slot.names, outputs, strict=True))
         _record(run, slot, values, now.index, half)
