@@ -294,6 +294,24 @@ def test_control_ending_is_obeyed(sd15):
     assert rows[4].depth == "full" and "scale" in rows[4].why
 
 
+def test_a_controlnet_at_scale_zero_leaves_the_plan_as_it_is(sd15):
+    config = SOME.replace(num_evaluations=10, key_steps=(0, 5))
+    with hgc.install(sd15, config=config) as installed:
+        models.draw(sd15, steps=10, control_guidance_end=0.4)
+        rows = installed.report().rows
+    assert rows[4].control == ("off",) and "scale" in rows[4].why
+    assert [(row.why, row.depth) for row in rows[6:]] == [("plan", SOME.depth)] * 4
+    two = [sd15.controlnet, copy.deepcopy(sd15.controlnet)]
+    pipe = models.sd15_pipeline(unet=sd15.unet, controlnet=MultiControlNetModel(two))
+    with hgc.install(pipe, config=config) as installed:
+        models.draw(
+            pipe, steps=10, image=[models.picture(0)] * 2, controlnet_conditioning_scale=[1.0, 0.0]
+        )
+        rows = installed.report().rows
+    assert {row.why for row in rows} == {"plan"}
+    assert [row.control for row in rows if row.depth != "full"] == [("reused", "off")] * 8
+
+
 def test_two_images_without_guidance_are_not_a_pair(sd15):
     """The same seed for two prompts: the halves are equal at the first evaluation only."""
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))

@@ -138,3 +138,41 @@ def test_an_export_says_to_uninstall_first(strict):
     with hgc.install(unet), pytest.raises(Exception, match="hgc is installed on"):
         torch.export.export(unet, inputs, strict=strict)
     torch.export.export(unet, inputs, strict=False)
+
+
+def test_uninstall_that_is_refused_takes_nothing_off():
+    """What was put in a ControlNet's slot later is undone, and then everything comes off."""
+    unet, net = models.sd15_unet(), models.sd15_controlnet()
+    installed = hgc.install(unet, net)
+    ours = net.forward
+    net.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"ControlNetModel.forward was replaced"):
+            installed.uninstall()
+    net.forward = ours
+    installed.uninstall()
+    assert "forward" not in vars(unet) and "forward" not in vars(net)
+
+
+def test_a_stranger_that_is_an_error_leaves_the_run_to_diffusers_all_the_same():
+    """Warnings are errors, and the caller goes on."""
+    pipe = models.sd15_pipeline()
+    attention = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+
+    class Stranger(type(pipe.unet.get_submodule(attention).processor)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    hidden, text = torch.randn(2, 4, 16, 16), models.text(0, 2)
+    timesteps = torch.arange(6).flip(0)
+    attn = pipe.unet.get_submodule(attention)
+    with torch.no_grad(), hgc.install(pipe.unet, config=Config(key_steps=(0,), num_evaluations=6)):
+        pipe.unet(hidden, timesteps[0], text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HgcWarning)
+            pipe.unet.set_attn_processor(Stranger())
+            with pytest.raises(HgcWarning, match="Stranger is not known"):
+                pipe.unet(hidden, timesteps[1], text)
+        again = pipe.unet(hidden, timesteps[1], text).sample
+        assert isinstance(attn.processor, Stranger)
+    assert torch.equal(again, pipe.unet(hidden, timesteps[1], text).sample)

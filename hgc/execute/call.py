@@ -216,6 +216,21 @@ class ControlCall:
         """Pixels of the condition along a side of one latent pixel."""
         return self.conditions[0].shape[-1] // self.sample.shape[-1]
 
+    def residual_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the residuals, the middle block's last."""
+        net, sample = self.net, self.sample
+        batch, _, height, width = sample.shape
+        shapes: list[tuple[int, ...]] = [(batch, net.config.block_out_channels[0], height, width)]
+        for block, channels in zip(net.down_blocks, net.config.block_out_channels, strict=True):
+            shapes += [(batch, channels, height, width)] * len(block.resnets)
+            if block.downsamplers is not None:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((batch, channels, height, width))
+        shapes.append((batch, net.config.block_out_channels[-1], height, width))
+        if net.config.global_pool_conditions:
+            shapes = [(*shape[:2], 1, 1) for shape in shapes]
+        return shapes
+
     @property
     def constants(self) -> dict[str, Any]:
         """Arguments of the network's function that have no row a sample."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import ControlNetUnionModel
@@ -21,34 +20,9 @@ from hgc.run.snapshot import Signature
 from hgc.watch.adapters import lora_scaled, scales_lora, take_lora_scale
 from hgc.watch.weights import module_state
 
-__all__ = ["ControlExecutor", "describe_slot"]
+__all__ = ["ControlExecutor"]
 
 Tensor = torch.Tensor
-
-
-def describe_slot(slot: ControlSlot, signature: tuple[Any, ...], call: ControlCall) -> None:
-    """Take note in ``slot`` of what residuals depend on, and of what they are."""
-    slot.signature = Signature(signature)
-    slot.shapes = _residual_shapes(slot.net, call.sample)
-    slot.names = (*(f"residual/{j}" for j in range(len(slot.shapes) - 1)), "residual/mid")
-    slot.entries = tuple([slot.prefix + name for name in slot.names])
-    slot.zeros, slot.promises = None, []
-    slot.pooled = bool(slot.net.config.global_pool_conditions)
-
-
-def _residual_shapes(net: Any, sample: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of the residuals of ``net``, the middle block's last."""
-    batch, _, height, width = sample.shape
-    shapes: list[tuple[int, ...]] = [(batch, net.config.block_out_channels[0], height, width)]
-    for block, channels in zip(net.down_blocks, net.config.block_out_channels, strict=True):
-        shapes += [(batch, channels, height, width)] * len(block.resnets)
-        if block.downsamplers is not None:
-            height, width = (height + 1) // 2, (width + 1) // 2
-            shapes.append((batch, channels, height, width))
-    shapes.append((batch, net.config.block_out_channels[-1], height, width))
-    if net.config.global_pool_conditions:
-        shapes = [(*shape[:2], 1, 1) for shape in shapes]
-    return shapes
 
 
 class ControlExecutor:
@@ -89,13 +63,17 @@ class ControlExecutor:
             slot.promises = [*slot.promises[-1:], found]
         return found.hand_out()
 
-    def computed(
-        self, run: Run, now: Evaluation, slot: ControlSlot, call: ControlCall, half: bool
+    def scaled(
+        self,
+        run: Run,
+        now: Evaluation,
+        slot: ControlSlot,
+        call: ControlCall,
+        outputs: list[Tensor],
+        half: bool,
     ) -> Sequence[Tensor]:
-        """The whole batch's residuals, or promises of them with the conditional half computed."""
-        outputs = self._compute(run, slot, call, half)
-        values = dict(zip(slot.names, outputs, strict=True))
-        _record(run, slot, values, now.index, half)
+        """What was computed, with its scale; of the conditional half promises of the whole batch.
+        ``outputs`` may be written to."""
         owned = self._functions.hands_over
         scaled = scale_residuals(slot.net, outputs, call.scale, call.guess_mode, owned=owned)
         if not half:
@@ -104,7 +82,9 @@ class ControlExecutor:
         source.values = dict(zip(slot.names, scaled, strict=True))
         return PromiseSet(slot.shapes, call.sample.dtype, call.sample.device, source).promises
 
-    def _compute(self, run: Run, slot: ControlSlot, call: ControlCall, half: bool) -> list[Tensor]:
+    def compute(self, run: Run, slot: ControlSlot, call: ControlCall, half: bool) -> list[Tensor]:
+        """The residuals before their scale, the middle block's last; ``half``: of the conditional
+        half of the batch."""
         net, sample, text, arguments = call.net, call.sample, call.text, call.arguments
         made_by = module_state(net.controlnet_cond_embedding)
         if slot.embedding is None or not slot.embedding.same(made_by):
@@ -133,25 +113,6 @@ class ControlExecutor:
                 hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,
                 **call.constants, **arguments,
             )  # fmt: skip
-
-
-def _record(run: Run, slot: ControlSlot, values: dict[str, Tensor], index: int, half: bool) -> None:
-    wanted, half_only = run.schedule.will_read(after=index)
-    cond = slot.cond.value
-    rows = cond.shape[0] if isinstance(cond, Tensor) else cond[0].shape[0]
-    is_whole_condition = rows != run.text.value.shape[0]
-    cut = half_only and not half and not is_whole_condition and run.pair.confirmed()
-    for name, value in values.items():
-        if name in wanted:
-            run.cache.write(
-                slot.prefix + name,
-                conditional_half(value) if cut else value,
-                evaluation=index,
-                history=run.schedule.history,
-                half=half or cut,
-            )
-        else:
-            run.cache.drop([slot.prefix + name])
 
 
 @dataclasses.dataclass(slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from diffusers import ControlNetUnionModel
 
 from hgc.execute.call import ControlCall, UNetCall, UnionCall
-from hgc.execute.controlnet import ControlExecutor, describe_slot
+from hgc.execute.controlnet import ControlExecutor
 from hgc.execute.fitted import FittedSteps
 from hgc.execute.functions import Functions
 from hgc.execute.patch import PatchedModels
@@ -18,13 +20,13 @@ from hgc.execute.prompt import PromptGrain
 from hgc.execute.unet import UNetExecutor
 from hgc.models.structure import UNetStructure
 from hgc.models.supported import untested
-from hgc.planning.config import Config, StepPlan
+from hgc.planning.config import Config
 from hgc.run.evaluation import ControlSlot, Evaluation
 from hgc.run.noise import NoiseLevels
 from hgc.run.position import Position, position_of
 from hgc.run.registry import RunRegistry
 from hgc.run.run import Run
-from hgc.run.schedule import Schedules
+from hgc.run.schedule import FULL_STEP, Schedules
 from hgc.run.snapshot import Signature, TensorSnapshot, is_conditional_half, storage_of
 from hgc.run.verdict import Cost, Verdict
 from hgc.warn import WarnOnce
@@ -45,7 +47,7 @@ class Engine:
 
     Each call goes the same way: :meth:`_enter` finds its run and begins its evaluation, the watch
     and the cache are asked what has changed, ``Run.decide`` acts on what they found, an executor
-    computes, and the run records.
+    computes, and the run records. In a call nothing is decided once computing has begun.
 
     Args:
         unet, controlnets: The models; what they are patched with is :attr:`patched`.
@@ -78,8 +80,7 @@ class Engine:
                 f"config.depth must be at most {structure.num_layers}, the number of decoder "
                 f"layers of this UNet; got {deepest}"
             )
-        in_part = _in_part(unet, structure, config.depths)
-        self.watch = Watch((unet, *controlnets), structure, in_part, trust, self.warn)
+        self.watch = Watch((unet, *controlnets), structure, config.depths, trust, self.warn)
         self.functions = Functions(unet)
         prompt = PromptGrain(unet, structure, config, self.watch.processors)
         self._unet = UNetExecutor(structure, self.functions, prompt)
@@ -117,9 +118,9 @@ class Engine:
         assert self.patched is not None
         self.patched.remove()
         self.patched = None
-        self.watch.processors.restore()
+        self.watch.processors.close()
         last = self.registry.last
-        self.reset()
+        self.registry.clear()
         self.registry.last = last
         self.functions.stand_in(None)
 
@@ -129,14 +130,13 @@ class Engine:
         self.functions.clear()
 
     def _end_of_call(self) -> None:
-        last = self.registry.last
-        if last is not None:
-            last.finished = True
-            last.free()
+        if self.registry.last is not None:
+            self.registry.last.close()
 
     def _original(self, module: Any) -> Callable[..., Any]:
         # uninstalled meanwhile by another thread: the model has it back
-        return module.forward if self.patched is None else self.patched.of(module).original
+        patched = self.patched
+        return module.forward if patched is None else patched.of(module).original
 
     # -- which run ----------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Engine:
         return position
 
     def _enter(
-        self, registry: RunRegistry, text: Tensor, position: Position, batch: int, cond: Any = None
+        self, registry: RunRegistry, text: Tensor, position: Position, cond: Any = None
     ) -> Run:
         """The run that a call of a model belongs to, with its evaluation begun."""
         run = registry.last
@@ -175,13 +175,12 @@ class Engine:
                 run.begin(position)
             else:
                 if run is None or not known or not run.is_next(position):
-                    run, known = registry.find(text, position, batch, cond), False
+                    run, known = registry.find(text, position, cond), False
                 run = self._begin(registry, run, text, position)
                 # the run that was found may be one with another text
                 known = known or run.text.is_(text) or is_conditional_half(text, run.text)
         self._decide(run, self.watch.look_at_processors(run))
-        if run.broken is not None and not run.warned:
-            run.warned = True
+        if run.broken is not None and not run.by_diffusers:
             self.warn(run.broken, f"{run.broken}: the rest of this run is computed in full")
         if not known:
             # a ControlNet may have a text of its own
@@ -189,7 +188,7 @@ class Engine:
             if not any(slot.text is not None and slot.text.is_(text) for slot in slots):
                 if not is_conditional_half(run.text.value, TensorSnapshot(text)):
                     self._change_text(run, text)
-                run.text = TensorSnapshot(text)
+                run.take_text(text)
         return run
 
     def _begin(
@@ -205,7 +204,7 @@ class Engine:
             if run.changes_in_a_row > 2 and run.broken is None and not self.config.is_exact:
                 self.warn(
                     "changing",
-                    f"{run.report[-1].why} at every evaluation, so nothing is reused: build what "
+                    f"{run.changed} at every evaluation, so nothing is reused: build what "
                     "is constant once, before the loop, and call each ControlNet at every "
                     "evaluation or at none",
                 )
@@ -223,7 +222,7 @@ class Engine:
         run = registry.add(
             Run(self._schedules, text, position, self._assume_pair, noise, self._by_rule)
         )
-        run.watched.processors = self.watch.processors.generation
+        run.last_seen.processors = self.watch.processors.generation
         try:
             self._decide(run, unknown)
             if run.by_diffusers:
@@ -275,14 +274,14 @@ class Engine:
 
     def _decide(self, run: Run, verdicts: Iterable[Verdict]) -> None:
         for verdict in verdicts:
-            if verdict.cost is Cost.HGC:
+            run.decide(verdict)
+            if verdict.cost is Cost.LEAVE:
                 self.warn(
                     "trust",
                     f"{verdict.why}. hgc does not know what it does and leaves runs to diffusers, "
                     "as if it were not installed. Classes that may be skipped and treat each row "
                     "of a batch by itself can be named: hgc.install(..., trust=(TheClass,))",
                 )
-            run.decide(verdict)
 
     def _change_text(self, run: Run, text: Tensor) -> None:
         assert run.now is not None
@@ -309,8 +308,8 @@ class Engine:
         position = self._position(registry, call.timestep, call.text)
         if position is None:
             return call.by(self._original(net))
-        start = registry.clock()
-        run = self._enter(registry, call.text, position, call.sample.shape[0], call.cond)
+        start = time.perf_counter()
+        run = self._enter(registry, call.text, position, call.cond)
         now = run.now
         assert now is not None
         try:
@@ -323,7 +322,7 @@ class Engine:
         except BaseException:
             registry.forget(run)
             raise
-        now.milliseconds += (registry.clock() - start) * 1e3
+        now.milliseconds += (time.perf_counter() - start) * 1e3
         return out
 
     def _observe_control(
@@ -339,7 +338,7 @@ class Engine:
         self._decide(run, self.watch.look_for_gradients(run, *inputs))
         if again:
             run.decide(Verdict("a ControlNet was called twice in one evaluation", Cost.RUN))
-        # which was looked at a moment ago
+        # that of the run was compared by `_enter`
         slot.text = run.text if run.text.value is call.text else TensorSnapshot(call.text)
         found = (
             *call.settings(), sample.shape, sample.dtype, sample.device,
@@ -349,11 +348,11 @@ class Engine:
             if slot.signature is not None:
                 why = "a ControlNet's scale or arguments changed"
                 run.decide(Verdict(why, Cost.FEATURES))
-            elif now.plan != StepPlan():
+            elif now.plan != FULL_STEP:
                 run.decide(Verdict("a ControlNet joined the run", Cost.FEATURES))
-            describe_slot(slot, found, call)
+            slot.describe(Signature(found), call.residual_shapes())
             run.factor = call.pixels_a_latent
-        if now.plan.control == "reuse":
+        if now.plan.control == "reuse" and not call.is_off:
             half = _takes_half(run, now, call)
             if not all(
                 run.cache.has(slot.prefix + name, half=half)
@@ -371,17 +370,20 @@ class Engine:
         if call.is_off:
             return self._control.zeros(slot, call)
         if done == "computed":
-            return self._control.computed(run, now, slot, call, _takes_half(run, now, call))
+            half = _takes_half(run, now, call)
+            outputs = self._control.compute(run, slot, call, half)
+            run.record_residuals(slot, outputs, half)
+            return self._control.scaled(run, now, slot, call, outputs, half)
         return self._control.promised(run, now, slot, call)
 
     def _fresh_residuals(self, call: ControlCall) -> list[Tensor]:
         """The residuals of the whole batch, by diffusers, with the hooks that stand before its
         forward."""
-        if self.patched is None:  # uninstalled since they were promised
+        patched = self.patched
+        # None: uninstalled since they were promised
+        passing = contextlib.nullcontext() if patched is None else patched.of(call.net).passing()
+        with passing:
             down, mid = call.by(call.net, return_dict=False)
-        else:
-            with self.patched.of(call.net).passing():
-                down, mid = call.by(call.net, return_dict=False)
         return [*down, mid]
 
     # -- UNet ---------------------------------------------------------------------------------
@@ -393,10 +395,9 @@ class Engine:
         position = self._position(registry, call.timestep, call.text)
         if position is None or call.is_t2i_adapter or registry.is_past_end(call.text, position):
             return call.by(self._original(unet))
-        start = registry.clock()
-        run = self._enter(registry, call.text, position, call.sample.shape[0])
+        start = time.perf_counter()
+        run = self._enter(registry, call.text, position)
         assert run.now is not None
-        run.now.batch = call.sample.shape[0]
         try:
             halves = self._observe_unet(run, run.now, call)
             if run.by_diffusers:
@@ -404,7 +405,10 @@ class Engine:
             elif run.now.plan.depth == 0:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
-                out = call.output(self._unet.compute(run, call, halves))
+                out, whole, captured = self._unet.compute(run, call, halves)
+                if run.now.plan.is_key:
+                    run.record(captured, call.sample, whole)
+                out = call.output(out)
             if run.cache.refused:
                 self.warn(
                     "max_cache_bytes",
@@ -414,14 +418,14 @@ class Engine:
         except BaseException:
             registry.forget(run)
             raise
-        run.end((registry.clock() - start) * 1e3)
+        run.end((time.perf_counter() - start) * 1e3)
         return out
 
     def _observe_unet(self, run: Run, now: Evaluation, call: UNetCall) -> Sequence[Tensor] | None:
         """Decide what a call of the UNet is by what changed since the one before. Returns the
         halves of its sample where it was cut to be compared."""
         sample = call.sample
-        run.latent_size = (sample.shape[-2], sample.shape[-1])
+        run.describe(sample)
         if run.by_diffusers:
             return None
         with_residuals = call.down is not None
@@ -479,19 +483,3 @@ def _takes_half(run: Run, now: Evaluation, call: ControlCall) -> bool:
     # guess_mode hands over the conditional half itself: there is nothing to cut
     text = call.text
     return now.half and (text is run.text.value or not is_conditional_half(text, run.text))
-
-
-def _in_part(unet: Any, structure: UNetStructure, depths: Iterable[int]) -> list[torch.nn.Module]:
-    """The blocks that evaluations of ``depths`` run in part."""
-    found = []
-    for depth in depths:
-        if depth == 0:
-            continue
-        up, layer = structure.boundary(depth)
-        if layer > 0:
-            found.append(unet.up_blocks[up])
-        down, _ = structure.encoder[depth - 1]
-        whole = depth == len(structure.encoder) or structure.encoder[depth][0] != down
-        if down >= 0 and not whole:
-            found.append(unet.down_blocks[down])
-    return found

@@ -80,24 +80,24 @@ class Patch:
     def __reduce__(self) -> Any:
         return (_class_forward, (self.module,))
 
-    def restore(self) -> None:
-        """Put back what was there, in whichever slot now holds this object."""
-        for slot in dict.fromkeys((self.slot, "forward", "_old_forward")):
+    def place(self) -> str:
+        """The slot that holds this object; raises RuntimeError where none does."""
+        for slot in (self.slot, "forward", "_old_forward"):
             if self.module.__dict__.get(slot) is self:
-                if slot == self.slot and self.had_own:
-                    setattr(self.module, slot, self.original)
-                elif slot == "forward" and self.slot == "_old_forward":
-                    # the hook was removed meanwhile and moved us here: the class has the original
-                    delattr(self.module, slot)
-                elif slot == "_old_forward":
-                    setattr(self.module, slot, self.original)
-                else:
-                    delattr(self.module, slot)
-                return
+                return slot
         raise RuntimeError(
             f"{type(self.module).__name__}.forward was replaced by something else after hgc was "
             "installed: undo that first, then uninstall hgc"
         )
+
+    def restore(self) -> None:
+        """Put back what was there."""
+        slot = self.place()
+        # in `forward` in place of `_old_forward`: the hook was removed meanwhile, and moved us here
+        if slot == "_old_forward" or (slot == self.slot and self.had_own):
+            setattr(self.module, slot, self.original)
+        else:
+            delattr(self.module, slot)
 
 
 _TRACED = (
@@ -190,7 +190,12 @@ class PatchedModels:
         return self._of[id(module)]
 
     def remove(self) -> None:
-        """Give the models back as they were found."""
+        """Give the models back as they were found.
+
+        Raises RuntimeError, and removes nothing, where a forward was replaced since.
+        """
+        for patch in self._of.values():
+            patch.place()
         for patch in self._of.values():
             patch.restore()
         for patch in self._of.values():

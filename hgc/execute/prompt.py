@@ -13,7 +13,6 @@ from hgc.planning.config import Config
 from hgc.run.cache import Cache
 from hgc.run.run import Run
 from hgc.watch.processors import Processors
-from hgc.watch.watch import records_gradients
 
 __all__ = ["PromptGrain", "may_be_kept"]
 
@@ -23,7 +22,7 @@ Tensor = torch.Tensor
 def may_be_kept(source: Tensor) -> bool:
     """Whether what is computed from ``source`` may stand for the run: a write to it would be seen,
     and no graph of autograd hangs on it."""
-    return not source.is_inference() and not records_gradients()
+    return not source.is_inference() and not torch.is_grad_enabled()
 
 
 class PromptGrain:

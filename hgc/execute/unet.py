@@ -12,7 +12,6 @@ from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals
-from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.cache import conditional_half
 from hgc.run.residuals import Promise, Terms
 from hgc.run.run import Run
@@ -50,8 +49,11 @@ class UNetExecutor:
         )  # fmt: skip
         return run.noise.output(sample, x0, now.index)
 
-    def compute(self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None) -> Tensor:
-        """The output of an evaluation that computes the UNet, in part or in full.
+    def compute(
+        self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The output of an evaluation that computes the UNet, in part or in full; what the networks
+        say of the whole batch, without a forecast; and the intermediate tensors that are kept.
 
         halves: Those of the sample, where it was cut already.
         """
@@ -72,7 +74,7 @@ class UNetExecutor:
         hidden = skips = None
         if depth is not None:
             hidden = run.cache.read(f"feature/{depth}", step.forecast, half=half)
-            if run.watched.freeu[str(self._structure.boundary(depth)[0])]:
+            if run.last_seen.freeu[str(self._structure.boundary(depth)[0])]:
                 hidden = hidden.clone()  # FreeU writes into its input
             if step.encoder == "reuse":
                 skips = [
@@ -112,9 +114,7 @@ class UNetExecutor:
         if step.gain != 1.0:
             forecast = self._forecast_in_x0(run, call.sample)
             blend = forecast.lerp_(blend.to(forecast.dtype), step.gain).to(whole.dtype)
-        if step.is_key:
-            _record(run, captured, call.sample, whole)
-        return blend
+        return blend, whole, captured
 
 
 def _terms(value: Any, half: bool) -> Terms:
@@ -125,45 +125,3 @@ def _terms(value: Any, half: bool) -> Terms:
             return terms
         value = value.fresh()
     return [(conditional_half(value) if half else value, 1.0)]
-
-
-def _record(run: Run, captured: dict[str, Tensor], sample: Tensor, out: Tensor) -> None:
-    """Keep of a key evaluation what later ones read."""
-    now = run.now
-    assert now is not None
-    half = now.half
-    wanted, half_only = run.schedule.will_read(after=now.index)
-    x0 = None
-    if "x0" in wanted:
-        assert run.noise is not None
-        x0 = run.noise.x0(sample, out, now.index)
-        run.output_dtype = out.dtype
-    if isinstance(run.schedule, AdaptiveSchedule):
-        computed = {**captured, "output": out, **({} if x0 is None else {"x0": x0})}
-        run.schedule.measure(now, computed, run.cache, is_pair=run.pair.wants, noise=run.noise)
-    halved = half_only and not half and run.pair.confirmed()
-    index, history = now.index, run.schedule.history
-    for name, value in captured.items():
-        if name not in wanted:
-            continue
-        value = conditional_half(value) if halved else value
-        run.cache.write(name, value, evaluation=index, history=history, half=half or halved)
-    if "output" in wanted:
-        run.cache.write("output", out, evaluation=index, history=history, half=False)
-    if x0 is not None:
-        run.cache.write("x0", x0, evaluation=index, history=history, half=False)
-    if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
-        unconditional, conditional = out.chunk(2)
-        run.cache.write(
-            "guidance", conditional - unconditional, evaluation=index, history=history,
-            half=False,
-        )  # fmt: skip
-        if run.cache.has("guidance", half=False):
-            for coefficients in run.schedule.guidance_read(after=index):
-                run.cache.prepare("guidance", coefficients)
-    stale = [
-        n
-        for n in run.cache.names()
-        if n.startswith(("feature/", "skip/", "guidance", "output", "x0")) and n not in wanted
-    ]
-    run.cache.drop(stale)

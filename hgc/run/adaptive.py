@@ -106,7 +106,7 @@ class AdaptiveSchedule:
         """With which coefficients the guidance difference will be read: not known yet, so none."""
         return ()
 
-    def decide(self, index: int, made: Sequence[Evaluation]) -> str:
+    def place(self, index: int, made: Sequence[Evaluation]) -> str:
         """Plan evaluation ``index`` after those in ``made``; returns why it is as it is."""
         keys = [row.index for row in made if row.plan.is_key]
         past = Past(

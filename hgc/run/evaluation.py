@@ -36,6 +36,15 @@ class ControlSlot:
     def __post_init__(self) -> None:
         self.prefix = f"control{self.index}/"
 
+    def describe(self, signature: Signature, shapes: list[tuple[int, ...]]) -> None:
+        """Take note of what the residuals depend on, and of their shapes, the middle block's
+        last."""
+        self.signature, self.shapes = signature, shapes
+        self.names = (*(f"residual/{j}" for j in range(len(shapes) - 1)), "residual/mid")
+        self.entries = tuple(self.prefix + name for name in self.names)
+        self.zeros, self.promises = None, []
+        self.pooled = bool(self.net.config.global_pool_conditions)
+
 
 @dataclasses.dataclass(slots=True)
 class Evaluation:
@@ -51,6 +60,7 @@ class Evaluation:
         batch: Rows of the batch.
         half: Whether only the conditional half was computed.
         is_pair: Whether the batch is known to be a guidance pair, where the plan asks for it.
+        held_bytes: What the run held when it ended.
     """
 
     index: int

@@ -10,7 +10,6 @@ identity. Nothing here reads a value on the device.
 from __future__ import annotations
 
 import collections
-import time
 import weakref
 from typing import Any
 
@@ -36,7 +35,6 @@ class RunRegistry:
         self.short = 0  # runs one after the other that ended after one or two evaluations
         self.crowded = False  # runs had to make room that were under way
         self._single: tuple[Any, ...] = ()
-        self.clock = time.perf_counter
 
     def is_one_step(self, timestep: Any, text: Any) -> bool:
         """Whether a timestep that is alone in its tensor may be that of a run of one evaluation:
@@ -73,14 +71,13 @@ class RunRegistry:
         self.last = run
         return run
 
-    def use(self, run: Run) -> Run:
+    def use(self, run: Run) -> None:
         """Mark ``run`` as the last used."""
         if run is not self.last:
             self.runs.move_to_end(id(run))
         self.last = run
         if len(run.report) > 2:
             self.short = 0
-        return run
 
     def forget(self, run: Run) -> None:
         """Drop ``run`` and what it holds."""
@@ -94,20 +91,19 @@ class RunRegistry:
         self.last = None
 
     def _usable(self, position: Position) -> list[Run]:
-        """Runs on the same schedule that have not gone past ``position``, newest first."""
+        """Unfinished runs on the same timesteps, newest first."""
         return [
             run
             for run in reversed(self.runs.values())
             if not run.finished and run.position.same_schedule(position)
         ]
 
-    def find(self, text: Tensor, position: Position, batch: int, cond: Any = None) -> Run | None:
+    def find(self, text: Tensor, position: Position, cond: Any = None) -> Run | None:
         """The run that an evaluation belongs to, or None where it starts a new one.
 
         Args:
             text: ``encoder_hidden_states`` of the call.
             position: Of its timestep.
-            batch: Rows of its sample.
             cond: The condition, for a ControlNet.
         """
         last = self.last

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hgc.run.adaptive import AdaptiveSchedule
-from hgc.run.cache import Cache
+from hgc.run.cache import Cache, conditional_half
 from hgc.run.evaluation import ControlSlot, Evaluation
 from hgc.run.maps import MapSums
 from hgc.run.noise import NoiseLevels
@@ -20,7 +21,7 @@ from hgc.run.schedule import FULL_STEP, Schedule, Schedules
 from hgc.run.snapshot import Signature, TensorSnapshot
 from hgc.run.verdict import Cost, Verdict
 
-__all__ = ["Run", "Watched"]
+__all__ = ["LastSeen", "Run"]
 
 Tensor = torch.Tensor
 
@@ -30,7 +31,7 @@ def _nobody() -> None:
 
 
 @dataclasses.dataclass(slots=True)
-class Watched:
+class LastSeen:
     """What a run knows of the models: as they were when its evaluations last looked.
 
     Attributes:
@@ -55,10 +56,10 @@ class Run:
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
         "__weakref__", "_assume", "_by_rule", "_changed_at", "_in_x0", "_schedules", "broken",
-        "by_diffusers", "cache", "changes_in_a_row", "completed", "config", "ended", "factor",
-        "finished", "latent_size", "maps", "mean_maps", "noise", "now", "output_dtype", "pair",
-        "plain_text", "position", "report", "schedule", "slots", "text", "timesteps", "tokens",
-        "unet_signature", "warned", "was_pair", "watched",
+        "by_diffusers", "cache", "changed", "changes_in_a_row", "completed", "config", "ended",
+        "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps", "noise", "now",
+        "output_dtype", "pair", "plain_text", "position", "report", "schedule", "slots", "text",
+        "timesteps", "tokens", "unet_signature", "was_pair",
     )  # fmt: skip
 
     def __init__(
@@ -84,7 +85,7 @@ class Run:
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
         self.unet_signature: Signature | None = None
-        self.watched = Watched()
+        self.last_seen = LastSeen()
         self.plain_text: dict[str, Any] = {}  # by the prefix of the network
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.noise = noise  # where outputs are forecast in x0
@@ -94,11 +95,11 @@ class Run:
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
         self.changes_in_a_row = 0
+        self.changed = ""  # what did last
         self._changed_at = -1
         self.by_diffusers = False  # what is left of it, untouched
         self.finished = False
         self.ended: Any = _nobody  # of a run that ended: its text, where that is still held
-        self.warned = False
         # for the report, which is asked for when the tensors are gone
         self.latent_size = (0, 0)
         self.tokens = text.shape[1]
@@ -141,11 +142,11 @@ class Run:
             return now
         previous = self.position.index if now is not None or self.completed >= 0 else None
         self.position = position
-        why = self.schedule.decide(index, self.report)
+        why = self.schedule.place(index, self.report)
         now = self.now = Evaluation(index, self.schedule.plan[index], self.broken or why)
         verdict = None
         if previous is None:
-            verdict = Verdict("plan" if now.plan.is_key else "first evaluation")
+            verdict = Verdict("first evaluation")
         elif index != previous + 1:
             verdict = Verdict("evaluations were left out", Cost.HISTORY)
         elif self.completed != previous:
@@ -182,21 +183,23 @@ class Run:
                 self.schedule = self._schedules.of(self.position.total, in_x0=self._in_x0)
             return
         if cost is Cost.FEATURES:
+            self.changed = why
             self._drop_features(keep_maps=verdict.keep_maps)
         elif cost is not Cost.EVALUATION:
             self.cache.drop_history()
-        if cost in (Cost.RUN, Cost.HGC):
+        if cost in (Cost.RUN, Cost.LEAVE):
             self.broken = why
             self.schedule = self._schedules.full(self.position.total)
-        if cost is Cost.HGC:
+        if cost is Cost.LEAVE:
             self.cache.clear()
-            self.by_diffusers = self.warned = True
+            self.by_diffusers = True
         if now is None:
             return
         step = FULL_STEP
         if verdict.keep_maps and self.schedule.plan[now.index].attention == "reuse":
             step = dataclasses.replace(step, attention="reuse")
-        if cost in (Cost.FEATURES, Cost.HGC) or now.plan != step or now.half:
+        always = cost in (Cost.FEATURES, Cost.LEAVE) or (cost is Cost.HISTORY and not self.broken)
+        if always or now.plan != step or now.half:
             now.plan, now.half, now.why = step, False, why
 
     def _drop_features(self, *, keep_maps: bool) -> None:
@@ -210,6 +213,92 @@ class Run:
         self.cache.drop(n for n in self.cache.names() if not (keep_maps and "map/" in n))
         self.cache.drop_kept("unet/")
         self.cache.drop_kept("control")
+
+    def describe(self, sample: Tensor) -> None:
+        """Take note of the batch and the size of what the UNet is given, for the report."""
+        assert self.now is not None
+        self.now.batch = sample.shape[0]
+        self.latent_size = (sample.shape[-2], sample.shape[-1])
+
+    def take_text(self, text: Tensor) -> None:
+        """The text is ``text`` from now on."""
+        self.text = TensorSnapshot(text)
+
+    def record_residuals(self, slot: ControlSlot, outputs: Sequence[Tensor], half: bool) -> None:
+        """Keep what later evaluations read of the residuals of ``slot``, before their scale.
+
+        half: They are of the conditional half of the batch.
+        """
+        assert self.now is not None
+        index = self.now.index
+        wanted, half_only = self.schedule.will_read(after=index)
+        cond = slot.cond.value
+        rows = cond.shape[0] if isinstance(cond, Tensor) else cond[0].shape[0]
+        is_whole_condition = rows != self.text.value.shape[0]
+        halved = half_only and not half and not is_whole_condition and self.pair.confirmed()
+        for name, value in zip(slot.names, outputs, strict=True):
+            if name in wanted:
+                self.cache.write(
+                    slot.prefix + name,
+                    conditional_half(value) if halved else value,
+                    evaluation=index,
+                    history=self.schedule.history,
+                    half=half or halved,
+                )
+            else:
+                self.cache.drop([slot.prefix + name])
+
+    def record(self, captured: dict[str, Tensor], sample: Tensor, out: Tensor) -> None:
+        """Keep what later evaluations read of a key evaluation of the UNet.
+
+        captured: Intermediate tensors, by their names in the cache.
+        sample, out: What the UNet was given, and its output for the whole batch.
+        """
+        now = self.now
+        assert now is not None
+        half = now.half
+        wanted, half_only = self.schedule.will_read(after=now.index)
+        x0 = None
+        if "x0" in wanted:
+            assert self.noise is not None
+            x0 = self.noise.x0(sample, out, now.index)
+            self.output_dtype = out.dtype
+        if isinstance(self.schedule, AdaptiveSchedule):
+            computed = {**captured, "output": out, **({} if x0 is None else {"x0": x0})}
+            self.schedule.measure(
+                now, computed, self.cache, is_pair=self.pair.wants, noise=self.noise
+            )
+        halved = half_only and not half and self.pair.confirmed()
+        index, history = now.index, self.schedule.history
+        for name, value in captured.items():
+            if name not in wanted:
+                continue
+            value = conditional_half(value) if halved else value
+            self.cache.write(name, value, evaluation=index, history=history, half=half or halved)
+        if "output" in wanted:
+            self.cache.write("output", out, evaluation=index, history=history, half=False)
+        if x0 is not None:
+            self.cache.write("x0", x0, evaluation=index, history=history, half=False)
+        if "guidance" in wanted and not half and out.shape[0] % 2 == 0:
+            unconditional, conditional = out.chunk(2)
+            self.cache.write(
+                "guidance", conditional - unconditional, evaluation=index, history=history,
+                half=False,
+            )  # fmt: skip
+            if self.cache.has("guidance", half=False):
+                for coefficients in self.schedule.guidance_read(after=index):
+                    self.cache.prepare("guidance", coefficients)
+        stale = [
+            n
+            for n in self.cache.names()
+            if n.startswith(("feature/", "skip/", "guidance", "output", "x0")) and n not in wanted
+        ]
+        self.cache.drop(stale)
+
+    def close(self) -> None:
+        """The pipeline call is over."""
+        self.finished = True
+        self.free()
 
     def end(self, milliseconds: float) -> None:
         """The UNet evaluation under way is done."""

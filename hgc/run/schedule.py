@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hgc.planning.config import Config, StepPlan
 from hgc.planning.rule import plan, reads
 from hgc.run.adaptive import AdaptiveSchedule
-
-if TYPE_CHECKING:
-    from hgc.run.evaluation import Evaluation
+from hgc.run.evaluation import Evaluation
 
 __all__ = ["FULL_STEP", "Schedule", "Schedules"]
 
@@ -60,7 +57,7 @@ class Schedule:
         self._will_read: dict[int, tuple[frozenset[str], bool]] = {}
         self._guidance_read: dict[int, tuple[tuple[float, ...], ...]] = {}
 
-    def decide(self, index: int, made: Sequence[Evaluation]) -> str:
+    def place(self, index: int, made: Sequence[Evaluation]) -> str:
         """Why evaluation ``index``, after those in ``made``, is as ``plan`` has it."""
         return "plan"
 

@@ -11,12 +11,12 @@ __all__ = ["Cost", "Verdict"]
 class Cost(enum.Enum):
     """What a run gives up."""
 
-    STEPS = "fitted steps: the rule that stands beside them in the configuration is followed"
+    STEPS = "fitted steps: the rule beside them in the configuration, where one is, is followed"
     EVALUATION = "the evaluation is computed in full"
-    HISTORY = "so it is, and forecasts begin anew"
-    FEATURES = "so it is, and what is cached is dropped"
-    RUN = "so is the rest of the run"
-    HGC = "the rest of the run is left to diffusers"
+    HISTORY = "the evaluation is computed in full, and forecasts begin anew"
+    FEATURES = "the evaluation is computed in full, and what is cached is dropped"
+    RUN = "the rest of the run is computed in full"
+    LEAVE = "the rest of the run is left to diffusers"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -54,11 +54,11 @@ class Layers:
     def look(self, run: Run, model: torch.nn.Module, depth: Any = "full") -> list[Verdict]:
         """What ``run`` finds changed in the layers of ``model`` that are computed at ``depth``.
         Where processors were replaced, nothing but that: adopt them and look again."""
-        key, epoch, watched = (id(model), depth), self._epoch, run.watched
+        key, epoch, last = (id(model), depth), self._epoch, run.last_seen
         seen = self._seen.get(key)
         if seen is not None and seen.epoch == epoch:
             if seen.is_same():
-                if watched.looked.get(key) == epoch:
+                if last.looked.get(key) == epoch:
                     return []
             else:
                 self.changed()
@@ -69,7 +69,7 @@ class Layers:
         found = []
         # read before it is compared: what changes in between is seen the next time
         freeu = self._freeu_places(depth) if model is self._unet else ()
-        if model is self._unet and self._freeu_changed(watched.freeu, depth):
+        if model is self._unet and self._freeu_changed(last.freeu, depth):
             self.changed()
             found.append(Verdict("the UNet's arguments changed", Cost.FEATURES))
         known = self._weights.get(id(model))
@@ -79,8 +79,8 @@ class Layers:
             self._weights[id(model)] = known
             self.changed()
         value = (known.generation, known.total)
-        if watched.weights.setdefault(id(model), value) != value:
-            watched.weights[id(model)] = value
+        if last.weights.setdefault(id(model), value) != value:
+            last.weights[id(model)] = value
             found.append(Verdict("the weights changed", Cost.FEATURES))
         placed = self._processors.places(model, depth)
         if freeu is not None and placed is not None and epoch == self._epoch:
@@ -90,7 +90,7 @@ class Layers:
                 *freeu,
             ]
             self._seen[key] = Sighting(epoch, places, *known.versions(depth))
-            watched.looked[key] = epoch
+            last.looked[key] = epoch
         return found
 
     def _freeu_places(self, depth: Any) -> list[Place] | None:

@@ -56,10 +56,13 @@ class Processors:
         # of all attentions of a model, and of those computed at a depth: where their processors
         # are, and what they must be
         self._placed: dict[int, dict[Any, _Places]] = {}
+        self._closed = False
 
     def adopt(self) -> list[Any]:
         """Wrap those of all cross-attentions, as they are now; returns all, unwrapped."""
         # A block compiled by itself gets the text as it is: one graph serves all such blocks.
+        if self._closed:
+            return []
         compiled = any(map(has_compiled_parts, self._models))
         known = self._placed and compiled == self._blocks_compiled
         self.were_set = False
@@ -91,7 +94,7 @@ class Processors:
             and all(current.get(id(attn)) is attn.processor for _, attn in found)
         ):
             return
-        self.restore()
+        self._restore()
         # A processor with weights is a submodule; wrapping it would take them out of the model.
         weighty = any(isinstance(attn.processor, torch.nn.Module) for _, attn in found)
         self.wraps = (
@@ -115,7 +118,12 @@ class Processors:
             attn.processor = prompt_grain.wrap(name, attn.processor)
             self._wrapped.append((attn, attn.processor))
 
-    def restore(self) -> None:
+    def close(self) -> None:
+        """Put back what was wrapped, and wrap nothing any more."""
+        self._closed = True
+        self._restore()
+
+    def _restore(self) -> None:
         """Put back what was wrapped; a user may have saved a wrapper and put it elsewhere."""
         for model in self._models:
             for module in model.modules():

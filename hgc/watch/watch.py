@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,20 @@ from hgc.watch.layers import Layers
 from hgc.watch.processors import Processors
 from hgc.watch.trust import Trust
 
-__all__ = ["Watch", "records_gradients"]
+__all__ = ["Watch"]
 
-records_gradients = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
 class Watch:
     """All that is watched in a UNet and its ControlNets.
 
-    It changes no run: what it finds are verdicts, on which :meth:`hgc.run.run.Run.decide` acts.
+    It changes no plan: what it finds are verdicts, on which :meth:`hgc.run.run.Run.decide` acts.
 
     Args:
         models: The UNet first.
         structure: Of the UNet.
-        in_part: Blocks of which plans run a part.
+        depths: Of evaluations that run a part of it.
         vouched: Classes and functions that the user trusts.
         warn: Says what is found about processors.
     """
@@ -40,12 +39,12 @@ class Watch:
         self,
         models: Sequence[torch.nn.Module],
         structure: UNetStructure,
-        in_part: list[torch.nn.Module],
+        depths: Iterable[int],
         vouched: tuple[Any, ...],
         warn: WarnOnce,
     ) -> None:
         self._models = models
-        self.trust = Trust(models, in_part, vouched)
+        self.trust = Trust(models, _in_part(models[0], structure, depths), vouched)
         self.processors = Processors(models, structure, self.trust, warn)
         self.adapters = Adapters(models)
         self.layers = Layers(models[0], models, structure, self.processors)
@@ -61,15 +60,15 @@ class Watch:
     def look_for_unknown_code(self) -> list[Verdict]:
         """Whether there is code in the models that hgc does not know."""
         stranger = self.trust.stranger()
-        return [Verdict(stranger, Cost.HGC)] if stranger else []
+        return [Verdict(stranger, Cost.LEAVE)] if stranger else []
 
     def look_at_processors(self, run: Run) -> list[Verdict]:
         """Whether processors were replaced since ``run`` looked, by it or by another one."""
         if self.processors.were_set:
             self.adopt_processors()
-        if run.watched.processors == self.processors.generation:
+        if run.last_seen.processors == self.processors.generation:
             return []
-        run.watched.processors = self.processors.generation
+        run.last_seen.processors = self.processors.generation
         return [
             Verdict("the attention processors changed", Cost.FEATURES),
             *self.look_for_unknown_code(),
@@ -81,17 +80,17 @@ class Watch:
         """Whether the layers of ``model`` that are computed at ``depth`` changed."""
         found = self.layers.look(run, model, depth)
         if self.processors.were_set:
-            found = [*self.look_at_processors(run), *self.layers.look(run, model, depth)]
+            found += [*self.look_at_processors(run), *self.layers.look(run, model, depth)]
         return found
 
     def look_for_gradients(self, run: Run, *inputs: Any) -> list[Verdict]:
         """Compute in full where gradients are recorded: those of a cached value are lost."""
-        if not records_gradients() or run.config.is_exact or run.broken is not None:
+        if not torch.is_grad_enabled() or run.config.is_exact or run.broken is not None:
             return []
-        watched = run.watched
-        if watched.trains is None:
-            watched.trains = any(p.requires_grad for m in self._models for p in m.parameters())
-        if watched.trains or any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        seen = run.last_seen
+        if seen.trains is None:
+            seen.trains = any(p.requires_grad for m in self._models for p in m.parameters())
+        if seen.trains or any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             why = "gradients are recorded (use torch.no_grad() where none are wanted)"
             return [Verdict(why, Cost.RUN)]
         return []
@@ -123,3 +122,19 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def _in_part(unet: Any, structure: UNetStructure, depths: Iterable[int]) -> list[torch.nn.Module]:
+    """The blocks that evaluations of ``depths`` run in part."""
+    found = []
+    for depth in depths:
+        if depth == 0:
+            continue
+        up, layer = structure.boundary(depth)
+        if layer > 0:
+            found.append(unet.up_blocks[up])
+        down, _ = structure.encoder[depth - 1]
+        whole = depth == len(structure.encoder) or structure.encoder[depth][0] != down
+        if down >= 0 and not whole:
+            found.append(unet.down_blocks[down])
+    return found
