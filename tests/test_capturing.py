@@ -442,7 +442,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_code_runs_eagerly(shallow, name):
     change, where = FOREIGN[name]
-    why = f"code that a graph does not hold, in a {where}"
+    why = f"code that a graph does not hold, in {where}"
     check(shallow, {})
     before = shallow.draw()
     change(shallow.pipe.unet)

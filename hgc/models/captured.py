@@ -114,7 +114,7 @@ class _Layers:
             return "blocks are compiled one by one"
         for part in parts:
             if _does_more(part):
-                return f"code that a graph does not hold, in a {type(part).__name__}"
+                return f"code that a graph does not hold, in {type(part).__name__}"
         if not all(type(x) in (Tensor, torch.nn.Parameter) for x in self._weights):
             return "weights of a tensor class of their own"
         if self.device is None:
