@@ -27,7 +27,8 @@ import hgc
 import hgc_kernels
 from hgc import Config, StepPlan
 from hgc.models.attention import cross_attentions
-from hgc.models.captured import CapturedNetworks, _flatten, _Graph
+from hgc.models.captured import CapturedNetworks
+from hgc.models.recorder import Recording, flatten
 from hgc.planning.config import PRESETS
 from hgc.warn import HgcWarning
 
@@ -185,35 +186,40 @@ def test_every_preset(name):
 
 
 MORE = {
-    "encoder": (SHALLOW.replace(encoder="reuse"), ()),
-    "attention": (SHALLOW.replace(attention_gate=0.4), ()),
-    "maps": (
-        SHALLOW.replace(attention_gate=0.4, fresh_values=True), ("attention maps are added up",)
-    ),
-    "adaptive": (SHALLOW.replace(adaptive=0.3, num_evaluations=8), ()),
-    "steps": (
-        Config(
-            num_evaluations=5,
-            steps=(
-                FULL,
-                FULL,
-                StepPlan(guidance="reuse"),
-                StepPlan(control="reuse", depth=3, encoder="reuse", guidance="reuse"),
-                StepPlan(control="off", depth=0),
-            ),
+    "encoder": SHALLOW.replace(encoder="reuse"),
+    "attention": SHALLOW.replace(attention_gate=0.4),
+    "maps": SHALLOW.replace(attention_gate=0.4, fresh_values=True),
+    "adaptive": SHALLOW.replace(adaptive=0.3, num_evaluations=8),
+    "steps": Config(
+        num_evaluations=5,
+        steps=(
+            FULL,
+            FULL,
+            StepPlan(guidance="reuse"),
+            StepPlan(control="reuse", depth=3, encoder="reuse", guidance="reuse"),
+            StepPlan(control="off", depth=0),
         ),
-        (),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MORE)
 def test_other_points_of_the_plan_space(name):
-    config, more = MORE[name]
-    with captured(small_pipeline(), config, limit=64) as made:
+    with captured(small_pipeline(), MORE[name], limit=64) as made:
         check(made, *CALLS[:3])
         assert made.networks.counts["replayed"] > 0
-        assert set(made.networks.counts) == {"first use", "recorded", "replayed", *more}
+        assert set(made.networks.counts) == {"first use", "recorded", "replayed"}
+
+
+def test_attention_maps_of_a_replayed_run():
+    """What is added up of queries and keys comes out of the graphs."""
+    with captured(small_pipeline(), MORE["maps"]) as made:
+        made.eager()
+        expected = made.installed.maps()
+        for _ in range(3):
+            made.draw()
+            assert torch.equal(made.installed.maps(), expected)
+        assert made.networks.counts["replayed"] > 0
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -416,26 +422,27 @@ class Louder(torch.nn.Module):
 
 FOREIGN = {
     "a processor": (
-        lambda unet: unet.set_attn_processor(Doubling()), "an attention processor: Doubling"
+        lambda unet: unet.set_attn_processor(Doubling()), "Attention"
     ),
     "a hook": (
         lambda unet: unet.conv_out.register_forward_hook(lambda m, a, out: out * 1.5),
-        "hooks on layers",
+        "Conv2d",
     ),
     "a forward": (
         lambda unet: setattr(unet.conv_out, "forward", louder(unet.conv_out.forward)),
-        "the forward of a Conv2d was replaced",
+        "Conv2d",
     ),
     "a layer": (
         lambda unet: setattr(unet, "conv_out", Louder(unet.conv_out)),
-        "a layer of another package: Louder",
+        "Louder",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_code_runs_eagerly(shallow, name):
-    change, why = FOREIGN[name]
+    change, where = FOREIGN[name]
+    why = f"code that a graph does not hold, in {where}"
     check(shallow, {})
     before = shallow.draw()
     change(shallow.pipe.unet)
@@ -577,8 +584,8 @@ def test_inputs_that_are_written_to_are_copied_again():
 
     tensors, layout = [], []
     given = {"a": torch.ones(3), "b": torch.full((3,), 2.0), "scale": 0.5}
-    assert _flatten((given,), tensors, layout)
-    graph = _Graph(OnCpu(), function, tensors, tuple(layout))
+    assert flatten((given,), tensors, layout)
+    graph = Recording(OnCpu(), function, tensors, tuple(layout))
     for _ in range(3):
         assert graph.run(tensors).tolist() == [4.5] * 3
     given["b"].mul_(2)

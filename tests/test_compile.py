@@ -278,6 +278,10 @@ def test_other_points_of_the_plan_space(name):
             # the cached map on the values of another text
             eager_changed = made.eager(**models.change_text(3))
             assert torch.equal(made.draw(**models.change_text(3)), eager_changed)
+            # what is added up of queries and keys comes out of the graphs
+            looked = made.installed.maps()
+            made.eager(**models.change_text(3))
+            assert torch.equal(looked, made.installed.maps())
             assert {kind.mode for kind in made.kinds} == {"compute", "map", "output"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_processor as processors
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
@@ -21,9 +22,21 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 import hgc_kernels
 from hgc.run.cache import Cache, conditional_half
 
-__all__ = ["Processor", "Text", "cross_attentions", "unwrapped", "wrap"]
+__all__ = ["PLAIN_PROCESSORS", "Processor", "Text", "cross_attentions", "unwrapped", "wrap"]
 
 Tensor = torch.Tensor
+
+# Processors of diffusers that do the same at every call, with each row of a batch by itself, and
+# have no settings that change.
+PLAIN_PROCESSORS = (
+    processors.AttnProcessor,
+    processors.AttnProcessor2_0,
+    processors.AttnAddedKVProcessor,
+    processors.AttnAddedKVProcessor2_0,
+    processors.FusedAttnProcessor2_0,
+    processors.SlicedAttnProcessor,
+    processors.XFormersAttnProcessor,
+)
 
 
 @dataclasses.dataclass
@@ -125,14 +138,26 @@ class Processor:
         entry = f"{text.prefix}attention/{self.name}"
         if text.mode == "output" and text.cache.has(entry, half=text.half):
             return text.cache.read(entry, half=text.half)
-        simple = self._standard and attention_mask is None and _is_plain(attn)
-        if not simple or hidden_states.ndim != 3:
+        if hidden_states.ndim != 3 or not self.is_simple(attn, attention_mask is not None):
             out = self.inner(attn, hidden_states, text.hidden, attention_mask, *rest, **kwargs)
         else:
             out = self._attend(attn, hidden_states, text)
         if text.store is not None and text.store(self.name):
             text.cache.write(entry, out, evaluation=text.evaluation, history=1, half=text.half)
         return out
+
+    def is_simple(self, attn: Attention, masked: bool) -> bool:
+        """Whether it attends itself: no option is set that only the wrapped processor has."""
+        return (
+            self._standard
+            and not masked
+            and attn.spatial_norm is None
+            and attn.group_norm is None
+            and not attn.norm_cross
+            and attn.norm_q is None
+            and attn.norm_k is None
+            and not attn.residual_connection
+        )
 
     def _attend(self, attn: Attention, hidden_states: Tensor, text: Text) -> Tensor:
         """AttnProcessor2_0 with keys and values projected once, and maps kept or applied."""
@@ -177,18 +202,6 @@ def _itself(value: Any) -> Any:
 
 def _project(attn: Attention, out: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
-
-
-def _is_plain(attn: Attention) -> bool:
-    """No option is set that only the wrapped processor implements."""
-    return (
-        attn.spatial_norm is None
-        and attn.group_norm is None
-        and not attn.norm_cross
-        and attn.norm_q is None
-        and attn.norm_k is None
-        and not attn.residual_connection
-    )
 
 
 def wrap(name: str, inner: Any) -> Processor:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from hgc.models.graphs import Kind, Networks
+from hgc.models.graphs import Function, GraphKey, Networks
 
-__all__ = ["CompiledNetworks", "Kind"]
+__all__ = ["CompiledNetworks"]
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _named(function: Callable[..., Any], name: str) -> Function:
     """``function`` with a code of its own. Dynamo counts recompiles, and remembers which sizes
     changed, by the code's name and place: kinds must not share them."""
     assert isinstance(function, types.FunctionType)
@@ -41,11 +41,11 @@ class CompiledNetworks(Networks):
         self._options: dict[str, Any] = {"fullgraph": True, **options}
         torch.compile(_nothing, **self._options)  # raises what is wrong with the options now
         super().__init__(unet, nets)
-        self._compiled: dict[Kind, Callable[..., Any]] = {}
+        self._compiled: dict[GraphKey, Callable[..., Any]] = {}
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of evaluations seen so far; there is one compiled function for each."""
+    def kinds(self) -> tuple[GraphKey, ...]:
+        """The keys of the kinds of evaluations seen so far, each with a compiled function."""
         return tuple(self._compiled)
 
     def _shape(self, sample: torch.Tensor) -> tuple[int, ...] | None:
@@ -53,11 +53,11 @@ class CompiledNetworks(Networks):
         # slower, and count sizes towards its limit of recompiles.
         return None if self._options.get("dynamic") else super()._shape(sample)
 
-    def _function(self, kind: Kind, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        compiled = self._compiled.get(kind)
+    def _function(self, key: GraphKey, make: Callable[[], Function]) -> Function:
+        compiled = self._compiled.get(key)
         if compiled is None:
-            same = sum(other.name == kind.name for other in self._compiled)
-            name = f"{kind.name}_{same}" if same else kind.name
+            same = sum(other.name == key.name for other in self._compiled)
+            name = f"{key.name}_{same}" if same else key.name
             compiled = torch.compile(_named(make(), name), **self._options)
-            self._compiled[kind] = compiled
+            self._compiled[key] = compiled
         return compiled

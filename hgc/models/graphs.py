@@ -1,4 +1,4 @@
-"""One function for each kind of evaluation that the executor asks for, to be compiled or captured.
+"""One function of tensors for each kind of evaluation, to be compiled or captured.
 
 The executor decides, and reads and writes the cache; what it calls is pure. So each kind of call
 (which network, how deep, whole or half batch, what goes in and out) becomes a function of tensors
@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
-from hgc.models.attention import Processor, Text, _is_plain, cross_attentions
+from hgc.models.attention import Processor, Text, cross_attentions
 from hgc.models.controlnet import control_function
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals, run_unet
 
-__all__ = ["Kind", "Networks"]
+__all__ = ["Function", "GraphKey", "Networks"]
 
 Tensor = torch.Tensor
+# of tensors, plain containers of them and settings
+Function = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What tells one function from another.
+class GraphKey:
+    """What tells one kind of evaluation, and so one graph, from another.
 
     Attributes:
         network: ``"unet"``, or ``"controlnet"`` and its number.
@@ -41,6 +43,7 @@ class Kind:
         given: Names of the keys, values, outputs and maps that come from the cache.
         store: Cross-attentions whose output is returned.
         map_format: Of the maps that are returned; None for no maps.
+        watched: Queries and keys of the cross-attentions are returned.
         intrablock: How many residuals of T2I-Adapters there are.
         shape: Of the sample; None where one graph is to serve all (``dynamic=True``).
     """
@@ -55,6 +58,7 @@ class Kind:
     given: frozenset[str] = frozenset()
     store: frozenset[str] = frozenset()
     map_format: str | None = None
+    watched: bool = False
     intrablock: int = 0
     shape: tuple[int, ...] | None = None
 
@@ -78,12 +82,13 @@ class Kind:
 
 
 class _Exchange:
-    """Stands for the run's cache in a graph: what may be read was given, what is written is taken.
-    Names are without the network's prefix."""
+    """Stands for the run's cache within a graph: what may be read was given, what is written is
+    taken out. Names are without the network's prefix."""
 
     def __init__(self, given: dict[str, Tensor]) -> None:
         self.given = given
         self.taken: dict[str, Tensor] = {}
+        self.watched: list[tuple[Tensor, Tensor, int]] = []
 
     def has(self, name: str, *, half: bool) -> bool:
         return name in self.given
@@ -106,10 +111,13 @@ class _Exchange:
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
 
+    def watch(self, query: Tensor, key: Tensor, heads: int) -> None:
+        self.watched.append((query, key, heads))
 
-def _wrap_in_graph(kind: Kind, exchange: _Exchange) -> Callable[[Any], Any] | None:
+
+def _wrap_in_graph(key: GraphKey, exchange: _Exchange) -> Callable[[Any], Any] | None:
     """What makes the text carry ``exchange`` to the cross-attentions, within a graph."""
-    mode = kind.mode
+    mode = key.mode
     if mode is None:
         return None
 
@@ -119,16 +127,17 @@ def _wrap_in_graph(kind: Kind, exchange: _Exchange) -> Callable[[Any], Any] | No
             cache=exchange,  # type: ignore[arg-type]
             prefix="",
             evaluation=0,
-            half=kind.half,
+            half=key.half,
             mode=mode,
-            store=kind.store.__contains__ if kind.store else None,
-            map_format=kind.map_format,
+            store=key.store.__contains__ if key.store else None,
+            map_format=key.map_format,
+            watch=exchange.watch if key.watched else None,
         )
 
     return wrap
 
 
-def _unet_function(unet: Any, structure: UNetStructure, kind: Kind) -> Callable[..., Any]:
+def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey) -> Function:
     def evaluate(
         sample: Tensor,
         timestep: Any,
@@ -143,20 +152,20 @@ def _unet_function(unet: Any, structure: UNetStructure, kind: Kind) -> Callable[
     ) -> Any:
         exchange = _Exchange(given)
         residuals = None
-        if kind.terms is not None:
+        if key.terms is not None:
             residuals = Residuals([[(v, 1.0) for v in d] for d in down], [(v, 1.0) for v in mid])
         extra = None if intrablock is None else list(intrablock)
         out, captured = run_unet(
-            unet, structure, sample, timestep, text, _wrap_in_graph(kind, exchange),
-            depth=kind.depth, hidden=hidden, skips=skips, residuals=residuals,
-            capture=kind.capture, intrablock_residuals=extra, **arguments,
+            unet, structure, sample, timestep, text, _wrap_in_graph(key, exchange),
+            depth=key.depth, hidden=hidden, skips=skips, residuals=residuals,
+            capture=key.capture, intrablock_residuals=extra, **arguments,
         )  # fmt: skip
-        return out, captured, exchange.taken, len(extra or ())
+        return out, captured, exchange.taken, exchange.watched, len(extra or ())
 
     return evaluate
 
 
-def _control_function(net: Any, kind: Kind) -> Callable[..., Any]:
+def _control_function(net: Any, key: GraphKey) -> Function:
     run_network = control_function(net)
 
     def evaluate(
@@ -168,16 +177,18 @@ def _control_function(net: Any, kind: Kind) -> Callable[..., Any]:
         arguments: dict[str, Any],
     ) -> Any:
         exchange = _Exchange(given)
-        wrap = _wrap_in_graph(kind, exchange)
+        wrap = _wrap_in_graph(key, exchange)
         residuals = run_network(net, sample, timestep, text, hint, wrap, **arguments)
-        return residuals, exchange.taken
+        return residuals, exchange.taken, exchange.watched
 
     return evaluate
 
 
 class Networks:
-    """Stands for `hgc.models.unet.run_unet` and `run_controlnet` in an installation that was
-    compiled or captured.
+    """Runs a UNet and its ControlNets by one function of tensors for each kind of evaluation.
+
+    What compiles or captures these functions is a subclass. The executor calls :meth:`run_unet`
+    and :meth:`run_controlnet` where it would call the pure functions of the same names.
 
     Args:
         unet: The UNet.
@@ -195,8 +206,8 @@ class Networks:
         self._networks = {id(model): name for model, name in zip(models, names, strict=True)}
         self._attentions = {id(model): list(cross_attentions(model).items()) for model in models}
 
-    def _function(self, kind: Kind, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """What computes an evaluation of ``kind`` as the function does that ``make`` makes."""
+    def _function(self, key: GraphKey, make: Callable[[], Function]) -> Function:
+        """What computes evaluations of the kind ``key`` as the function that ``make`` makes."""
         raise NotImplementedError
 
     def _shape(self, sample: Tensor) -> tuple[int, ...] | None:
@@ -229,12 +240,13 @@ class Networks:
         intrablock_residuals: list[Tensor] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`hgc.models.unet.run_unet`; ``half`` says that the rows are the conditional half."""
+        """See :func:`hgc.models.unet.run_unet`; ``half``: the rows are the conditional half."""
         added = arguments.get("added_cond_kwargs")
         processed = unet.process_encoder_hidden_states(text, added) if wrap_text else text
-        spec, given, store = self._text(
-            unet, wrap_text, processed, arguments, _visited(structure, depth, skips is None)
-        )
+        blocks: tuple[str, ...] = ("",)
+        if depth is not None:
+            blocks = structure.attention_blocks(depth, encodes=skips is None)
+        spec, given, of_text = self._text(unet, wrap_text, processed, arguments, blocks)
         down: list[list[Tensor]] = []
         mid: list[Tensor] = []
         terms = None
@@ -243,29 +255,26 @@ class Networks:
             down = [[v if s == 1.0 else v * s for v, s in skip] for skip in residuals.down]
             mid = [v if s == 1.0 else v * s for v, s in residuals.mid]
             terms = (*map(len, down), len(mid))
-        kind = Kind(
+        extra = list(intrablock_residuals) if intrablock_residuals else None
+        key = GraphKey(
             network=self._networks[id(unet)],
             half=half,
             depth=depth,
             reuses_encoder=skips is not None,
             terms=terms,
             capture=capture,
-            mode=None if spec is None else spec.mode,
-            given=frozenset(given),
-            store=store,
-            map_format=None if spec is None else spec.map_format,
-            intrablock=len(intrablock_residuals or ()),
+            intrablock=len(extra or ()),
             shape=self._shape(sample),
+            **of_text,
         )
-        function = self._function(kind, lambda: _unet_function(unet, structure, kind))
-        extra = list(intrablock_residuals) if intrablock_residuals else None
-        out, captured, taken, left = function(
+        function = self._function(key, lambda: _unet_function(unet, structure, key))
+        out, captured, taken, watched, left = function(
             sample, timestep, text, given, hidden, skips, down, mid, extra, arguments
         )
         if extra is not None and intrablock_residuals is not None:
             # diffusers takes them out of the caller's list
             del intrablock_residuals[: len(extra) - left]
-        self._write(spec, taken)
+        self._write(spec, taken, watched)
         return self._owned(out), captured
 
     def run_controlnet(
@@ -279,21 +288,16 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """`hgc.models.controlnet.run_controlnet` or its like for a ControlNet-Union; ``half`` as
-        for the UNet."""
-        spec, given, store = self._text(net, wrap_text, text, arguments, None)
-        kind = Kind(
-            network=self._networks[id(net)],
-            half=half,
-            mode=None if spec is None else spec.mode,
-            given=frozenset(given),
-            store=store,
-            map_format=None if spec is None else spec.map_format,
-            shape=self._shape(sample),
+        """See :func:`hgc.models.controlnet.run_controlnet` and, for a ControlNet-Union,
+        :func:`~hgc.models.controlnet.run_controlnet_union`; ``half``: the rows are the conditional
+        half."""
+        spec, given, of_text = self._text(net, wrap_text, text, arguments)
+        key = GraphKey(
+            network=self._networks[id(net)], half=half, shape=self._shape(sample), **of_text
         )
-        function = self._function(kind, lambda: _control_function(net, kind))
-        residuals, taken = function(sample, timestep, text, given, hint, arguments)
-        self._write(spec, taken)
+        function = self._function(key, lambda: _control_function(net, key))
+        residuals, taken, watched = function(sample, timestep, text, given, hint, arguments)
+        self._write(spec, taken, watched)
         return list(residuals)
 
     def _text(
@@ -302,21 +306,22 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None,
         text: Any,
         arguments: dict[str, Any],
-        visited: tuple[str, ...] | None,
-    ) -> tuple[Text | None, dict[str, Tensor], frozenset[str]]:
+        blocks: tuple[str, ...] = ("",),
+    ) -> tuple[Text | None, dict[str, Tensor], dict[str, Any]]:
         """What the text of this evaluation carries, the tensors that its cross-attentions read from
-        the cache (projected now where they are not kept yet), and those whose output is stored.
+        the cache (projected now where they are not kept yet), and what of it is part of the key.
 
-        ``visited``: beginnings of the names of the cross-attentions that are run; None for all.
+        ``blocks``: What the names of the cross-attentions begin with that are run.
         """
         spec = None if wrap_text is None else wrap_text(text)
         if not isinstance(spec, Text):
-            return None, {}, frozenset()
+            return None, {}, {}
         rows = "half" if spec.half else "both"
+        masked = arguments.get("encoder_attention_mask") is not None
         given: dict[str, Tensor] = {}
         names = []
         for name, attn in self._attentions[id(net)]:
-            if visited is not None and not name.startswith(visited):
+            if not name.startswith(blocks):
                 continue
             names.append(name)
             output, mapped = f"attention/{name}", f"map/{name}"
@@ -325,14 +330,27 @@ class Networks:
                 continue
             if spec.mode == "map" and spec.cache.has(spec.prefix + mapped, half=spec.half):
                 given[mapped] = spec.cache.read(spec.prefix + mapped, half=spec.half)
-            if spec.keep_projections and _is_projected(attn, arguments):
+            processor = attn.processor
+            simple = isinstance(processor, Processor) and processor.is_simple(attn, masked)
+            if spec.keep_projections and simple:
                 key, value = spec.projections(name, attn)
                 given[f"key/{name}/{rows}"], given[f"value/{name}/{rows}"] = key, value
-        store = frozenset(n for n in names if spec.store is not None and spec.store(n))
-        return spec, given, store
+        of_text = {
+            "mode": spec.mode,
+            "given": frozenset(given),
+            "store": frozenset(n for n in names if spec.store is not None and spec.store(n)),
+            "map_format": spec.map_format,
+            "watched": spec.watch is not None,
+        }
+        return spec, given, of_text
 
-    def _write(self, spec: Text | None, taken: dict[str, Tensor]) -> None:
-        """Put what a graph stored into the run's cache."""
+    def _write(
+        self,
+        spec: Text | None,
+        taken: dict[str, Tensor],
+        watched: list[tuple[Tensor, Tensor, int]],
+    ) -> None:
+        """Put what a graph stored into the run's cache, and show what is watched."""
         if spec is None:
             return
         at: dict[str, Any] = {"evaluation": spec.evaluation, "half": spec.half}
@@ -341,24 +359,6 @@ class Networks:
                 spec.cache.put_buffer(spec.prefix + name, self._owned(tensor), **at)
             else:
                 spec.cache.write(spec.prefix + name, tensor, history=1, **at)
-
-
-def _is_projected(attn: Any, arguments: dict[str, Any]) -> bool:
-    """Whether :class:`~hgc.models.attention.Processor` reads the projections of ``attn``."""
-    processor = attn.processor
-    masked = arguments.get("encoder_attention_mask") is not None
-    standard = isinstance(processor, Processor) and processor._standard
-    return standard and not masked and _is_plain(attn)
-
-
-def _visited(structure: UNetStructure, depth: int | None, encodes: bool) -> tuple[str, ...] | None:
-    """Beginnings of the names of the attentions run at ``depth``; None for all."""
-    if depth is None:
-        return None
-    layers = [
-        f"up_blocks.{b}.attentions.{layer}."
-        for b, layer in structure.decoder[structure.num_layers - depth :]
-    ]
-    if encodes:
-        layers += [f"down_blocks.{b}.attentions.{j}." for b, j in structure.encoder[:depth]]
-    return tuple(layers)
+        if spec.watch is not None:
+            for query, key, heads in watched:
+                spec.watch(query, key, heads)

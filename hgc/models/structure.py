@@ -42,12 +42,21 @@ class UNetStructure:
         """(up block, layer in it) of the first decoder layer computed at ``depth``."""
         return self.decoder[self.num_layers - depth]
 
-    def attention_blocks(self, depth: int) -> tuple[str, ...]:
+    def layers(self, depth: int, *, encodes: bool = True) -> list[tuple[str, int]]:
+        """The layers computed at ``depth``, as (name of the block, layer in it).
+
+        ``encodes``: The skips are computed too.
+        """
+        encoder = self.encoder[:depth] if encodes else ()
+        return [
+            *((f"up_blocks.{b}", i) for b, i in self.decoder[self.num_layers - depth :]),
+            *((f"down_blocks.{b}", i) for b, i in encoder if b >= 0),
+        ]
+
+    def attention_blocks(self, depth: int, *, encodes: bool = True) -> tuple[str, ...]:
         """What the names of the attentions computed at ``depth`` begin with."""
-        return (
-            *(f"up_blocks.{b}.attentions.{i}." for b, i in self.decoder[self.num_layers - depth :]),
-            *(f"down_blocks.{b}.attentions.{i}." for b, i in self.encoder[:depth]),
-        )
+        layers = self.layers(depth, encodes=encodes)
+        return tuple(f"{block}.attentions.{i}." for block, i in layers)
 
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> UNetStructure:

@@ -1,4 +1,4 @@
-"""Which models, and which releases of torch and diffusers, hgc supports; what it says of others."""
+"""Which models and releases of torch and diffusers hgc supports, and what it says of others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from packaging.specifiers import SpecifierSet
 
 from hgc.models.structure import modules_inside
 
-__all__ = ["RELEASES", "check_unet", "controlnets", "has_compiled_parts", "in_dtype", "untested"]
+__all__ = [
+    "PACKAGES",
+    "RELEASES",
+    "check_unet",
+    "controlnets",
+    "has_compiled_parts",
+    "in_dtype",
+    "untested",
+]
+
+# Whose modules hgc knows.
+PACKAGES = ("torch", "diffusers", "peft")
 
 _DOWN = (blocks.CrossAttnDownBlock2D, blocks.DownBlock2D)
 _UP = (blocks.CrossAttnUpBlock2D, blocks.UpBlock2D)

@@ -23,12 +23,12 @@ from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
 from torch.nn.modules import module as all_modules
 
-from hgc.models.attention import unwrapped
+from hgc.models.attention import PLAIN_PROCESSORS, unwrapped
 from hgc.models.structure import modules_inside
+from hgc.models.supported import PACKAGES
 
 __all__ = ["Trust"]
 
-_PACKAGES = ("torch", "diffusers", "peft")
 # Other packages add methods of their own to all modules; of these a call is made.
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")
 # Hooks that move weights or change their dtype, and nothing else.
@@ -46,17 +46,11 @@ _PROCESSORS = (
 # Processors of diffusers that treat each row of a batch by itself. That of perturbed-attention
 # guidance does not: its batch has three parts.
 _ROW_BY_ROW = (
-    processors.AttnProcessor,
-    processors.AttnProcessor2_0,
-    processors.AttnAddedKVProcessor,
-    processors.AttnAddedKVProcessor2_0,
+    *PLAIN_PROCESSORS,
     processors.CustomDiffusionAttnProcessor,
     processors.CustomDiffusionAttnProcessor2_0,
-    processors.FusedAttnProcessor2_0,
     processors.IPAdapterAttnProcessor,
     processors.IPAdapterAttnProcessor2_0,
-    processors.SlicedAttnProcessor,
-    processors.XFormersAttnProcessor,
 )
 
 
@@ -241,7 +235,7 @@ def _is_shipped(function: Any) -> bool:
     if not isinstance(function, types.FunctionType):
         return False
     name = function.__code__.co_filename
-    if any(name.startswith(_folder(each)) for each in _PACKAGES if each in sys.modules):
+    if any(name.startswith(_folder(each)) for each in PACKAGES if each in sys.modules):
         return True
     # around methods of theirs: `contextmanager`, and a decorator that checks the names of files
     decorated = name == contextlib.__file__ or name.startswith(_folder("huggingface_hub"))
@@ -272,7 +266,7 @@ def _not_shipped(cls: type) -> str:
         if cls is torch.nn.Module and name not in _CALLED:
             continue
         for function in _functions(value):
-            if package not in _PACKAGES:
+            if package not in PACKAGES:
                 # a class of one's own that adds no code to one that is known is that one
                 if name != "__init__":
                     return f"its class is of {cls.__module__}"
