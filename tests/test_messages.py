@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
+import types
 import warnings
 
 import models
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0
 
 import hgc
-from hgc import Config
-from hgc.planning.config import ConfigError
-from hgc.warn import HgcWarning
+from hgc import Calibration, Config, ConfigError, HgcWarning, StepPlan
+from hgc.planning.config import model_name
 
 STEPS = 6
 SHALLOW = Config(num_evaluations=STEPS, key_steps=(0, 3), forecast=0.0)
@@ -36,12 +39,17 @@ def loop(unet, net, seed=0, every=1, looks=False):
         yield out
 
 
-def said(*loops):
-    """The warnings of ``loops``, made in turns, and what they gave."""
+def heard(call):
+    """The warnings of ``call()``, and what it gave."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", HgcWarning)
-        out = [*zip(*loops, strict=True)]
+        out = call()
     return [str(w.message) for w in caught if w.category is HgcWarning], out
+
+
+def said(*loops):
+    """The warnings of ``loops``, made in turns, and what they gave."""
+    return heard(lambda: [*zip(*loops, strict=True)])
 
 
 @pytest.fixture
@@ -176,3 +184,338 @@ def test_a_stranger_that_is_an_error_leaves_the_run_to_diffusers_all_the_same():
         again = pipe.unet(hidden, timesteps[1], text).sample
         assert isinstance(attn.processor, Stranger)
     assert torch.equal(again, pipe.unet(hidden, timesteps[1], text).sample)
+
+
+# -- why an evaluation is not as the plan has it ------------------------------------------------
+
+
+def reasons(change=None, at=1, config=SHALLOW, first=0):
+    """Of each evaluation of a loop why it was as it was, by its index, where ``change`` was made to
+    the state before one of them; and the warnings."""
+    unet, nets = models.small_unet(), [models.small_controlnet(), models.small_controlnet(seed=4)]
+    state = types.SimpleNamespace(
+        unet=unet, other=nets[1], nets=nets[:1], text=models.text(0, 2), cond=models.picture(0),
+        scale=1.0, given={}, sample=torch.ones(2, 4, 16, 16), leave_out=(),
+    )  # fmt: skip
+    schedule = torch.arange(900, 900 - 100 * STEPS, -100).clone()
+
+    def evaluate(t):
+        down = mid = None
+        for net in state.nets if "control" not in state.leave_out else ():
+            down, mid = net(state.sample, t, state.text, state.cond, state.scale, return_dict=False)
+        if "unet" not in state.leave_out:
+            unet(
+                state.sample, t, state.text, down_block_additional_residuals=down,
+                mid_block_additional_residual=mid, **state.given,
+            )  # fmt: skip
+        state.leave_out = ()
+
+    def run():
+        with hgc.install(unet, nets, config=config) as installed, torch.no_grad():
+            for i in range(first, STEPS):
+                if i == at and change is not None:
+                    change(state)
+                evaluate(schedule[i])
+            return {row.index: row.why for row in installed.report().rows}, installed.peak_bytes
+
+    messages, (rows, peak) = heard(run)
+    return {i: why for i, why in rows.items() if why != "plan"}, messages, peak
+
+
+def put(**values):
+    return lambda state: vars(state).update(values)
+
+
+def first_layer(state):
+    """The cross-attention that every shallow evaluation computes."""
+    return state.unet.get_submodule("up_blocks.1.attentions.1.transformer_blocks.0.attn2")
+
+
+def write_to_weights(state):
+    first_layer(state).to_k.weight.mul_(1.5)
+
+
+def set_processors(state):
+    state.unet.set_attn_processor(AttnProcessor())
+
+
+def enable_freeu(state):
+    state.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def one_more(state):
+    state.nets.append(state.other)
+
+
+def twice(state):
+    state.nets = state.nets * 2
+
+
+MASK = torch.ones(2, models.TOKENS)
+CHANGES = {  # what is changed before evaluation 1, and the reason it gives; and a near miss
+    "text": (put(text=models.text(5, 2)), "the text changed",
+             lambda s: put(text=s.text[:])(s)),
+    "scale": (put(scale=0.5), "a ControlNet's scale or arguments changed", put(scale=2 / 2)),
+    "an argument": (put(given={"encoder_attention_mask": MASK}), "the UNet's arguments changed",
+                    put(given={"encoder_attention_mask": None})),
+    "FreeU": (enable_freeu, "the UNet's arguments changed", lambda s: s.unet.disable_freeu()),
+    "weights": (write_to_weights, "the weights changed", lambda s: s.unet.to(torch.float32)),
+    "processors": (set_processors, "the attention processors changed",
+                   lambda s: s.unet.set_attn_processor(s.unet.attn_processors)),
+    "a ControlNet more": (one_more, "the UNet's arguments changed", None),
+    "another condition": (put(cond=models.picture(1)), "the UNet's arguments changed",
+                          lambda s: put(cond=s.cond[:])(s)),
+    "the UNet left out": (put(leave_out=("unet",)), "the evaluation before this one did not end",
+                          None),
+    "both left out": (put(leave_out=("unet", "control")), "evaluations were left out", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_reason_is_given_where_it_is_one(name):
+    change, reason, near = CHANGES[name]
+    found, messages, _ = reasons(change)
+    missed = 1 if "left out" in name else 0  # it is the next evaluation that sees it
+    assert found.pop(1 + missed) == reason
+    # the ControlNet's turn had been reused before: what it gave is not kept
+    assert set(found.values()) <= {"residuals are not cached"} and 3 not in found
+    assert messages == []
+    assert reasons(near)[:2] == ({}, [])
+
+
+def test_the_first_evaluation_is_computed_whatever_the_plan_says():
+    assert reasons(first=1)[0] == {1: "first evaluation"}
+    assert reasons(first=3)[0] == {}  # a key evaluation of the plan
+
+
+def test_a_controlnet_that_is_called_twice_in_an_evaluation():
+    found, (message,), _ = reasons(twice)
+    reason = "a ControlNet was called twice in one evaluation"
+    assert found == dict.fromkeys(range(1, STEPS), reason)
+    assert message == f"{reason}: the rest of this run is computed in full"
+    assert reasons(one_more, at=0)[:2] == ({}, [])  # two ControlNets, each called once
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "missing"),
+    [
+        ({}, 0.0, "feature/1"),
+        ({"guidance": "reuse"}, 0.8, "guidance"),
+        ({"steps": (StepPlan(), *(StepPlan(control="off", depth=0),) * 5)}, 0.0, "output"),
+    ],
+)
+def test_what_does_not_fit_into_the_cache_is_named(changes, share, missing):
+    config = SHALLOW.replace(**changes)
+    _, _, peak = reasons(config=config)
+    assert reasons(config=config.replace(max_cache_bytes=peak))[:2] == ({}, [])
+    limit = int(share * peak)
+    found, (message,), _ = reasons(config=config.replace(max_cache_bytes=limit))
+    assert {*found.values()} == {f"{missing} is not cached"}
+    assert message == (
+        f"Config.max_cache_bytes={limit} is too small for this plan: evaluations are computed "
+        "instead of reused"
+    )
+
+
+# -- warnings -----------------------------------------------------------------------------------
+
+
+def test_gradients_are_recorded(made):
+    unet, net = made
+
+    def draw(config, grad):
+        with hgc.install(unet, net, config=config), torch.set_grad_enabled(grad):
+            schedule, text = torch.arange(900, 0, -150).clone(), models.text(0)
+            return heard(lambda: [unet(torch.ones(1, 4, 16, 16), t, text) for t in schedule])[0]
+
+    (message,) = draw(SHALLOW, True)
+    assert message.startswith("gradients are recorded") and "torch.no_grad()" in message
+    assert draw(SHALLOW, False) == draw("exact", True) == []
+
+
+def test_a_scheduler_that_evaluates_twice_a_step_is_nothing_to_warn_of():
+    pipe = models.sd15_pipeline(
+        models.small_unet(), models.small_controlnet(), scheduler_class=HeunDiscreteScheduler
+    )
+    with hgc.install(pipe, config=SHALLOW) as installed:
+        messages, _ = heard(lambda: models.draw(pipe, steps=3))
+        assert messages == [] and len(installed.report().rows) == 5
+
+
+def test_what_is_built_anew_for_each_evaluation(made):
+    schedule, text = torch.arange(900, 900 - 100 * STEPS, -100).clone(), models.text(0)
+
+    def draw(unet, anew):
+        for i in range(STEPS):
+            t, words = (schedule.clone()[i], text.clone()) if anew else (schedule[i], text)
+            unet(torch.ones(1, 4, 16, 16), t, words)
+
+    with hgc.install(made[0], config=SHALLOW) as installed, torch.no_grad():
+        assert heard(lambda: draw(made[0], anew=False))[0] == []
+        assert len(installed.report().rows) == STEPS
+        (message,), _ = heard(lambda: draw(made[0], anew=True))
+    assert message.startswith("runs end at once, so nothing is reused")
+
+
+def test_a_unet_without_text(made):
+    unet = models.small_unet(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2D",
+    )  # fmt: skip
+    schedule, sample = torch.arange(900, 300, -100).clone(), torch.ones(1, 4, 16, 16)
+
+    def draw(text):
+        with hgc.install(unet, config=SHALLOW), torch.no_grad():
+            return heard(lambda: [unet(sample, t, text) for t in schedule])[0]
+
+    (message,) = draw(None)
+    assert "without encoder_hidden_states" in message
+    assert draw(models.text(0)) == []
+
+
+def with_weights(unet, cls):
+    """Processors of an IP-Adapter, or of ``cls``, in all cross-attentions."""
+    made = {}
+    for name, old in unet.attn_processors.items():
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        if attn.is_cross_attention:
+            made[name] = cls(attn.inner_dim, models.TEXT, num_tokens=(4,)) if cls else old
+        else:
+            made[name] = old
+    unet.set_attn_processor(made)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_processors_with_weights(weights):
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    with_weights(pipe.unet, IPAdapterAttnProcessor2_0 if weights else None)
+    config = SHALLOW.replace(attention="reuse")
+    messages, installed = heard(lambda: hgc.install(pipe, config=config))
+    installed.uninstall()
+    assert ["cross-attention is computed, everyth" in m for m in messages] == [True] * weights
+
+
+def calibrated(its, changes):
+    """A plan that was fitted on the small UNet, at the timesteps that the scheduler has now."""
+    record = {
+        "model": model_name(models.small_unet()), "scheduler": type(its).__name__,
+        "steps": STEPS, "uncached_steps": STEPS, "macs_share": 0.5, "distance": 0.1,
+        "distance_worst": 0.1, "fewer_steps": 3, "fewer_steps_distance": 0.2, "inputs": 4,
+        "timesteps": tuple(map(float, its.timesteps)), **changes,
+    }  # fmt: skip
+    steps = tuple(hgc.plan(SHALLOW, STEPS))
+    return SHALLOW.replace(name="mine", steps=steps, calibration=Calibration(**record))
+
+
+MISFITS = {  # what the plan was calibrated on instead, changes of it, steps that are made
+    "": ({}, {}, STEPS),
+    "'mine' was calibrated on UNet of mine; this model is UNet2DCondition.*follows key_steps":
+        ({"model": "UNet of mine"}, {}, STEPS),
+    "'mine' was calibrated with DDIMScheduler; this run's scheduler is UniPC.*follows key_steps":
+        ({"scheduler": "DDIMScheduler"}, {}, STEPS),
+    "'mine' was calibrated at other timesteps, those of UniPC.*: from 900 to 1;.*follows key_st":
+        ({"timesteps": (900.0, 700.0, 500.0, 300.0, 100.0, 1.0)}, {}, STEPS),
+    "'mine' was calibrated at 6 steps of UniPC.*for 6 evaluations; this run has 5, and follows":
+        ({}, {}, 5),
+    "the plan 'mine' is for 6 evaluations and this run has 5: the rest of this run is computed in":
+        ({}, {"key_steps": None, "calibration": None}, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISFITS)
+def test_a_calibrated_plan_on_something_else(text):
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    record, changes, steps = MISFITS[text]
+    pipe.scheduler.set_timesteps(STEPS)
+    config = calibrated(pipe.scheduler, record).replace(**changes)
+
+    def draw():
+        with hgc.install(pipe, config=config):
+            return models.draw(pipe, steps=steps)
+
+    messages, _ = heard(draw)
+    assert len(messages) == bool(text), messages
+    assert re.match(text, "".join(messages)), messages
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_forward_that_was_replaced_stands_in_the_way_of_uninstalling(made):
+    unet, net = made
+    installed = hgc.install(unet, net)
+    mine = unet.forward
+    unet.forward = lambda *args, **kwargs: mine(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"UNet2DConditionModel.forward was replaced .* undo"):
+        installed.uninstall()
+    unet.forward = mine
+    installed.uninstall()
+    assert "forward" not in vars(unet) and "forward" not in vars(net)
+    for uninstall in (installed.uninstall, lambda: hgc.uninstall(unet), installed.compile):
+        with pytest.raises(RuntimeError, match="hgc is not installed on th"):
+            uninstall()
+
+
+def test_models_that_hgc_cannot_run(made):
+    unet, _ = made
+    hgc.install(unet).uninstall()
+    unet.up_blocks[1].resnets = unet.up_blocks[1].resnets[:1]
+    with pytest.raises(TypeError, match=r"unet has 4 encoder skips and 3 decoder layers"):
+        hgc.install(unet)
+    unet = models.small_unet()
+    unet.register_to_config(addition_embed_type="image_hint")
+    with pytest.raises(TypeError, match="addition_embed_type='image_hint', which hgc does not"):
+        hgc.install(unet)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, "20"])
+def test_a_number_of_evaluations_that_is_none(count):
+    said = f"num_evaluations must be an integer of at least 1; got {re.escape(repr(count))}"
+    with pytest.raises(ConfigError, match=said):
+        hgc.plan("fast", count)
+    with pytest.raises(ConfigError, match=f"Config.{said}"):
+        Config(num_evaluations=count)
+    with pytest.raises(ConfigError, match=said):
+        hgc.count_macs(models.small_unet(), None, "fast", num_evaluations=count)
+    assert len(hgc.plan("fast", 1)) == Config(num_evaluations=1).num_evaluations
+
+
+RECORD = {"model": "m", "scheduler": "s", "steps": 6, "uncached_steps": 6, "macs_share": 0.5,
+          "distance": 0.1, "distance_worst": 0.1, "fewer_steps": 3, "fewer_steps_distance": 0.2,
+          "inputs": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "right", "message"),
+    [
+        (Config, {"name": ""}, {"name": "a"}, "Config.name must be a non-empty string; got ''"),
+        (Config, {"name": 3}, {"name": "3"}, "Config.name must be a non-empty string; got 3"),
+        (Config, {"fresh_values": 1}, {"fresh_values": True},
+         "Config.fresh_values must be a bool; got 1"),
+        (Config, {"key_steps": 3}, {"key_steps": [0, 3]},
+         "Config.key_steps must be a tuple of integers; got 3"),
+        (Config, {"key_steps": (0, 2.0)}, {"key_steps": (0, 2)},
+         "Config.key_steps must be an integer of at least 0; got 2.0"),
+        (Config, {"steps": (3,), "num_evaluations": 1},
+         {"steps": [StepPlan()], "num_evaluations": 1}, "Config.steps must be a tuple of StepPlan"),
+        (StepPlan, {"depth": "all"}, {"depth": "full"},
+         "StepPlan.depth must be an integer of at least 0; got 'all'"),
+        (StepPlan, {"forecast": ()}, {"forecast": [1.0]},
+         "StepPlan.forecast must be a non-empty tuple; got ()"),
+        (Calibration, RECORD | {"timesteps": 3}, RECORD | {"timesteps": [3]},
+         "Calibration.timesteps must be a list; got 3"),
+        (Calibration, RECORD | {"model": 3}, RECORD | {"model": "3"},
+         "Calibration.model must be a string; got 3"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_wrong(make, wrong, right, message):
+    with pytest.raises(ConfigError) as caught:
+        make(**wrong)
+    assert str(caught.value) == message
+    make(**right)
+
+
+def test_a_name_that_hgc_does_not_have():
+    with pytest.raises(AttributeError, match="'hgc' has no attribute 'instal'"):
+        hgc.instal  # noqa: B018
+    assert all(hasattr(hgc, name) for name in hgc.__all__)

@@ -383,7 +383,8 @@ def test_what_stands_beside_a_call_is_no_stranger():
     [
         ("get_attention_scores", "get_attention_scores of .*attn1 .Attention. .* was replaced"),
         ("class", r"Attention.head_to_batch_dim was replaced"),
-        ("everywhere", "a hook on all modules is in place"),
+        ("register_module_forward_hook", "all modules is in place .register_module_forward_hook."),
+        ("register_module_forward_pre_hook", "in place .register_module_forward_pre_hook."),
         ("dispatch", r"Module.__call__ was replaced"),
     ],
 )
@@ -399,7 +400,7 @@ def test_other_ways_to_stand_in_a_call(patch, said):
             call = torch.nn.Module.__call__
             monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: call(*a, **k))
         else:
-            handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+            handle = getattr(torch.nn.modules.module, patch)(lambda *args: None)
             undo.callback(handle.remove)
         found = Trust([unet]).stranger()
     assert re.search(said, found), found

@@ -140,9 +140,7 @@ def check_unet(unet: Any) -> None:
     """Raise TypeError, naming the class and the supported ones, where hgc cannot run ``unet``."""
     _refuse_compiled("unet", unet)
     if not isinstance(unet, UNet2DConditionModel):
-        raise TypeError(
-            f"unet must be a diffusers UNet2DConditionModel; got {type(unet).__name__}."
-        )
+        raise TypeError(f"unet must be a diffusers UNet2DConditionModel; got {type(unet).__name__}")
     _refuse_replaced("unet", unet, UNet2DConditionModel)
     for kind, found, supported in (
         ("down block", unet.down_blocks, _DOWN),

@@ -77,10 +77,10 @@ def plan(config: Config | str, num_evaluations: int) -> list[StepPlan]:
             ``config.adaptive`` leaves the plan to the run.
     """
     config = Config.of(config)
-    if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int):
-        raise ConfigError(f"num_evaluations must be an integer; got {num_evaluations!r}")
-    if num_evaluations < 1:
-        raise ConfigError(f"num_evaluations must be at least 1; got {num_evaluations}")
+    if type(num_evaluations) is not int or num_evaluations < 1:
+        raise ConfigError(
+            f"num_evaluations must be an integer of at least 1; got {num_evaluations!r}"
+        )
     if config.adaptive:
         raise ConfigError(
             f"Config.adaptive={config.adaptive:g} leaves the plan to each run: "

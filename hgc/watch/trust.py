@@ -93,9 +93,10 @@ class Trust:
 
     def stranger(self) -> str:
         """What is not known in the models now, and where; "" where everything is."""
-        for hooks in (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks):
+        for kind in ("forward_hook", "forward_pre_hook"):
+            hooks = getattr(all_modules, f"_global_{kind}s")
             if not all(map(_is_shipped, hooks.values())):  # torch's own count work
-                return "a hook on all modules is in place (register_module_forward_hook)"
+                return f"a hook on all modules is in place (register_module_{kind})"
         classes: dict[type, str] = {}  # of this walk: what is not known in each
         known = self._watched
         for model in self._models:
