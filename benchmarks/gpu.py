@@ -71,11 +71,11 @@ def count(scale: Scale, model: str) -> dict[str, list[int]]:
     from hgc.evaluation.models import load_shapes
 
     shapes = load_shapes(scale.models[model], ())
-    size = {"height": scale.size[model]}
-    found = {"": shapes.macs(None, 1, **size)}
+    size = scale.size[model]
+    found = {"": shapes.macs(None, 1, height=size)}
     for name in PRESETS:
         config = hgc.Config.preset(name)
-        found[name] = shapes.macs(config, steps_of(config, scale.steps[model]), **size)
+        found[name] = shapes.macs(config, steps_of(config, scale.steps[model]), height=size)
     return {name: [macs.total, macs.paper] for name, macs in found.items()}
 
 

@@ -76,10 +76,17 @@ class ModelShapes:
         side = self.unet.config.sample_size or 64
         return int(side if isinstance(side, int) else side[0]) * pixels_a_latent(self.controlnets)
 
-    def macs(self, config: Config | None, evaluations: int, **size: int | None) -> Macs:
-        """MACs of a run under classifier-free guidance, with ``config`` or without hgc.
-
-        size: ``height``, ``width`` and ``images``, as :func:`hgc.count_macs` takes them.
+    def macs(
+        self,
+        config: Config | None,
+        evaluations: int,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        images: int = 1,
+    ) -> Macs:
+        """MACs of a run under classifier-free guidance, with ``config`` or without hgc, counted as
+        :func:`hgc.count_macs` does.
 
         Raises ConfigError where ``config`` does not fit the model.
         """
@@ -87,7 +94,8 @@ class ModelShapes:
 
         count = hgc.count_macs(
             self.unet, list(self.controlnets), "exact" if config is None else config,
-            num_evaluations=1 if config is None else evaluations, **size,
+            num_evaluations=1 if config is None else evaluations,
+            height=height, width=width, images=images,
         )  # fmt: skip
         return count.full_evaluation * evaluations if config is None else count.done
 

@@ -177,7 +177,6 @@ def summed_up(
         rival = next((k for k in sorted(nearest) if one.name in order[k].equal_to), None)
         own, of_sd15 = _macs(subject, one)
         alone = [m for m in batches if m.waited is None or m.waited <= MOST_WAITED]
-        judged = sample.features is not None and base.features is not None
         found.append(
             Row(
                 condition=condition,
@@ -197,17 +196,17 @@ def summed_up(
                 speedup=_median(m.reference_seconds / m.seconds for m in alone),
                 measure=subject.measures[condition],
                 figures=_figures(sample, base, None if rival is None else samples[rival], images),
-                frechet=metrics.frechet(sample.features, base.features) if judged else None,
-                frechet_truth=(
-                    metrics.frechet(sample.features, truths)
-                    if judged and truths is not None
-                    else None
-                ),
+                frechet=_frechet(sample.features, base.features),
+                frechet_truth=_frechet(sample.features, truths),
                 rival=None if rival is None else order[rival].name,
                 held_bytes=max(m.held_bytes // m.count for m in batches),
             )
         )
     return found
+
+
+def _frechet(features: np.ndarray | None, others: np.ndarray | None) -> float | None:
+    return None if features is None or others is None else metrics.frechet(features, others)
 
 
 def _figures(
