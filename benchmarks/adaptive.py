@@ -21,6 +21,7 @@ import functools
 import math
 import random
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ import hgc
 from hgc import Config, StepPlan, testbed
 from hgc.evaluation.models import load_shapes
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from measured import table, write_section
+
 CONDITIONS = ("segmentation", "depth")
 TUNED, MEASURED = 13_000, 12_000
 STEPS, TOGETHER, ROUNDS = 20, 8, 7
-PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
-BEGIN, END = "<!-- begin adaptive -->", "<!-- end adaptive -->"
+COMMAND = "python benchmarks/adaptive.py --write"
 
 
 @functools.cache
@@ -129,16 +132,13 @@ def row(name, config, together):
         some = [row[1] for row in rows if row[0] == condition]
         cells.append(f"{statistics.fmean(some):.4f} ({max(some):.4f})")
     cells.append(f"{statistics.fmean(row[1] for row in rows):.4f}")
-    line = f"| {' | '.join(cells)} |"
-    print(line, flush=True)
-    return line
+    print(*cells, sep=" | ", flush=True)
+    return cells
 
 
-def table():
+def rows_of_all():
     heads = ("key steps", "threshold", "MACs, SD1.5 512", "key evaluations (placements)")
-    heads += (*CONDITIONS, "both")
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    print("\n".join(lines), flush=True)
+    lines = []
     for budget, rules in (("paper", ["paper"]), ("balanced", ["balanced", "paper"])):
         preset = Config.preset(budget)
         lines.append(row(f"`{budget}`", preset, TOGETHER))
@@ -154,7 +154,7 @@ def table():
                 half = tuple(k for k in placed if k >= 18) if rule.conditional_key_steps else ()
                 fixed = rule.replace(key_steps=placed, conditional_key_steps=half)
                 lines.append(row(f"fixed: {' '.join(map(str, placed))}", fixed, TOGETHER))
-    return "\n".join(lines)
+    return table([*heads, *CONDITIONS, "both"], lines)
 
 
 def hindsight():
@@ -189,11 +189,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/measured.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = f"{table()}\n\n{hindsight()}\n\nWritten by `python benchmarks/adaptive.py --write`."
+    found = f"{rows_of_all()}\n\n{hindsight()}"
     if options.write:
-        before, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}")
+        write_section("adaptive", COMMAND, found)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,8 @@ from typing import Any
 import torch
 
 import hgc
-from hgc.bench.runner import (
-    _Clock,
-    _inputs,
-    _launches,
-    bench,
-    count_macs_of,
-    load_pipeline,
-)
+from hgc.bench.pipelines import load_pipeline
+from hgc.bench.runner import _Clock, _inputs, _launches, bench
 from hgc.evaluation.candidate import steps_of
 from hgc.report.macs import Macs
 
@@ -78,11 +72,10 @@ def count(scale: Scale, model: str) -> dict[str, list[int]]:
 
     shapes = load_shapes(scale.models[model], ())
     size = scale.size[model]
-    of = count_macs_of(shapes.unet, shapes.controlnets, size, size, 1)
-    found = {"": of(None, 1)}
+    found = {"": shapes.macs(None, 1, height=size)}
     for name in PRESETS:
         config = hgc.Config.preset(name)
-        found[name] = of(config, steps_of(config, scale.steps[model]))
+        found[name] = shapes.macs(config, steps_of(config, scale.steps[model]), height=size)
     return {name: [macs.total, macs.paper] for name, macs in found.items()}
 
 

@@ -27,8 +27,9 @@ from hgc.evaluation.candidate import equal_steps
 from hgc.evaluation.candidate import testbed as testbed_subject
 from hgc.evaluation.models import load_shapes
 from hgc.planning.config import Calibration, model_name
-from hgc.tune.calibrate import Costs, Search, Trial
 from hgc.tune.refine import coefficients, refine
+from hgc.tune.search import Costs, Search
+from hgc.tune.trial import Trial
 
 SEARCHED, CHECKED = 10_000, 11_000
 
@@ -129,7 +130,6 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--start", nargs="*", default=[], help="presets or files to start from too")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plan", help="refine and check this plan instead of searching one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     budget, since = Budget(), time.monotonic()
@@ -148,9 +148,7 @@ def main() -> None:
         if budget.of(rule) <= options.budget and rule.num_evaluations in options.steps
     ]
     best: Config | None
-    if options.plan:
-        best = Config.of(options.plan).replace(calibration=None)
-    elif options.trials:
+    if options.trials:
         best = search.best(options.budget, options.trials, start)
     else:
         best = search.settled(start[0]) if start else None

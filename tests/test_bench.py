@@ -14,7 +14,7 @@ from test_compile import small_pipeline
 import hgc
 from hgc import Config
 from hgc.bench import runner as benchmarking
-from hgc.evaluation.models import ModelError
+from hgc.planning.config import ConfigError
 
 EXACT = Config.preset("exact")
 SHALLOW = Config(name="shallow", num_evaluations=20, key_steps=(0, 10, 19), depth=1)
@@ -125,7 +125,7 @@ def test_wrong_arguments_are_named(monkeypatch):
         ({"modes": ()}, ValueError, "modes must be"),
         ({"images": 0}, ValueError, "images must be at least 1"),
         ({"peers": ("tgate",)}, ValueError, "peers must be some of deepcache-2"),
-        ({"peers": ("deepcache-3",)}, ModelError, r"hybrid-grained-cache\[peers\]"),
+        ({"peers": ("deepcache-3",)}, ConfigError, r"hybrid-grained-cache\[peers\]"),
     ):
         with pytest.raises(error, match=message):
             bench(pipe, [], **changes)

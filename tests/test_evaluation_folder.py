@@ -230,11 +230,12 @@ def test_fidelity_is_what_the_judge_says_of_the_pictures(
     for row in rows:
         images = _uint8(np.concatenate([images for name, images in kept if name == row.name]))
         assert images.shape == (6, SIZE, SIZE, 3)
-        assert row.fidelity == pytest.approx(_expected(condition, images, data, judges), abs=1e-5)
+        expected = _expected(condition, images, data, judges)
+        assert row["fidelity"].mean == pytest.approx(expected, abs=1e-5)
         assert (row.scenes, row.images, row.scheduler) == (3, 2, "unipc")
         assert (row.frechet is None) == (row.frechet_truth is None) == (judges[condition] is None)
-    assert rows[0].distance == 0.0 < rows[1].distance
-    assert rows[1].macs < rows[0].macs and rows[1].sd15_macs is None
+    assert rows[0]["distance"].mean == 0.0 < rows[1]["distance"].mean
+    assert rows[1].macs.total < rows[0].macs.total and rows[1].sd15_macs is None
     # pictures of one condition differ in their noise
     assert np.abs(kept[0][1][0] - kept[0][1][1]).max() > 0.01
 
@@ -273,7 +274,8 @@ def test_agreement_is_clips_score(checkpoint, data, clip):
     model = CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
         logits = model(**given).logits_per_image.diagonal() / model.logit_scale.exp()
-    assert row.agreement == pytest.approx(float(100 * logits.clamp(min=0).mean()), abs=1e-4)
+    expected = float(100 * logits.clamp(min=0).mean())
+    assert row["agreement"].mean == pytest.approx(expected, abs=1e-4)
 
 
 def test_f1_of_edges_by_hand():
@@ -392,9 +394,7 @@ def _untimed(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if path.suffix == ".png" and path.name != "pareto.png":
-            found[name] = path.read_bytes()
-        elif path.suffix == ".jsonl":
+        if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in x.items() if k not in _TIMES} for x in lines]
         elif path.suffix == ".json":
@@ -410,14 +410,13 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(checkpoint, judges, data, 
     output = run(*_command(checkpoint, judges, data, tmp_path / "whole"))
     assert "segmentation (mean IoU), 3 held-out scenes of 2 pictures" in output
     whole = _untimed(tmp_path / "whole")
-    assert {"measured.jsonl", "worst-segmentation.png", "table.md"} <= set(whole)
+    assert {"measured.jsonl", "pareto.png", "table.md"} <= set(whole)
     rows = {row["name"]: row for row in whole["table.json"]}
     rivals = ("2 steps", "2 steps@dpm++2m")
     assert list(rows) == ["uncached", "exact", *rivals]
     nearest = min(rivals, key=lambda name: rows[name]["distance"])
     assert [n for n, row in rows.items() if row["shown"]] == ["uncached", "exact", nearest]
-    assert rows["exact"]["distance"] == 0.0 and rows["exact"]["worst_pictures"] == []
-    assert len([name for name in whole if name.startswith("worst/")]) == 6
+    assert rows["exact"]["distance"] == 0.0
 
     killed = tmp_path / "killed"
     arguments = [str(a) for a in _command(checkpoint, judges, data, killed)]
@@ -447,16 +446,13 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(checkpoint, judges, data, 
     assert _untimed(killed) == whole
 
 
-def test_more_scenes_add_to_a_record_and_missing_pictures_are_made_again(
-    checkpoint, judges, data, tmp_path
-):
+def test_more_scenes_add_to_a_record(checkpoint, judges, data, tmp_path):
     out = tmp_path / "out"
-    run(*_command(checkpoint, judges, data, out, "--scenes", 2, "--worst", 1))
+    run(*_command(checkpoint, judges, data, out, "--scenes", 2))
     before = (out / "measured.jsonl").read_bytes()
-    # two more worst pictures of each row than were kept
-    run(*_command(checkpoint, judges, data, out, "--worst", 3))
+    run(*_command(checkpoint, judges, data, out))
     assert (out / "measured.jsonl").read_bytes().startswith(before)
-    run(*_command(checkpoint, judges, data, tmp_path / "whole", "--worst", 3))
+    run(*_command(checkpoint, judges, data, tmp_path / "whole"))
     ours, whole = _untimed(out), _untimed(tmp_path / "whole")
     assert ours.keys() == whole.keys()
     for name in ours:
@@ -469,7 +465,7 @@ def test_settings_of_the_command_reach_the_pipeline(checkpoint, data, tmp_path):
     common = [
         "eval", "--model", checkpoint, "--controlnet", checkpoint / "controlnet", "--data", data,
         "--conditions", "canny", "--rows", "uncached", "--steps", 2, "--images", 1, "--scenes", 1,
-        "--first-scene", 1, "--worst", 0,
+        "--first-scene", 1,
     ]  # fmt: skip
     seen = {}
     for name, more in {
@@ -483,7 +479,7 @@ def test_settings_of_the_command_reach_the_pipeline(checkpoint, data, tmp_path):
     assert seen["plain"][0]["guidance_scale"] == 7.5 and seen["guidance"][0]["guidance_scale"] == 2
     assert [seen[n][0]["scheduler"] for n in ("plain", "scheduler")] == ["unipc", "ddim"]
     assert seen["size"][0]["size"] == [32, 48]
-    assert len({line["scores"][0] for _, line in seen.values()}) > 2
+    assert len({line["values"]["fidelity"][0] for _, line in seen.values()}) > 2
     assert len({line["key"] for _, line in seen.values()}) == 4
     assert all(line["first"] == 1 for _, line in seen.values())
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 import hgc
+from hgc.report import macs
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,28 @@ def test_count_of_one_evaluation_by_hand():
     # the text is projected once: later evaluations cost less
     assert count.evaluations[0].total == count.full_evaluation.total
     assert count.evaluations[1].total < count.evaluations[0].total
+
+
+def test_evaluations_cost_what_they_do_in_a_run_of_them_all(monkeypatch):
+    """Each kind is run once a model and shape, not once a plan."""
+    runs, plain = [], macs._run
+    monkeypatch.setattr(macs, "_run", lambda *given: runs.append(given[1]) or plain(*given))
+    macs._known.cache_clear()
+    unet, net = models.small_unet(), models.small_controlnet()
+    described = macs._describe(unet), (macs._describe(net),)
+    mixed = hgc.Config(
+        num_evaluations=8, key_steps=(0, 2, 4, 6), control_key_steps=(0, 4), depth=2,
+        conditional_key_steps=(4, 6), guidance="reuse",
+    )  # fmt: skip
+    for config in (mixed, hgc.Config.preset("paper"), hgc.Config.preset("turbo")):
+        count = hgc.count_macs(unet, net, config, num_evaluations=8, height=32)
+        shapes = macs.Shapes(2, 16, 16, condition=2)
+        kinds = [(step.in_output, (False,)) for step in hgc.plan(config, 8)]
+        assert list(count.evaluations) == plain(described, kinds, shapes, True), config.name
+        again = config.replace(name="again", damping=0.3, forecast=0.2)
+        assert hgc.count_macs(unet, net, again, num_evaluations=8, height=32).done == count.done
+    # without hgc, of `mixed`, and the shallow evaluations of `paper`
+    assert len(runs) == 3
 
 
 def test_wrong_sizes_are_refused(sd15_meta):

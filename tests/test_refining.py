@@ -11,8 +11,8 @@ import torch
 import hgc
 from hgc import Config, StepPlan
 from hgc.planning.config import ConfigError
-from hgc.tune.calibrate import Trial
 from hgc.tune.refine import coefficients, refine, widened
+from hgc.tune.trial import Trial
 
 STEPS = 6
 SHALLOW = StepPlan(control="reuse", depth=1, guidance="reuse", forecast=(1.3, -0.3))

@@ -370,7 +370,7 @@ def test_another_model_of_the_testbed_has_its_own_networks_and_the_shipped_vae(o
 def test_another_model_is_evaluated_on_the_same_scenes(other_model, tmp_path):
     from commands import refused, run
 
-    written = ("--scenes", 2, "--batch", 2, "--steps", 2, "--rows", "1-steps", "--worst", 0)
+    written = ("--scenes", 2, "--batch", 2, "--steps", 2, "--rows", "1-steps")
     out = tmp_path / "out"
     said = run("eval", "--testbed", other_model, *written, "--guidance", 7.5, "--out", out)
     assert "Testbed, model" in said

@@ -11,38 +11,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import hgc
-from hgc.evaluation.models import KNOWN, ModelError
-from hgc.models.supported import controlnets, in_dtype
+from hgc.bench.table import Bench, BenchRow, Comparison, Timing, Way, about_device
+from hgc.evaluation.candidate import steps_of
+from hgc.evaluation.models import ModelShapes
+from hgc.evaluation.peers import deepcache, deepcache_class
+from hgc.models.supported import controlnets
 from hgc.planning.config import Config
 
 if TYPE_CHECKING:
-    from hgc.report.macs import MacCount, Macs
+    from hgc.report.macs import Macs
 
-__all__ = [
-    "MODES",
-    "PEERS",
-    "Bench",
-    "BenchRow",
-    "Comparison",
-    "Timing",
-    "about_device",
-    "bench",
-    "load_pipeline",
-    "random_weights",
-]
+__all__ = ["MODES", "PEERS", "bench"]
 
 Tensor = torch.Tensor
 
@@ -57,332 +45,7 @@ PEERS = ("deepcache-2", "deepcache-3", "deepcache-5")
 
 _GUIDANCE = 5.0
 _PROMPT = "a small house under a tall tree"
-_POOL = 1 << 20
 _GRAPHS = 64  # of all configurations together
-_EXACT = Config.preset("exact")
-# Counting takes seconds, and reads the models' configurations only.
-_COUNTED: dict[Any, MacCount] = {}
-
-
-def random_weights(model: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Give a model on the meta device random weights, in seconds.
-
-    Weights of rank 2 and more are normal with the variance that keeps activations in range; they
-    repeat after a million values. Norms are the identity, biases are 0.
-    """
-    # not the diffusers override, which warns of modules that checkpoints keep in float32
-    model = torch.nn.Module.to(model, dtype=dtype).to_empty(device=device)
-    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    offset = 0
-    with torch.no_grad():
-        for buffer in model.buffers():
-            buffer.zero_()
-        for name, weight in model.named_parameters():
-            if weight.dim() < 2:
-                weight.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            scale = 1.0 / math.sqrt(weight[0].numel())
-            flat = weight.view(-1)
-            done = 0
-            while done < flat.numel():
-                count = min(flat.numel() - done, _POOL - offset)
-                torch.mul(pool[offset : offset + count], scale, out=flat[done : done + count])
-                done += count
-                offset = (offset + count) % _POOL
-    return model.eval().requires_grad_(False)
-
-
-def _random_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
-    from diffusers import (
-        AutoencoderKL,
-        ControlNetModel,
-        StableDiffusionControlNetPipeline,
-        StableDiffusionXLControlNetPipeline,
-        UNet2DConditionModel,
-        UniPCMultistepScheduler,
-    )
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**KNOWN[model]["unet"])
-        net = ControlNetModel(**KNOWN[model]["controlnet"])
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            # SDXL's decoder overflows in half precision, and its pipelines upcast where this is set
-            force_upcast=False,
-        )
-    parts = {
-        "unet": random_weights(unet, device, dtype, 0),
-        "controlnet": random_weights(net, device, dtype, 1),
-        "vae": random_weights(vae, device, dtype, 2),
-        "scheduler": UniPCMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        ),
-        "text_encoder": None,
-        "tokenizer": None,
-    }
-    if model == "sdxl":
-        return StableDiffusionXLControlNetPipeline(
-            **parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
-        )
-    return StableDiffusionControlNetPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-
-
-def load_pipeline(
-    model: str,
-    controlnet: Sequence[Path] = (),
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Any:
-    """The pipeline of ``model``: "sd15" or "sdxl" with random weights, "testbed", or the folder of
-    a diffusers pipeline, with the ControlNets in the folders ``controlnet`` where some are given.
-
-    Raises ModelError where there is no such model or the folder holds none.
-    """
-    from diffusers import (
-        ControlNetModel,
-        DiffusionPipeline,
-        StableDiffusionControlNetPipeline,
-        StableDiffusionXLControlNetPipeline,
-    )
-
-    if model in KNOWN:
-        if controlnet:
-            raise ModelError(f"{model} has random weights and a ControlNet of its own")
-        pipe = _random_pipeline(model, device, dtype)
-    elif model == "testbed":
-        from hgc import testbed
-
-        pipe = testbed.load_pipeline("segmentation", torch_dtype=dtype)
-    else:
-        folder = Path(model)
-        index = folder / "model_index.json"
-        if not index.exists():
-            raise ModelError(
-                f"no model named {model!r}, and no folder of that name with a model_index.json; "
-                f"models: {', '.join(KNOWN)}, testbed, or the folder of a diffusers pipeline"
-            )
-        more: dict[str, Any] = {"local_files_only": True, **in_dtype(dtype)}
-        cls: Any = DiffusionPipeline
-        parts = json.loads(index.read_text())
-        if controlnet:
-            nets = [ControlNetModel.from_pretrained(place, **more) for place in controlnet]
-            more["controlnet"] = nets[0] if len(nets) == 1 else nets
-            xl = "XL" in str(parts["_class_name"])
-            cls = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
-        # a pipeline saved without a text encoder loads only where the gap is named
-        more.update({name: None for name, kind in parts.items() if kind == [None, None]})
-        if "safety_checker" in parts:
-            more["safety_checker"] = None
-        try:
-            pipe = cls.from_pretrained(folder, **more)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{folder} could not be loaded: {str(error).splitlines()[0]}"
-            ) from None
-        if not hasattr(pipe, "unet"):
-            raise ModelError(f"{folder} holds a {type(pipe).__name__}, which has no UNet")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of several repeats.
-
-    Attributes:
-        samples: In the order they were taken.
-    """
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """p50."""
-        return statistics.median(self.samples)
-
-    def percentile(self, share: float) -> float:
-        """By linear interpolation between the samples."""
-        ordered = sorted(self.samples)
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A candidate against one uncached run.
-
-    Attributes:
-        steps: Of the uncached run.
-        mode: Of the uncached run.
-        promised: MACs of the uncached run over the candidate's, attention counted; None where the
-            candidate's are not counted (another package).
-        loop: Speedup of the denoising loop: the median over repeats of the uncached time over
-            the candidate's in the same repeat.
-        whole: The same of the whole pipeline call.
-    """
-
-    steps: int
-    mode: str
-    promised: float | None
-    loop: float
-    whole: float
-
-    @property
-    def arrived(self) -> float | None:
-        """The loop's speedup over the promised one."""
-        return None if self.promised is None else self.loop / self.promised
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchRow:
-    """One way to run the pipeline.
-
-    Attributes:
-        name: "uncached", the configuration's, or the other package's.
-        steps: Denoising steps.
-        mode: "eager", "captured", "compiled" or "graphs".
-        loop: From the start of the first ControlNet or UNet call to the end of the last UNet call.
-        whole: The pipeline call, with the picture decoded.
-        macs: Of one call's loop, all multiply-accumulates; None where they are not counted.
-        macs_paper: The same without the two attention matmuls.
-        held_bytes: The most the cache held.
-        peak_bytes: The most the device's allocator held during a call; None on a CPU.
-        launches: Kernels and graphs launched an evaluation, in a call of its own; None on a CPU.
-        against: The uncached run of the reference steps in the same mode; eager where it is
-            "captured".
-        against_equal: The same at the candidate's own steps.
-        against_eager: The uncached eager run of the reference steps.
-    """
-
-    name: str
-    steps: int
-    mode: str
-    loop: Timing
-    whole: Timing
-    macs: int | None
-    macs_paper: int | None
-    held_bytes: int
-    peak_bytes: int | None
-    launches: float | None
-    against: Comparison | None
-    against_equal: Comparison | None
-    against_eager: Comparison | None
-
-    @property
-    def label(self) -> str:
-        """Name, steps and mode."""
-        mode = "" if self.mode == "eager" else f", {self.mode}"
-        return f"{self.name}, {self.steps} steps{mode}"
-
-
-_COMPARISONS = ("against", "against_equal", "against_eager")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """What :func:`bench` measured.
-
-    Attributes:
-        about: Device, versions and settings.
-        rows: One a way to run the pipeline, the uncached ones first.
-    """
-
-    about: dict[str, Any]
-    rows: tuple[BenchRow, ...]
-
-    def to_json(self) -> str:
-        """Everything, with each sample."""
-        rows = []
-        for row in self.rows:
-            data = dataclasses.asdict(row)
-            for name in ("loop", "whole"):
-                timing = getattr(row, name)
-                data[name] = {
-                    "samples": list(timing.samples),
-                    "p20": timing.percentile(0.2),
-                    "p50": timing.median,
-                    "p80": timing.percentile(0.8),
-                }
-            for name in _COMPARISONS:
-                comparison = getattr(row, name)
-                if comparison is not None:
-                    data[name]["arrived"] = comparison.arrived
-            rows.append(data)
-        return json.dumps({"about": self.about, "rows": rows}, indent=1) + "\n"
-
-    def to_markdown(self) -> str:
-        """A table with a row a way to run the pipeline, and what it was measured on."""
-        about = self.about
-        lines = [
-            f"{about['pipeline']}, {about['height']} x {about['width']}, batch {about['images']}, "
-            f"{about['dtype']}, {about['device_name']}, torch {about['torch']}, diffusers "
-            f"{about['diffusers']}, hgc {about['hgc']}, {about['repeats']} interleaved repeats. "
-            "Speedups: of the loop, medians of ratios within a repeat. Arrived: the speedup over "
-            "the same mode, over what the MACs promise.",
-            "",
-            "| | TMACs | loop s, p50 [p20, p80] | pipeline s | over its mode | arrived "
-            "| at its own steps | over eager | peak MiB | launches |",
-            "|---|" + "---:|" * 9,
-        ]
-        for row in self.rows:
-            own, equal, eager = (getattr(row, name) for name in _COMPARISONS)
-            loop = row.loop
-            cells = [
-                row.label,
-                "" if row.macs is None else f"{row.macs / 1e12:.4g}",
-                f"{loop.median:.3f} [{loop.percentile(0.2):.3f}, {loop.percentile(0.8):.3f}]",
-                f"{row.whole.median:.3f}",
-                "" if own is None else f"{own.loop:.2f}x",
-                "" if own is None or own.arrived is None else f"{own.arrived:.0%}",
-                "" if equal is None else f"{equal.loop:.2f}x",
-                "" if eager is None else f"{eager.loop:.2f}x",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
-                "" if row.launches is None else f"{row.launches:.0f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
-
-    def save_chart(self, path: Path) -> None:
-        """A bar a row: the loop's median time, with the 20th and 80th percentile, to ``path``.
-
-        Raises ModelError where matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ModelError(
-                'a chart needs matplotlib: pip install "hybrid-grained-cache[demo]"'
-            ) from None
-        rows = self.rows[::-1]
-        middle = [row.loop.median for row in rows]
-        spread = [
-            [m - row.loop.percentile(0.2) for m, row in zip(middle, rows, strict=True)],
-            [row.loop.percentile(0.8) - m for m, row in zip(middle, rows, strict=True)],
-        ]
-        colours = {
-            "eager": "#8da0cb", "captured": "#e78ac3", "compiled": "#66c2a5", "graphs": "#fc8d62"
-        }  # fmt: skip
-        figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
-        axes.barh(
-            [row.label for row in rows], middle, xerr=spread,
-            color=[colours[row.mode] for row in rows],
-        )  # fmt: skip
-        axes.set_xlabel("denoising loop, seconds")
-        about = self.about
-        axes.set_title(
-            f"{about['device_name']}, {about['height']} x {about['width']}, batch "
-            f"{about['images']}, {about['dtype']}", fontsize=9,
-        )  # fmt: skip
-        figure.savefig(path, dpi=150)
 
 
 class _Clock:
@@ -476,38 +139,8 @@ def _inputs(
     return arguments
 
 
-def about_device(device: str) -> dict[str, Any]:
-    """Device, threads and versions: what a figure must be quoted with."""
-    import diffusers
-
-    name = platform.processor() or platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            lines = cpuinfo.read_text(errors="replace").splitlines()
-            found = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-            name = found[0] if found else name
-    return {
-        "device": device,
-        "device_name": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "hgc": hgc.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 @dataclasses.dataclass(frozen=True)
-class _Variant:
-    """A way to run the pipeline."""
-
-    name: str
-    steps: int
+class _Variant(Way):
     mode: str = "eager"
     config: Config | None = None
     peer: int = 0  # DeepCache's interval
@@ -533,7 +166,7 @@ class _Runner:
     def state(self, variant: _Variant) -> Iterator[hgc.Installation | None]:
         """The pipeline as ``variant`` wants it."""
         if variant.peer:
-            with self._deepcache(variant.peer):
+            with deepcache(variant.peer, self._pipe):
                 yield None
         elif variant.config is None:
             with self._uncached(variant.mode):
@@ -586,26 +219,6 @@ class _Runner:
             for handle in handles:
                 handle.remove()
 
-    @contextlib.contextmanager
-    def _deepcache(self, interval: int) -> Iterator[None]:
-        helper = _deepcache_class()(pipe=self._pipe)
-        helper.set_params(cache_interval=interval, cache_branch_id=0)
-        helper.enable()
-        try:
-            yield
-        finally:
-            helper.disable()
-
-
-def _deepcache_class() -> Any:
-    try:
-        from DeepCache import DeepCacheSDHelper
-    except ImportError:
-        raise ModelError(
-            'the rows of DeepCache need it: pip install "hybrid-grained-cache[peers]"'
-        ) from None
-    return DeepCacheSDHelper
-
 
 def _launches(call: Callable[[], Any], evaluations: int) -> float:
     """Kernels and graphs that a call launches on a GPU, an evaluation; the whole call's."""
@@ -644,30 +257,6 @@ def _variants(
         variants.append(_Variant(f"DeepCache, interval {interval}", steps, peer=interval))
     variants += [_Variant(c.name, n, mode, config=c) for mode in modes for c, n in own]
     return variants
-
-
-def count_macs_of(
-    unet: Any, nets: Sequence[Any], height: int, width: int, images: int
-) -> Callable[[Config | None, int], Macs]:
-    """Counts MACs of evaluations under a configuration, or without hgc (None), at one size."""
-
-    size: dict[str, Any] = {"height": height, "width": width, "images": images}
-
-    def count(config: Config | None, evaluations: int) -> Macs:
-        key = (
-            *(model.to_json_string() for model in (unet, *nets)),
-            (config or _EXACT).to_json(), evaluations, *size.values(),
-        )  # fmt: skip
-        if key not in _COUNTED:
-            _COUNTED[key] = hgc.count_macs(
-                unet, list(nets), config or _EXACT, num_evaluations=evaluations, **size
-            )
-        counted = _COUNTED[key]
-        if config is None:
-            return counted.full_evaluation * evaluations
-        return type(counted.full_evaluation)(counted.total, counted.paper)
-
-    return count
 
 
 def bench(
@@ -710,7 +299,7 @@ def bench(
         device: Where ``pipe`` is.
         compile_options: More options for ``torch.compile``, such as a backend.
         count: MACs of so many evaluations under a configuration, or without hgc; default: counted
-            on the meta device, see :func:`count_macs_of`.
+            on the meta device.
         count_launches: On a GPU, profile one more call of each variant, which takes seconds.
         on_progress: Called with a label, calls done and calls in all.
 
@@ -718,11 +307,9 @@ def bench(
         A :class:`Bench`.
 
     Raises:
-        ModelError: a peer is not installed.
+        ConfigError: a peer is not installed.
         ValueError: an argument is out of range, or the size or a configuration does not fit.
     """
-    from hgc.evaluation.candidate import steps_of
-
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got {repeats}")
     if images < 1:
@@ -735,12 +322,13 @@ def bench(
     if {"graphs", "captured"} & set(modes) and not cuda:
         raise ValueError(f"modes: CUDA graphs need a CUDA device; got {device!r}")
     if peers:
-        _deepcache_class()
+        deepcache_class()
     nets = list(controlnets(getattr(pipe, "controlnet", None)))
     own = [(config, steps_of(config, steps)) for config in configs]
 
     if count is None:
-        count = count_macs_of(pipe.unet, nets, height, width, images)
+        shapes = ModelShapes(type(pipe).__name__, pipe.unet, tuple(nets))
+        count = functools.partial(shapes.macs, height=height, width=width, images=images)
     evaluation = count(None, 1)
     own_macs = {config.name: count(config, n) for config, n in own}
     fewer = [math.ceil(macs.total / evaluation.total) for macs in own_macs.values()]
@@ -783,10 +371,6 @@ def bench(
             peak[i] = torch.cuda.max_memory_allocated()
         return timed
 
-    def label(variant: _Variant) -> str:
-        mode = "" if variant.mode == "eager" else f", {variant.mode}"
-        return f"{variant.name}, {variant.steps} steps{mode}"
-
     try:
         for i, times in enumerate(warm):
             for _ in range(times):
@@ -797,7 +381,7 @@ def bench(
         for repeat in range(repeats):
             for place in range(len(variants)):
                 i = (place + repeat) % len(variants)
-                say(label(variants[i]))
+                say(variants[i].label)
                 samples[i].append(run(i, variants[i].steps))
                 done += 1
         if cuda and count_launches:

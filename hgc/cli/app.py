@@ -137,9 +137,6 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; default: 3.5, or 7.5 with --model")
     ] = None,
-    worst: Annotated[
-        int, typer.Option(min=0, help="Worst pictures of each row on the contact sheet")
-    ] = 3,
     testbed: Annotated[
         Path | None,
         typer.Option(help="Another model on the testbed's scenes, as benchmarks/other_model"),
@@ -175,7 +172,7 @@ def evaluate(
     local = Local(controlnet, data, judge, clip, size, images, dtype)
     run(
         conditions, scenes, rows, steps, out, first_scene, seed, batch, device, quick, scheduler,
-        rival_schedulers, guidance, worst, testbed, model, local, jod,
+        rival_schedulers, guidance, testbed, model, local, jod,
     )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ def _local(
     """A pipeline from a folder, and the pictures of ``data`` with the prompts beside them."""
     from PIL import Image
 
+    from hgc.evaluation.models import load_folder
+
     if not (folder / "model_index.json").exists():
         raise CliError(f"--model {folder}: holds no model_index.json, so no diffusers pipeline")
     if data is None:
@@ -107,15 +109,7 @@ def _local(
         raise CliError(f"--data {data}: {missing[0].name} has no prompt; expected "
                        f"{missing[0].with_suffix('.txt').name} beside it")  # fmt: skip
 
-    from diffusers import AutoPipelineForText2Image, ControlNetModel
-
-    with as_usage(OSError, ValueError):
-        given = {}
-        if nets:
-            loaded = [ControlNetModel.from_pretrained(net) for net in nets]
-            given["controlnet"] = loaded[0] if len(loaded) == 1 else loaded
-        pipe = AutoPipelineForText2Image.from_pretrained(folder, **given)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_folder(folder, nets)
     more = {} if guidance is None else {"guidance_scale": guidance}
     single = len(nets) < 2
     inputs = []

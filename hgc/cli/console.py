@@ -10,11 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from hgc.planning.config import Config
 
 __all__ = [
     "CliError",
@@ -24,6 +27,7 @@ __all__ = [
     "parse_size",
     "progress",
     "quiet_libraries",
+    "read_config",
     "reports_errors",
     "split",
     "tera",
@@ -118,6 +122,16 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise CliError(f"--size must be pixels like 512 or 512x768 (height x width); got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def read_config(name: str) -> Config:
+    """The preset ``name``, or the configuration in a JSON file."""
+    from hgc.planning.config import Config, ConfigError
+
+    try:
+        return Config.of(name)
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}") from None
 
 
 def tera(macs: int) -> str:

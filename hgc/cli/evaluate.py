@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from hgc.cli.console import (
     CliError,
     as_usage,
@@ -24,9 +22,6 @@ from hgc.cli.console import (
 from hgc.cli.results import about, chosen_conditions, heading, print_rows
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from hgc.evaluation import Row
     from hgc.evaluation.subject import Subject
 
 __all__ = ["Local", "run"]
@@ -62,21 +57,20 @@ def run(
     scheduler: str | None,
     rival_schedulers: str,
     guidance: float | None,
-    worst: int,
     testbed: Path | None,
     model: str,
     local: Local,
     jod: bool,
 ) -> None:
-    """Measure the rows and write the tables, the plot and the contact sheets to ``out``."""
+    """Measure the rows and write the tables and the plot to ``out``."""
     needs("eval", "transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
     quiet_libraries()
     check_device(device)
 
     from hgc.evaluation import Settings, candidates, evaluate, to_csv, to_json, to_markdown
     from hgc.evaluation.candidate import own_schedulers
-    from hgc.evaluation.measure import own_scheduler
     from hgc.evaluation.pictures import pareto
+    from hgc.evaluation.settings import own_scheduler
 
     names, subject = _subject(conditions, testbed, model, local, device)
     writable(out, folder=True)
@@ -103,9 +97,7 @@ def run(
         schedulers=own_schedulers(split(rival_schedulers), own_scheduler(subject, settings)),
     )
     with progress() as bar, as_usage(ValueError, OSError):
-        found = evaluate(
-            names, order, settings, subject=subject, folder=out, worst=worst, on_progress=bar
-        )
+        found = evaluate(names, order, settings, subject=subject, folder=out, on_progress=bar)
     printer = console()
     print_rows(printer, found, settings, subject)
     tables = {
@@ -121,9 +113,7 @@ def run(
             os.replace(aside, out / name)
         pareto(found, out / ".pareto.png")
         os.replace(out / ".pareto.png", out / "pareto.png")
-        sheets = _sheets(found, subject, out) if worst else []
-    names_written = ", ".join([*tables, *sheets])
-    printer.print(f"wrote {names_written} and pareto.png to {out.resolve()}", soft_wrap=True)
+    printer.print(f"wrote {', '.join(tables)} and pareto.png to {out.resolve()}", soft_wrap=True)
 
 
 def _subject(
@@ -167,45 +157,6 @@ def _subject(
             dtype=local.dtype or ("fp32" if device == "cpu" else "fp16"),
             device=device,
         )
-
-
-def _sheets(rows: Sequence[Row], subject: Subject, out: Path) -> list[str]:
-    """Write the contact sheet of each condition; their names."""
-    written = []
-    for condition in dict.fromkeys(row.condition for row in rows):
-        part = [row for row in rows if row.condition == condition and row.shown]
-        name = f"worst-{condition}.png"
-        _sheet(part, subject, out).save(out / f".{name}", format="PNG")
-        os.replace(out / f".{name}", out / name)
-        written.append(name)
-    return written
-
-
-def _sheet(rows: Sequence[Row], subject: Subject, out: Path) -> Image.Image:
-    from PIL import Image
-
-    from hgc.evaluation.pictures import AMPLIFIED, SheetRow, contact_sheet
-    from hgc.evaluation.worst import strip_path
-
-    shown = []
-    for row in rows:
-        cells = []
-        for picture, distance in zip(row.worst_pictures, row.worst_distances, strict=True):
-            (one,) = subject.inputs(row.condition, picture, 1)
-            with Image.open(strip_path(out, row.key, picture)) as strip:
-                pixels = np.asarray(strip)
-            cells.append((f"{one.name}: {distance:.4f}", one.condition, pixels))
-        if cells:
-            steps = f", {row.steps} steps" if row.cached else ""
-            label = f"{row.label}{steps}, mean {row.distance:.4f}"
-            shown.append(SheetRow(label, tuple(cells)))
-    first = rows[0]
-    title = (
-        f"{subject.title}, {first.condition}, {first.scenes} scenes: the pictures of each row that "
-        "are farthest from the uncached ones, with their distance. Condition, uncached, the row's, "
-        f"difference x {AMPLIFIED}."
-    )
-    return contact_sheet(shown, title)
 
 
 def check_device(device: str) -> None:

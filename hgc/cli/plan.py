@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hgc.cli.console import as_usage, console, parse_size, tera
+from hgc.cli.console import as_usage, console, parse_size, read_config, tera
 from hgc.planning.config import PRESETS, Config, ConfigError, StepPlan
 from hgc.planning.rule import bounds, longest_gap
-from hgc.planning.rule import plan as hgc_plan
 
 if TYPE_CHECKING:
     from hgc.evaluation.models import ModelShapes
@@ -42,115 +41,59 @@ def run(
 ) -> None:
     """Print the plan of ``config``, or compare all presets."""
     height, width = parse_size(size)
-    chosen = None if config is None else _read(config)
+    chosen = None if config is None else read_config(config)
 
+    import hgc
     from hgc.evaluation.models import load_shapes
 
     out = console()
     with as_usage(FileNotFoundError):
         shapes = load_shapes(model, controlnet)
-    counts = {}
+
+    def count(config: Config, steps: int | None = steps) -> MacCount:
+        with as_usage(ValueError, TypeError):
+            return hgc.count_macs(
+                shapes.unet, list(shapes.controlnets), config, num_evaluations=steps,
+                height=height, width=width, guidance=guidance,
+            )  # fmt: skip
+
+    def at(config: Config, steps: int) -> MacCount | None:
+        """None where it is for another number of steps only."""
+        try:
+            hgc.plan(config, steps)
+        except ConfigError:
+            return None
+        return count(config, steps)
+
     adaptive = chosen if chosen is not None and chosen.adaptive else None
     if adaptive is not None:
         label = f"{adaptive.name} (the rule without adaptive)"
         chosen = adaptive.replace(name=label, adaptive=None, max_gap=None)
     configs = {one.name: one for one in ([chosen] if chosen is not None else PRESETS.values())}
-    for one in configs.values():
-        with out.status(f"counting {one.name}"):
-            counts[one.name] = _count(shapes, one, steps, height, width, guidance)
+    with out.status("counting"):
+        counts = {name: count(one) for name, one in configs.items()}
+        others = {
+            name: {n: at(one, n) for n in _OTHER_STEPS} for name, one in configs.items()
+        }  # fmt: skip
     where = _where(shapes, height, width, guidance)
     first = next(iter(counts.values()))
     reference = steps or _UNCACHED_STEPS
     if chosen is None:
         _compare(out, counts, where, reference)
-    for count in counts.values():
+    for one in counts.values():
         if chosen is not None or draw_all:
             if chosen is None:
                 out.print()
-            _draw(out, count, where, first, reference)
-    with out.status("counting other numbers of steps"):
-        others = {
-            name: {n: _at(shapes, config, counts[name], n, height, width, guidance)
-                   for n in _OTHER_STEPS}
-            for name, config in configs.items()
-        }  # fmt: skip
+            _draw(out, one, where, first, reference)
     _elsewhere(out, configs, others, first.full_evaluation)
     if adaptive is not None:
         total = first.num_evaluations
-        least, most = (
-            _count(shapes, config, steps, height, width, guidance)
-            for config in bounds(adaptive, total)
-        )
+        least, most = map(count, bounds(adaptive, total))
         out.print(
             f"{adaptive.name}: each run places its key evaluations, at most "
             f"{longest_gap(adaptive, total)} apart, so that the cache errs by {adaptive.adaptive:g}"
             f": {tera(least.paper)} to {tera(most.paper)} in the paper's convention"
         )
-
-
-def _read(config: str) -> Config:
-    if config.endswith(".json"):
-        try:
-            return Config.of(config)
-        except OSError as error:
-            raise ConfigError(f"cannot read {config}: {error.strerror}") from None
-    return Config.preset(config)
-
-
-def _count(
-    shapes: ModelShapes,
-    config: Config,
-    steps: int | None,
-    height: int | None,
-    width: int | None,
-    guidance: bool,
-) -> MacCount:
-    import hgc
-
-    with as_usage(ValueError, TypeError):
-        return hgc.count_macs(
-            shapes.unet,
-            list(shapes.controlnets),
-            config,
-            num_evaluations=steps,
-            height=height,
-            width=width,
-            guidance=guidance,
-        )
-
-
-def _kind(i: int, step: StepPlan) -> tuple[Any, ...]:
-    """What the MACs of evaluation ``i`` depend on. The first two also find out about the pair."""
-    kind = (step.control, step.depth, step.encoder, step.attention, step.guidance)
-    return min(i, 2), *kind
-
-
-def _at(
-    shapes: ModelShapes,
-    config: Config,
-    known: MacCount,
-    steps: int,
-    height: int | None,
-    width: int | None,
-    guidance: bool,
-) -> Macs | None:
-    """What ``config`` costs at ``steps`` steps, from the count ``known`` where that has each kind
-    of evaluation; None where it is for one number of steps only."""
-    from hgc.report.macs import Macs
-
-    try:
-        wanted = hgc_plan(config, steps)
-    except ConfigError:
-        return None
-    costs = {
-        _kind(i, step): done
-        for i, (step, done) in enumerate(zip(known.plan, known.evaluations, strict=True))
-    }
-    kinds = [_kind(i, step) for i, step in enumerate(wanted)]
-    if not costs.keys() >= set(kinds):
-        count = _count(shapes, config, steps, height, width, guidance)
-        return Macs(count.total, count.paper)
-    return sum((costs[kind] for kind in kinds), Macs())
 
 
 def _where(shapes: ModelShapes, height: int | None, width: int | None, guidance: bool) -> str:
@@ -194,7 +137,7 @@ def _compare(out: Console, counts: dict[str, MacCount], where: str, reference: i
 def _elsewhere(
     out: Console,
     configs: dict[str, Config],
-    others: dict[str, dict[int, Macs | None]],
+    others: dict[str, dict[int, MacCount | None]],
     full: Macs,
 ) -> None:
     """A row a plan: the number of steps it is meant for, and what it costs at others."""
@@ -216,7 +159,7 @@ def _elsewhere(
     )
 
 
-def _cost(done: Macs | None, full: Macs, steps: int) -> str:
+def _cost(done: MacCount | None, full: Macs, steps: int) -> str:
     return "-" if done is None else f"{tera(done.paper)} ({done.paper / (full.paper * steps):.1%})"
 
 

@@ -38,9 +38,9 @@ def about(settings: Settings, subject: Subject | None = None) -> dict[str, Any]:
     """What rows were measured with, for files. subject: None: the testbed."""
     import dataclasses
 
-    from hgc.bench.runner import about_device
+    from hgc.bench.table import about_device
     from hgc.evaluation.candidate import testbed
-    from hgc.evaluation.measure import own_scheduler
+    from hgc.evaluation.settings import own_scheduler
 
     subject = testbed() if subject is None else subject
     return {

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from hgc.evaluation.candidate import Candidate, candidates
 from hgc.evaluation.folder import DataError, Folder
-from hgc.evaluation.measure import Batch, Row, Settings, evaluate
+from hgc.evaluation.measure import Batch, evaluate
 from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
+from hgc.evaluation.rows import Row
+from hgc.evaluation.settings import Settings
 from hgc.evaluation.subject import Subject, Testbed
 from hgc.evaluation.tables import COLUMNS, to_csv, to_json, to_markdown
 

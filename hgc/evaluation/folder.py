@@ -25,7 +25,7 @@ import numpy as np
 
 from hgc.evaluation import judging
 from hgc.evaluation.metrics import iou_of_counts
-from hgc.evaluation.models import ModelError, ModelShapes, load_shapes
+from hgc.evaluation.models import DTYPES, ModelError, ModelShapes, load_folder, load_shapes
 from hgc.evaluation.record import fingerprint
 from hgc.evaluation.subject import (
     SCHEDULERS,
@@ -39,10 +39,9 @@ from hgc.evaluation.subject import (
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CONDITIONS", "DTYPES", "DataError", "Folder", "Line", "read_metadata"]
+__all__ = ["CONDITIONS", "DataError", "Folder", "Line", "read_metadata"]
 
 CONDITIONS = ("segmentation", "canny", "softedge", "depth")
-DTYPES = ("fp32", "fp16", "bf16")
 _METADATA = "metadata.jsonl"
 _FIELDS = ("file_name", "condition_file_name", "label_file_name")
 _NEEDED = {
@@ -179,7 +178,7 @@ class Folder(Subject):
     controlnet: folder of a ControlNet; None: the pipeline's own. judge: folder of a transformers
     model, ForSemanticSegmentation for segmentation and ForDepthEstimation for depth; the edges need
     none. clip: folder of a CLIPModel, for the agreement with the prompt. size: height and width;
-    None: the model's. images: pictures of each line. dtype: one of `DTYPES`.
+    None: the model's. images: pictures of each line. dtype: one of `hgc.evaluation.models.DTYPES`.
 
     Raises DataError or ModelError naming the file or field that is wrong.
     """
@@ -213,7 +212,8 @@ class Folder(Subject):
             raise ModelError(f"{condition} needs a judge: the folder of a transformers model")
         if judge is not None and condition in ("canny", "softedge"):
             raise ModelError(f"{condition} is measured without a judge; leave it out")
-        self._model, self._controlnet, self._data = model, controlnet, data
+        self._model, self._data = model, data
+        self._controlnets = [] if controlnet is None else [controlnet]
         self._condition, self._dtype, self._device = condition, dtype, device
         self._judge_folder, self._clip_folder = judge, clip
         self._lines = read_metadata(data, condition)
@@ -303,30 +303,10 @@ class Folder(Subject):
         return shown, shown[..., 0] if source is None else softedge(source)
 
     def load(self, condition: str, device: str) -> Any:
-        import diffusers
         import torch
 
-        from hgc.models.supported import in_dtype
-
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self._dtype]
-        given: dict[str, Any] = {"local_files_only": True, **in_dtype(dtype)}
-        more: dict[str, Any] = {}
-        try:
-            if self._controlnet is not None:
-                more["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                    self._controlnet, **given
-                )
-            index = json.loads((self._model / "model_index.json").read_text())
-            # a safety checker paints black what it dislikes, cached or not
-            if "safety_checker" in index:
-                more["safety_checker"] = None
-            # one that was saved with its ControlNet is of the class that is needed
-            loader: Any = diffusers.AutoPipelineForText2Image
-            if "ControlNet" in str(index.get("_class_name")):
-                loader = diffusers.DiffusionPipeline
-            pipe = loader.from_pretrained(self._model, **given, **more)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self._model}: {error}") from None
+        dtype = getattr(torch, DTYPES[self._dtype])
+        pipe = load_folder(self._model, self._controlnets, dtype)
         if not type(pipe).__name__.endswith("ControlNetPipeline"):
             raise ModelError(
                 f"{self._model} is a {type(pipe).__name__}; expected a pipeline from text with a "
@@ -334,7 +314,6 @@ class Folder(Subject):
             )
         if type(pipe.scheduler).__name__ != SCHEDULERS[_SCHEDULER]:
             pipe.scheduler = make_scheduler(_SCHEDULER, pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 
     def judge(self, condition: str, images: np.ndarray, inputs: Sequence[Input]) -> Judged:
@@ -384,6 +363,8 @@ class Folder(Subject):
         def of(folder: Path | None) -> str | None:
             return None if folder is None else fingerprint(folder, "**/*")
 
+        net = self._controlnets[0] if self._controlnets else None
+
         digest = hashlib.sha256()
         for line in self._lines:
             digest.update(line.text.encode())
@@ -393,7 +374,7 @@ class Folder(Subject):
                 digest.update(f"\n{with_size}\n".encode())
         return {
             "model": of(self._model),
-            "controlnet": of(self._controlnet),
+            "controlnet": of(net),
             "judge": of(self._judge_folder),
             "clip": of(self._clip_folder),
             "data": digest.hexdigest()[:16],
@@ -403,7 +384,7 @@ class Folder(Subject):
         }
 
     def load_shapes(self) -> ModelShapes:
-        return load_shapes(str(self._model), [self._controlnet] if self._controlnet else [])
+        return load_shapes(str(self._model), self._controlnets)
 
     def scheduler_config(self) -> dict[str, Any]:
         return saved_config(self._model)
@@ -420,7 +401,7 @@ class Folder(Subject):
 
         return {
             "subject": self.title,
-            "controlnet": name(self._controlnet),
+            "controlnet": name(self._controlnets[0] if self._controlnets else None),
             "judge": name(self._judge_folder),
             "clip": name(self._clip_folder),
             "size": list(self._size),

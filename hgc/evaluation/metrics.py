@@ -19,12 +19,10 @@ import numpy as np
 __all__ = [
     "Summary",
     "class_counts",
-    "corpus_iou",
     "flip",
     "flip_maps",
     "flip_version",
     "frechet",
-    "frechet_interval",
     "interval",
     "iou_of_counts",
     "jod",
@@ -37,15 +35,11 @@ __all__ = [
     "relative_loss",
     "ssim",
     "summary",
-    "worst_indices",
     "worst_share",
 ]
 
 WORST = 0.05
 RESAMPLES = 2000
-# A draw takes an eigenvalue decomposition of the features' covariance.
-FRECHET_RESAMPLES = 100
-FRECHET_MOST_FEATURES = 256
 # Of equal pictures, where it would be infinite.
 PSNR_LIMIT = 100.0
 # FLIP's own default: a display 0.7 m and 3840 pixels wide, seen from 0.7 m. It holds for pictures
@@ -61,13 +55,13 @@ class Summary:
         mean: Over all pictures.
         low: Lower end of the mean's 95% bootstrap interval.
         high: Upper end.
-        worst: Mean of the worst 5% of pictures.
+        worst: Mean of the worst 5% of pictures; None where the measure is of the whole set.
     """
 
     mean: float
     low: float
     high: float
-    worst: float
+    worst: float | None = None
 
 
 def _same_shape(images: np.ndarray, reference: np.ndarray) -> None:
@@ -224,25 +218,11 @@ def jod(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.array(values, np.float64)
 
 
-def worst_count(count: int) -> int:
-    """How many of ``count`` are the worst 5%."""
-    return max(1, math.ceil(WORST * count - 1e-9))
-
-
 def worst_share(values: np.ndarray, *, higher_is_worse: bool) -> float:
     """Mean of the worst 5% of ``values`` [N]: of the worst ``ceil(N / 20)`` of them."""
-    count = worst_count(len(values))
+    count = max(1, math.ceil(WORST * len(values) - 1e-9))
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     return float((ordered[-count:] if higher_is_worse else ordered[:count]).mean())
-
-
-def worst_indices(distances: np.ndarray, count: int) -> list[int]:
-    """Indices of the ``count`` largest of ``distances``, largest first, none that is 0.
-
-    Of equal ones the first comes first, so the choice does not depend on what sorts it.
-    """
-    order = sorted(range(len(distances)), key=lambda i: (-distances[i], i))
-    return [i for i in order[:count] if distances[i] > 0.0]
 
 
 @functools.lru_cache(maxsize=4)
@@ -300,12 +280,6 @@ def iou_of_counts(counts: np.ndarray) -> np.ndarray:
     present = true > 0
     iou = np.divide(hit, true + judged - hit, out=np.zeros_like(hit), where=present)
     return iou.sum(-1) / np.maximum(present.sum(-1), 1)
-
-
-def corpus_iou(matrices: np.ndarray) -> np.ndarray:
-    """Mean IoU of each confusion matrix [..., K, K] (true class by judged class), over the classes
-    that occur in its truth: float64 [...]."""
-    return iou_of_counts(class_counts(matrices))
 
 
 def relative_loss(score: np.ndarray | float, reference: np.ndarray | float) -> np.ndarray | float:
@@ -380,29 +354,3 @@ def frechet(features: np.ndarray, reference: np.ndarray) -> float | None:
     metric.update(torch.from_numpy(np.asarray(features, np.float64)), real=False)
     # of two equal sets rounding leaves a number near zero on either side of it
     return max(0.0, float(metric.compute()))
-
-
-def frechet_interval(
-    features: np.ndarray, reference: np.ndarray, images: int = 1
-) -> tuple[float, float] | None:
-    """95% bootstrap interval of :func:`frechet`, both sets drawn together: 100 draws.
-
-    features, reference: [N, F] of the same conditions in the same order. None where there are fewer
-    than two conditions, or more than 256 features, whose draws would take minutes. A draw holds
-    pictures twice, so it has fewer of its own and its figure is biased upwards: the draws' spread
-    is taken, around the figure of the set.
-    """
-    if len(features) < 2 * images or features.shape[1] > FRECHET_MOST_FEATURES:
-        return None
-    groups = np.arange(len(features)).reshape(-1, images)
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(FRECHET_RESAMPLES):
-        drawn = groups[random.integers(len(groups), size=len(groups))].reshape(-1)
-        value = frechet(features[drawn], reference[drawn])
-        assert value is not None
-        found.append(value)
-    point = frechet(features, reference)
-    assert point is not None
-    low, high = _percentiles(np.array(found) - np.mean(found))
-    return max(0.0, point + low), point + high

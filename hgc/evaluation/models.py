@@ -1,4 +1,4 @@
-"""UNets and ControlNets by name or folder, on the meta device: their shapes without weights."""
+"""Models by name or folder: pipelines, and UNets and ControlNets on the meta device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from hgc.planning.config import Config
     from hgc.report.macs import Macs
 
-__all__ = ["KNOWN", "ModelError", "ModelShapes", "load_shapes", "sd15_macs"]
+__all__ = [
+    "DTYPES",
+    "KNOWN",
+    "ModelError",
+    "ModelShapes",
+    "load_folder",
+    "load_shapes",
+    "sd15_macs",
+]
 
+# torch's names.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 _SDXL = {
     "block_out_channels": (320, 640, 1280),
@@ -61,10 +71,33 @@ class ModelShapes:
     @property
     def size(self) -> int:
         """Pixels along a side of the pictures it was made for."""
+        from hgc.report.macs import pixels_a_latent
+
         side = self.unet.config.sample_size or 64
-        nets = self.controlnets
-        factor = 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1) if nets else 8
-        return int(side if isinstance(side, int) else side[0]) * factor
+        return int(side if isinstance(side, int) else side[0]) * pixels_a_latent(self.controlnets)
+
+    def macs(
+        self,
+        config: Config | None,
+        evaluations: int,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        images: int = 1,
+    ) -> Macs:
+        """MACs of a run under classifier-free guidance, with ``config`` or without hgc, counted as
+        :func:`hgc.count_macs` does.
+
+        Raises ConfigError where ``config`` does not fit the model.
+        """
+        import hgc
+
+        count = hgc.count_macs(
+            self.unet, list(self.controlnets), "exact" if config is None else config,
+            num_evaluations=1 if config is None else evaluations,
+            height=height, width=width, images=images,
+        )  # fmt: skip
+        return count.full_evaluation * evaluations if config is None else count.done
 
 
 def _class_in(folder: Path) -> str:
@@ -140,29 +173,43 @@ def _sd15() -> ModelShapes:
     return load_shapes("sd15")
 
 
-@functools.cache
 def sd15_macs(config: Config | None, num_evaluations: int) -> Macs:
     """MACs of a run of SD1.5 + ControlNet at 512 x 512 under CFG, with ``config`` or without hgc.
 
     This is what a plan would cost on the model its figures are quoted for.
     """
-    import hgc
-    from hgc.report.macs import Macs
-
-    shapes = _sd15()
-    if config is None:
-        return _sd15_evaluation() * num_evaluations
-    count = hgc.count_macs(
-        shapes.unet, list(shapes.controlnets), config, num_evaluations=num_evaluations
-    )
-    return Macs(count.total, count.paper)
+    return _sd15().macs(config, num_evaluations)
 
 
-@functools.cache
-def _sd15_evaluation() -> Macs:
-    import hgc
+def load_folder(folder: Path, controlnet: Sequence[Path] = (), dtype: Any = None) -> Any:
+    """The diffusers pipeline in ``folder``, with the ControlNets in the folders ``controlnet``
+    where some are given. Nothing is downloaded.
 
-    shapes = _sd15()
-    return hgc.count_macs(
-        shapes.unet, list(shapes.controlnets), "exact", num_evaluations=1
-    ).full_evaluation
+    Raises ModelError where there is none, or it cannot be loaded.
+    """
+    from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
+
+    from hgc.models.supported import in_dtype
+
+    if not (folder / "model_index.json").exists():
+        raise ModelError(f"{folder} holds no model_index.json, so no diffusers pipeline")
+    given: dict[str, Any] = {"local_files_only": True, **({} if dtype is None else in_dtype(dtype))}
+    parts = json.loads((folder / "model_index.json").read_text())
+    # a pipeline saved without a text encoder loads only where the gap is named
+    more: dict[str, Any] = {name: None for name, kind in parts.items() if kind == [None, None]}
+    # a safety checker paints black what it dislikes, cached or not
+    if "safety_checker" in parts:
+        more["safety_checker"] = None
+    loader: Any = DiffusionPipeline
+    try:
+        if controlnet:
+            nets = [ControlNetModel.from_pretrained(place, **given) for place in controlnet]
+            more["controlnet"] = nets[0] if len(nets) == 1 else nets
+            # one that was saved with its ControlNet is of the class that is needed
+            if "ControlNet" not in str(parts.get("_class_name")):
+                loader = AutoPipelineForText2Image
+        pipe = loader.from_pretrained(folder, **given, **more)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} could not be loaded: {str(error).splitlines()[0]}") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -54,8 +54,10 @@ __all__ = [
     "PACKAGES",
     "PEERS",
     "SKIPS",
+    "deepcache",
+    "deepcache_class",
     "grid",
-    "installed_package",
+    "interval_of",
     "method_of",
     "package_macs",
     "package_row",
@@ -267,29 +269,26 @@ def package_row(name: str) -> str | None:
         )
     if _PACKAGE.fullmatch(name) is None:
         return None
-    _deepcache()
+    deepcache_class()
     return name
 
 
-def _deepcache() -> Any:
+def deepcache_class() -> Any:
+    """The package's helper. Raises ConfigError where it is not installed."""
     try:
         from DeepCache import DeepCacheSDHelper
     except ImportError:
         raise ConfigError(
-            'a row of DeepCache\'s package needs it: pip install "hybrid-grained-cache[peers]"'
+            'the rows of DeepCache need it: pip install "hybrid-grained-cache[peers]"'
         ) from None
     return DeepCacheSDHelper
 
 
-def _interval(name: str) -> int:
-    return int(name.rpartition("-")[2])
-
-
 @contextlib.contextmanager
-def installed_package(name: str, pipe: Any) -> Iterator[Callable[[], int]]:
-    """``pipe`` with a package's cache switched on. Yields what counts the bytes it holds."""
-    helper = _deepcache()(pipe=pipe)
-    helper.set_params(cache_interval=_interval(name), cache_branch_id=0)
+def deepcache(interval: int, pipe: Any) -> Iterator[Callable[[], int]]:
+    """``pipe`` with DeepCache's own cache switched on. Yields what counts the bytes it holds."""
+    helper = deepcache_class()(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
     helper.enable()
 
     def held() -> int:
@@ -307,6 +306,11 @@ def installed_package(name: str, pipe: Any) -> Iterator[Callable[[], int]]:
         helper.disable()
 
 
+def interval_of(name: str) -> int:
+    """Of "deepcache-3": 3."""
+    return int(name.rpartition("-")[2])
+
+
 def package_macs(name: str, steps: int, shapes: ModelShapes, full: Macs) -> Macs | None:
     """MACs of one picture under guidance with a package's cache; None where they are not counted.
 
@@ -317,8 +321,8 @@ def package_macs(name: str, steps: int, shapes: ModelShapes, full: Macs) -> Macs
         return None
     from hgc.report.macs import Macs
 
-    saved = _saved(_interval(name), shapes)
-    skips = steps - len(range(0, steps, _interval(name)))
+    saved = _saved(interval_of(name), shapes)
+    skips = steps - len(range(0, steps, interval_of(name)))
     return Macs(full.total * steps - saved.total * skips, full.paper * steps - saved.paper * skips)
 
 
@@ -335,7 +339,7 @@ def _saved(interval: int, shapes: ModelShapes) -> Macs:
     sample = torch.empty(2, unet.config.in_channels, side, side, device="meta")
     text = torch.empty(2, 77, unet.config.cross_attention_dim, device="meta")
     counted = []
-    with torch.no_grad(), installed_package(f"deepcache-pypi-{interval}", pipe):
+    with torch.no_grad(), deepcache(interval, pipe):
         for step in range(2):
             with flop_counter() as counter:
                 unet.forward(sample, torch.tensor(step), encoder_hidden_states=text)

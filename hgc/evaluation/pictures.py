@@ -1,4 +1,4 @@
-"""The grid of pictures, the contact sheet of the worst, and the plot of work against loss."""
+"""The grid of pictures, and the plot of work against distance and loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-    from hgc.evaluation.measure import Row
+    from hgc.evaluation.rows import Row
 
 __all__ = [
     "AMPLIFIED",
     "FLIP_LIGHTEST",
     "GridRow",
-    "SheetRow",
-    "contact_sheet",
     "difference",
     "grid",
     "pareto",
@@ -37,10 +35,7 @@ AMPLIFIED = 8
 FLIP_LIGHTEST = 0.5
 _SCALE = 6
 _GAP = 6
-_FONT = 22
-_GRID_FONT = 34
-# Pixels of a picture on the contact sheet, at least; small ones grow by a whole number.
-_SHEET = 128
+_FONT = 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +116,12 @@ def grid(rows: Sequence[GridRow], names: Sequence[str], title: str) -> Image.Ima
             line += [other, difference(other, row.uncached) if of_flip is None else of_flip]
         cells.append([_enlarged(image) for image in line])
     side_w, side_h = cells[0][0].size
-    font, small = _font(_GRID_FONT), _font(_GRID_FONT - 4)
-    head = 3 * _GRID_FONT + 2 * _GAP
-    left = 2 * _GRID_FONT
+    font, small = _font(_FONT), _font(_FONT - 4)
+    head = 3 * _FONT + 2 * _GAP
+    left = 2 * _FONT
     width = left + len(heads) * (side_w + _GAP) + _GAP
     lines = _wrapped(title, small, width - left - 2 * _GAP)
-    foot = (len(lines) + 1) * _GRID_FONT
+    foot = (len(lines) + 1) * _FONT
     canvas = Image.new("RGB", (width, head + len(rows) * (side_h + _GAP) + foot), "white")
     draw = ImageDraw.Draw(canvas)
     for x, name in enumerate(heads):
@@ -144,58 +139,8 @@ def grid(rows: Sequence[GridRow], names: Sequence[str], title: str) -> Image.Ima
         for x, picture in enumerate(pictures):
             canvas.paste(picture, (left + _GAP + x * (side_w + _GAP), top))
     for i, text in enumerate(lines):
-        at = (left + _GAP, canvas.height - foot + (i + 1) * _GRID_FONT)
+        at = (left + _GAP, canvas.height - foot + (i + 1) * _FONT)
         draw.text(at, text, fill="black", font=small, anchor="lm")
-    return canvas
-
-
-@dataclasses.dataclass(frozen=True)
-class SheetRow:
-    """The worst pictures of one row of a table.
-
-    Attributes:
-        label: Above them.
-        cells: For each picture what stands above it, its condition (uint8 [H, W, 3]), and its
-            strip: the uncached picture, the row's and the difference beside each other.
-    """
-
-    label: str
-    cells: tuple[tuple[str, np.ndarray, np.ndarray], ...]
-
-
-def contact_sheet(rows: Sequence[SheetRow], title: str) -> Image.Image:
-    """The worst pictures of each row, worst first: condition, uncached, the row's, difference."""
-    from PIL import Image, ImageDraw
-
-    font, small = _font(_FONT - 4), _font(_FONT - 8)
-    height = max((strip.shape[0] for row in rows for _, _, strip in row.cells), default=64)
-    height *= math.ceil(_SHEET / height)
-
-    def fitted(pixels: np.ndarray) -> Image.Image:
-        picture = Image.fromarray(pixels)
-        size = (max(1, round(picture.width * height / picture.height)), height)
-        return picture.resize(size, Image.Resampling.NEAREST)
-
-    drawn = [[(text, fitted(c), fitted(s)) for text, c, s in row.cells] for row in rows]
-    cell = max((c.width + s.width for row in drawn for _, c, s in row), default=4 * height)
-    most = max((len(row) for row in drawn), default=1)
-    width = _GAP + max(1, most) * (cell + 3 * _GAP)
-    line = 2 * _FONT + height + 2 * _GAP
-    lines = _wrapped(title, small, width - 2 * _GAP)
-    head = (len(lines) + 1) * _FONT
-    canvas = Image.new("RGB", (width, head + len(rows) * line), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, text in enumerate(lines):
-        draw.text((_GAP, (i + 1) * _FONT), text, fill="black", font=small, anchor="lm")
-    for y, (row, pictures) in enumerate(zip(rows, drawn, strict=True)):
-        top = head + y * line
-        draw.text((_GAP, top + _FONT // 2), row.label, fill="black", font=font, anchor="lm")
-        for x, (text, condition, strip) in enumerate(pictures):
-            left = _GAP + x * (cell + 3 * _GAP)
-            at = (left, top + _FONT + _FONT // 2)
-            draw.text(at, text, fill="black", font=small, anchor="lm")
-            canvas.paste(condition, (left, top + 2 * _FONT))
-            canvas.paste(strip, (left + condition.width, top + 2 * _FONT))
     return canvas
 
 
@@ -231,7 +176,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         layout="constrained",
         dpi=_DPI,
     )
-    drawn = [row for row in rows if _work(row) is not None and row.distance > 0]
+    drawn = [row for row in rows if row.macs is not None and row["distance"].mean > 0]
     colours = dict(zip(dict.fromkeys(r.method for r in drawn), itertools.cycle(_COLOURS)))
     labels: list[tuple[Axes, list[_Label]]] = []
     legend = {}
@@ -240,13 +185,13 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         of_panels: tuple[list[_Label], list[_Label]] = ([], [])
         for method, colour in colours.items():
             own = [row for row in drawn if row.condition == condition and row.method == method]
-            own.sort(key=lambda row: _work(row) or 0.0)
+            own.sort(key=_work)
             if not own:
                 continue
-            works = [_work(row) or 0.0 for row in own]
+            works = [_work(row) for row in own]
             for axis, texts, values, bars in (
-                (axes[0][column], of_panels[0], [row.distance for row in own], _worst_bars(own)),
-                (axes[1][column], of_panels[1], [100 * r.loss for r in own], _loss_bars(own)),
+                (axes[0][column], of_panels[0], *_of(own, "distance")),
+                (axes[1][column], of_panels[1], *_of(own, "loss", 100)),
             ):
                 legend[method] = axis.errorbar(
                     works, values, yerr=bars, fmt="o-", color=colour, capsize=3, label=method,
@@ -354,17 +299,15 @@ def _drawn_pixels(axis: Axes) -> np.ndarray:
     return np.concatenate(found) if found else np.empty((0, 2))
 
 
-def _work(row: Row) -> float | None:
-    macs = row.macs_paper if row.sd15_macs_paper is None else row.sd15_macs_paper
-    return None if macs is None else macs / 1e12
+def _work(row: Row) -> float:
+    macs = row.sd15_macs or row.macs
+    assert macs is not None
+    return macs.paper / 1e12
 
 
-def _worst_bars(rows: Sequence[Row]) -> list[list[float]]:
-    return [[0.0] * len(rows), [max(0.0, row.distance_worst - row.distance) for row in rows]]
-
-
-def _loss_bars(rows: Sequence[Row]) -> list[list[float]]:
-    return [
-        [max(0.0, 100 * (row.loss - row.loss_low)) for row in rows],
-        [max(0.0, 100 * (row.loss_high - row.loss)) for row in rows],
-    ]
+def _of(rows: Sequence[Row], name: str, times: float = 1.0) -> tuple[list[float], np.ndarray]:
+    """A figure of each row, and how far the bar reaches below and above it."""
+    found = [row[name] for row in rows]
+    ends = [(s.mean, s.worst) if s.worst is not None else (s.low, s.high) for s in found]
+    bars = [(s.mean - low, high - s.mean) for s, (low, high) in zip(found, ends, strict=True)]
+    return [times * s.mean for s in found], times * np.array(bars).T.clip(min=0.0)

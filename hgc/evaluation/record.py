@@ -26,15 +26,10 @@ class Measured:
         condition: Name of the condition.
         candidate: Name of the candidate.
         first: Index of the batch's first picture among all there are.
-        scores: Fidelity, one a picture.
+        values: Of each measure one a picture, as `hgc.evaluation.rows.FIGURES` names them; those
+            that could be measured.
         classes: For segmentation, of each picture [class, pixels hit, true, judged] of every class
             that occurs; None for other conditions.
-        distances: Relative L2 to the uncached picture, one a picture.
-        psnr: The same in dB.
-        ssim: Structural similarity to the uncached picture.
-        flip: FLIP to the uncached picture; None where flip-evaluator is not installed.
-        jod: ColorVideoVDP's JOD of the picture beside the uncached one; None where nobody asked.
-        agreement: With the prompt; None where nothing reads it.
         features: The judge's, one row a picture, as base64 of little-endian float32; None without
             a judge.
         seconds: Of the pipeline call.
@@ -49,14 +44,8 @@ class Measured:
     condition: str
     candidate: str
     first: int
-    scores: list[float]
+    values: dict[str, list[float]]
     classes: list[list[list[int]]] | None
-    distances: list[float]
-    psnr: list[float]
-    ssim: list[float]
-    flip: list[float] | None
-    jod: list[float] | None
-    agreement: list[float] | None
     features: str | None
     seconds: float
     reference_seconds: float
@@ -66,7 +55,7 @@ class Measured:
     @property
     def count(self) -> int:
         """Pictures of the batch."""
-        return len(self.scores)
+        return len(self.values["distance"])
 
 
 def pack(features: np.ndarray | None) -> str | None:

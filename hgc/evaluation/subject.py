@@ -216,7 +216,6 @@ class Subject(abc.ABC):
     plans: Path | None = None
 
     def __init__(self) -> None:
-        self._macs: dict[tuple[Config | None, int], Macs] = {}
         self._shapes: ModelShapes | None = None
 
     @abc.abstractmethod
@@ -281,21 +280,8 @@ class Subject(abc.ABC):
 
         Raises ConfigError where ``config`` does not fit the model.
         """
-        import hgc
-        from hgc.report.macs import Macs
-
-        found = self._macs.get((config, steps))
-        if found is None:
-            shapes = self.shapes()
-            height, width = self.size()
-            count = hgc.count_macs(
-                shapes.unet, list(shapes.controlnets), "exact" if config is None else config,
-                num_evaluations=1 if config is None else steps, height=height, width=width,
-            )  # fmt: skip
-            one = count.full_evaluation
-            found = one * steps if config is None else Macs(count.total, count.paper)
-            self._macs[config, steps] = found
-        return found
+        height, width = self.size()
+        return self.shapes().macs(config, steps, height=height, width=width)
 
 
 class Testbed(Subject):

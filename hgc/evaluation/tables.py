@@ -7,11 +7,14 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hgc.evaluation.measure import Row
 from hgc.evaluation.metrics import PIXELS_PER_DEGREE
+from hgc.evaluation.rows import Row
 from hgc.evaluation.timing import MOST_WAITED
+
+if TYPE_CHECKING:
+    from hgc.report.macs import Macs
 
 __all__ = ["COLUMNS", "Column", "caption", "columns", "to_csv", "to_json", "to_markdown", "units"]
 
@@ -39,45 +42,39 @@ def _percent(value: float) -> str:
 
 
 def _loss(row: Row) -> str:
-    return "-" if row.name == "uncached" else _percent(row.loss)
+    return "-" if row.name == "uncached" else _percent(row["loss"].mean)
 
 
 def _interval(row: Row) -> str:
     if row.name == "uncached":
         return "-"
-    return f"{_percent(row.loss_low)[:-1]} to {_percent(row.loss_high)[:-1]}"
+    loss = row["loss"]
+    return f"{_percent(loss.low)[:-1]} to {_percent(loss.high)[:-1]}"
 
 
-def _with_worst(name: str, digits: int) -> Callable[[Row], str]:
-    """The mean of a measure, and that of its worst 5% in brackets."""
+def _figure(name: str, form: str) -> Callable[[Row], str]:
+    """A figure of a row in ``form``, the format of a summary; "-" where there is none."""
 
     def cell(row: Row) -> str:
-        mean, worst = getattr(row, name), getattr(row, f"{name}_worst")
-        if mean is None:
+        one = row.figures.get(name)
+        if one is None:
             return "-"
-        return "0" if mean == worst == 0.0 else f"{mean:.{digits}f} ({worst:.{digits}f})"
+        return "0" if one.mean == one.worst == 0.0 else form.format(one)
 
     return cell
 
 
-def _sd15(row: Row) -> str:
-    if row.sd15_macs is None or row.sd15_macs_paper is None:
+def _with_worst(name: str, digits: int) -> Callable[[Row], str]:
+    """The mean of a measure, and that of its worst 5% in brackets."""
+    return _figure(name, f"{{0.mean:.{digits}f}} ({{0.worst:.{digits}f}})")
+
+
+def _work(macs: Macs | None) -> str:
+    """In T or in G: the paper's convention, and all in brackets."""
+    if macs is None:
         return "-"
-    return f"{row.sd15_macs_paper / 1e12:.2f} ({row.sd15_macs / 1e12:.2f})"
-
-
-def _macs(row: Row) -> str:
-    if row.macs is None or row.macs_paper is None:
-        return "-"
-    unit = 1e12 if row.macs >= 1e11 else 1e9
-    name = "T" if unit == 1e12 else "G"
-    return f"{row.macs_paper / unit:.2f} ({row.macs / unit:.2f}) {name}"
-
-
-def _ratio(row: Row) -> str:
-    if row.rival_ratio is None:
-        return "-"
-    return f"{row.rival_ratio:.2f} ({row.rival_ratio_low:.2f}-{row.rival_ratio_high:.2f})"
+    unit, name = (1e12, "T") if macs.total >= 1e11 else (1e9, "G")
+    return f"{macs.paper / unit:.2f} ({macs.total / unit:.2f}) {name}"
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -87,9 +84,9 @@ def _optional(value: float | None, form: str) -> str:
 COLUMNS: tuple[Column, ...] = (
     Column("plan", lambda r: r.label, left=True),
     Column("steps", lambda r: str(r.steps)),
-    Column("SD1.5 TMACs\n(all)", _sd15),
-    Column("MACs\n(all)", _macs),
-    Column("share", lambda r: "-" if r.share_paper is None else f"{r.share_paper:.1%}"),
+    Column("SD1.5 TMACs\n(all)", lambda r: _work(r.sd15_macs).removesuffix(" T")),
+    Column("MACs\n(all)", lambda r: _work(r.macs)),
+    Column("share", lambda r: "-" if r.macs is None else f"{r.macs.paper / r.full_macs.paper:.1%}"),
     Column("speedup", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
     Column("fidelity\n(worst 5%)", _with_worst("fidelity", 4)),
     Column("loss", _loss),
@@ -97,13 +94,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("distance\n(worst 5%)", _with_worst("distance", 4)),
     Column("FLIP\n(worst 5%)", _with_worst("flip", 4)),
     Column("JOD\n(worst 5%)", _with_worst("jod", 2)),
-    Column("over fewer steps'\n(95% interval)", _ratio, statistics=True),
-    Column("over their\nworst 5%", lambda r: _optional(r.rival_ratio_worst, ".2f"),
-           statistics=True),
+    Column("over fewer steps'\n(95% interval)",
+           _figure("rival_ratio", "{0.mean:.2f} ({0.low:.2f}-{0.high:.2f})"), statistics=True),
+    Column("over their\nworst 5%", _figure("rival_ratio", "{0.worst:.2f}"), statistics=True),
     Column("PSNR\n(worst 5%)", _with_worst("psnr", 1), statistics=True),
-    Column("SSIM", lambda r: f"{r.ssim:.4f}", statistics=True),
+    Column("SSIM", _figure("ssim", "{0.mean:.4f}"), statistics=True),
     Column("Fréchet", lambda r: _optional(r.frechet, ".4f"), statistics=True),
-    Column("prompt", lambda r: _optional(r.agreement, ".3f"), statistics=True),
+    Column("prompt", _figure("agreement", "{0.mean:.3f}"), statistics=True),
     Column("KiB\nheld", lambda r: f"{r.held_bytes / 1024:.0f}"),
 )  # fmt: skip
 
@@ -135,19 +132,19 @@ def units(rows: Sequence[Row], agreement: str = "") -> str:
         "scenes. Worst 5%: mean of the worst pictures. KiB: a picture. 'vs': nothing cached, at "
         "least the MACs of those plans, and the nearest of the schedulers tried."
     )
-    if any(row.flip is not None for row in rows):
+    if any("flip" in row.figures for row in rows):
         said += (
             " FLIP: how visible the difference is, 0 to 1, every picture seen as large as 512 "
             f"pixels at {PIXELS_PER_DEGREE:.0f} pixels a degree."
         )
-    if any(row.jod is not None for row in rows):
+    if any("jod" in row.figures for row in rows):
         said += (
             " JOD: just-objectionable differences of ColorVideoVDP, 10 is equal, pictures as large "
             "as for FLIP."
         )
     if agreement:
         said += f" Prompt: {agreement}."
-    if all(row.flip is None for row in rows):
+    if not any("flip" in row.figures for row in rows):
         said += " FLIP is left out: flip-evaluator, which the demo extra installs, is not there."
     if any(row.speedup is None for row in rows):
         said += (
@@ -187,14 +184,13 @@ def to_markdown(rows: Sequence[Row], heading: str = "", agreement: str = "") -> 
 def to_csv(rows: Sequence[Row]) -> str:
     """Every field of every row, unrounded; those that tables do not show too."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = [field.name for field in dataclasses.fields(Row)]
-    writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    flat = [row.flat() for row in rows]
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
     return out.getvalue()
 
 
 def to_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
     """Every field of every row, unrounded, with what they were measured with."""
-    data = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
-    return json.dumps(data, indent=1) + "\n"
+    return json.dumps({"about": about, "rows": [row.flat() for row in rows]}, indent=1) + "\n"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import ControlNetUnionModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
@@ -25,7 +25,7 @@ from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
 from hgc.run.pair import PairCheck
 
-__all__ = ["MacCount", "Macs", "count_macs", "flop_counter"]
+__all__ = ["MacCount", "Macs", "count_macs", "flop_counter", "pixels_a_latent"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,11 @@ class MacCount:
     def paper(self) -> int:
         """MACs of the run in the paper's convention, attention matmuls left out."""
         return sum(e.paper for e in self.evaluations)
+
+    @property
+    def done(self) -> Macs:
+        """MACs of the run in both conventions."""
+        return Macs(self.total, self.paper)
 
     @property
     def full(self) -> Macs:
@@ -159,81 +164,90 @@ class Shapes:
     dtype: torch.dtype = torch.float32
 
 
-Off = tuple[tuple[bool, ...], ...]
-
-
-def _count(
-    unet: _Described,
-    nets: tuple[_Described, ...],
-    steps: tuple[StepPlan, ...],
-    shapes: Shapes,
-    pair: bool,
-    off: Off,
-) -> list[Macs]:
-    """MACs of each evaluation of a run that follows ``steps``.
-
-    Evaluations of one kind cost the same but for the first of them, which may project the text or
-    embed the condition for the whole run: two of each kind are run, the others take over the
-    second one's count. The first two evaluations are always run, since only after them a batch is
-    known to be a guidance pair.
-    """
-    kinds = [
-        (
-            dataclasses.replace(
-                s.in_output,
-                forecast=(1.0,),
-                guidance_forecast=(1.0,),
-                control_forecast=None,
-                output_forecast=(1.0,),
-            ),
-            o,
-        )
-        for s, o in zip(steps, off, strict=True)
-    ]
-    chosen: list[int] = []
-    seen: dict[Any, list[int]] = {}
-    for i, kind in enumerate(kinds):
-        if i < PairCheck.EVALUATIONS or len(seen.get(kind, ())) < 2:
-            chosen.append(i)
-            if i >= PairCheck.EVALUATIONS:
-                seen.setdefault(kind, []).append(i)
-    few_steps, few_off = tuple(steps[i] for i in chosen), tuple(off[i] for i in chosen)
-    try:
-        few = _run(unet, nets, few_steps, shapes, pair, few_off)
-    except ConfigError:
-        # one that was left out was read by one that stayed
-        return list(_run(unet, nets, steps, shapes, pair, off))
-    counted = dict(zip(chosen, few, strict=True))
-    return [counted[i] if i in counted else counted[seen[kinds[i]][-1]] for i in range(len(steps))]
-
+_Models = tuple[_Described, tuple[_Described, ...]]
+# A step without its coefficients, since what is forecast, and how, costs nothing; and which of the
+# ControlNets are off by their scale.
+_Kind = tuple[StepPlan, tuple[bool, ...]]
+_FULL, _IDLE = "full", "idle"
 
 # The meta models are kept between counts, and a count installs hgc on them.
 _lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=256)
-def _run(
-    unet: _Described,
-    nets: tuple[_Described, ...],
-    steps: tuple[StepPlan, ...] | None,
+@functools.lru_cache(maxsize=64)
+def _known(models: _Models, shapes: Shapes, pair: bool) -> dict[Any, Macs]:
+    """What was counted so far, by the evaluation's case; `_FULL`: without hgc."""
+    (full,) = _run(models, None, shapes, pair)
+    # where nothing is run, nothing is counted
+    return {_FULL: full, _IDLE: Macs()}
+
+
+def _count(
+    models: _Models,
+    steps: Sequence[StepPlan],
     shapes: Shapes,
     pair: bool,
-    off: Off,
-) -> tuple[Macs, ...]:
-    """Run meta models through ``steps``, or once without hgc where there are none."""
+    off: Sequence[Sequence[bool]] | None = None,
+) -> tuple[list[Macs], Macs]:
+    """MACs of each evaluation of a run that follows ``steps``, and of one without hgc.
+
+    What an evaluation costs depends on what it computes, on whether it may halve a guidance pair,
+    which takes two evaluations to know, and on what those before it made for the whole run: the
+    first may project the text or embed the condition for all that follow. Each such case is run
+    once a model and shape: in a run of the first two evaluations, of those that may make something
+    for the others, and of the cases that were not counted yet.
+
+    off: of each evaluation, the ControlNets that are off by their scale; None: none is.
+    """
+    on = (False,) * len(models[1])
+    kinds = [
+        (
+            dataclasses.replace(
+                step.in_output, forecast=(1.0,), guidance_forecast=(1.0,), control_forecast=None,
+                output_forecast=(1.0,),
+            ),
+            on if off is None else tuple(off[i]),
+        )
+        for i, step in enumerate(steps)
+    ]  # fmt: skip
     with _lock:
-        models = [_meta(net, nets[:i].count(net)) for i, net in enumerate(nets)]
-        return tuple(_run_models(_meta(unet), models, steps, shapes, pair, off))
+        known = _known(models, shapes, pair)
+        cases: list[Any] = []
+        chosen: list[int] = []
+        made: set[_Kind] = set()
+        for i, (step, without) in enumerate(kinds):
+            early = i < PairCheck.EVALUATIONS
+            unsure = early and step.guidance != "both"
+            kind = (dataclasses.replace(step, guidance="both") if unsure else step), without
+            before = None if kind in made else frozenset(made)
+            case: Any = _IDLE if step.depth == 0 else (unsure, step, without, before)
+            # once everything was computed, both halves have nothing more to make
+            makes = case != _IDLE and before is not None
+            makes &= kind[0].guidance != "both" or (StepPlan(), on) not in made
+            if early or makes or not (case in known or case in cases):
+                chosen.append(i)
+            cases.append(case)
+            if makes:
+                made.add(kind)
+        missing = [i for i, case in enumerate(cases) if case not in known]
+        if missing:
+            chosen = [i for i in chosen if i <= missing[-1]]
+            try:
+                counted = _run(models, [kinds[i] for i in chosen], shapes, pair)
+            except ConfigError:
+                # one that was left out was read by one that stayed
+                chosen = list(range(len(kinds)))
+                counted = _run(models, kinds, shapes, pair)
+            for i, macs in zip(chosen, counted, strict=True):
+                known.setdefault(cases[i], macs)
+        return [known[case] for case in cases], known[_FULL]
 
 
-def _run_models(
-    unet: Any,
-    nets: Sequence[Any],
-    steps: Sequence[StepPlan] | None,
-    shapes: Shapes,
-    pair: bool,
-    off: Off,
-) -> list[Macs]:
+def _run(models: _Models, kinds: Sequence[_Kind] | None, shapes: Shapes, pair: bool) -> list[Macs]:
+    """Run meta models through ``kinds``, or once without hgc where there are none."""
+    described, all_nets = models
+    unet = _meta(described)
+    nets = [_meta(net, all_nets[:i].count(net)) for i, net in enumerate(all_nets)]
     with torch.device("meta"), torch.no_grad():
         text = torch.empty(shapes.batch, shapes.tokens, unet.config.cross_attention_dim)
         sample = torch.empty(shapes.batch, unet.config.in_channels, shapes.height, shapes.width)
@@ -259,12 +273,11 @@ def _run_models(
         timestep_cond = None
         if unet.config.time_cond_proj_dim is not None:
             timestep_cond = torch.empty(shapes.batch, unet.config.time_cond_proj_dim)
-    count = 1 if steps is None else len(steps)
+    count = 1 if kinds is None else len(kinds)
     schedule = torch.arange(max(count, 2))
     engine = None
-    if steps is not None:
-        # what is forecast, and how, costs nothing
-        padded = (*(step.in_output for step in steps), *([StepPlan()] * (len(schedule) - count)))
+    if kinds is not None:
+        padded = (*(step for step, _ in kinds), *([StepPlan()] * (len(schedule) - count)))
         config = Config(name="counted", num_evaluations=len(padded), steps=padded)
         engine = Engine(unet, tuple(nets), config, assume_pair=pair)
         engine.attach(engine)
@@ -277,7 +290,7 @@ def _run_models(
                     down, mid = None, None
                     for j, (net, cond) in enumerate(zip(nets, conds, strict=True)):
                         # inpainting UNets have more channels than their ControlNet
-                        scale = 0.0 if off[i][j] else 1.0
+                        scale = 0.0 if kinds is not None and kinds[i][1][j] else 1.0
                         outputs = net(
                             sample[:, : net.config.in_channels], schedule[i],
                             encoder_hidden_states=text, conditioning_scale=scale,
@@ -310,7 +323,9 @@ def _condition_arguments(net: Any, cond: torch.Tensor) -> dict[str, Any]:
     return {"controlnet_cond": [cond], "control_type": kinds, "control_type_idx": [0]}
 
 
-def _condition_factor(nets: Sequence[ControlNetModel | ControlNetUnionModel]) -> int:
+def pixels_a_latent(nets: Sequence[Any]) -> int:
+    """Pixels along a side of the picture for one of the latents, as the first of ``nets`` has
+    it; 8 where there is none."""
     if not nets:
         return 8
     return 2 ** (len(nets[0].config.conditioning_embedding_out_channels) - 1)
@@ -352,7 +367,7 @@ def count_macs(
     config = Config.of(config)
     check_unet(unet)
     nets = controlnets(controlnet)
-    factor = _condition_factor(nets)
+    factor = pixels_a_latent(nets)
     size = unet.config.sample_size
     default = (size if isinstance(size, int) else size[0]) * factor if size else 512
     height = default if height is None else height
@@ -366,9 +381,7 @@ def count_macs(
         images * (2 if guidance else 1), height // factor, width // factor, tokens, factor
     )
     models = _describe(unet), tuple(_describe(net) for net in nets)
-    off = ((False,) * len(nets),) * count
-    full = _run(*models, None, shapes, guidance, off[:1])[0]
-    done = _count(*models, tuple(steps), shapes, guidance, off)
+    done, full = _count(models, steps, shapes, guidance)
     return MacCount(config.name, tuple(done), tuple(steps), full, count)
 
 
@@ -381,6 +394,4 @@ def count_performed(
 ) -> tuple[list[Macs], Macs]:
     """MACs of evaluations that were performed, and of one made in full, for the report."""
     models = _describe(unet), tuple(_describe(net) for net in nets)
-    full = _run(*models, None, shapes, False, ((False,) * len(nets),))[0]
-    done = _count(*models, tuple(steps), shapes, True, tuple(tuple(o) for o in off))
-    return done, full
+    return _count(models, steps, shapes, True, off)
