@@ -68,7 +68,7 @@ class Installation:
         Raises RuntimeError where hgc is not installed any more, or a forward was replaced since.
         """
         if self._engine.patched is None:
-            raise RuntimeError("hgc is not installed on these models")
+            raise RuntimeError(_not_installed(self.unet))
         self._engine.detach()
 
     def compile(self, **options: Any) -> Installation:
@@ -117,8 +117,8 @@ class Installation:
             ValueError: ``graphs`` is less than 1.
         """
         self._check_stand_in("capture")
-        if graphs < 1:
-            raise ValueError(f"graphs must be at least 1; got {graphs}")
+        if type(graphs) is not int or graphs < 1:
+            raise ValueError(f"graphs must be an integer of at least 1; got {graphs!r}")
         if not torch.cuda.is_available():
             raise RuntimeError("Installation.capture makes CUDA graphs, and torch sees no device")
         self._engine.functions.stand_in(
@@ -129,7 +129,7 @@ class Installation:
     def _check_stand_in(self, verb: str) -> None:
         """Raise where :meth:`compile` or :meth:`capture` cannot do what it says."""
         if self._engine.patched is None:
-            raise RuntimeError("hgc is not installed on these models")
+            raise RuntimeError(_not_installed(self.unet))
         for model in (self.unet, *self.controlnets):
             if has_compiled_parts(model):
                 raise RuntimeError(
@@ -149,6 +149,15 @@ class Installation:
         run = self._engine.registry.last
         return 0 if run is None else run.cache.peak_bytes
 
+    def _without_run(self) -> str:
+        """Why the calling thread has no run."""
+        if self._engine.registry.passed:
+            return (
+                "what this thread evaluated was left to diffusers (a single evaluation, or a "
+                "timestep that is no element of a tensor of them)"
+            )
+        return "call the pipeline first, in this thread"
+
     def maps(self) -> torch.Tensor:
         """Where each token of the prompt looked in the calling thread's last run.
 
@@ -166,7 +175,7 @@ class Installation:
         """
         run = self._engine.registry.last
         if run is None:
-            raise RuntimeError("no run whose maps to show: call the pipeline first, in this thread")
+            raise RuntimeError(f"no run whose maps to show: {self._without_run()}")
         if not self.config.fresh_values:
             raise RuntimeError(
                 "no maps were kept: install with Config(fresh_values=True), for example "
@@ -187,13 +196,12 @@ class Installation:
         """
         run = self._engine.registry.last
         if run is None or not run.report:
-            if "timestep" in self._engine.warn.said or "text" in self._engine.warn.said:
-                raise RuntimeError(
-                    "no run to report on: evaluations of no run were computed by diffusers, as a "
-                    "warning said"
-                )
-            raise RuntimeError("no run to report on: call the pipeline first, in this thread")
+            raise RuntimeError(f"no run to report on: {self._without_run()}")
         return Report.of(self.unet, self.config, run)
+
+
+def _not_installed(unet: Any) -> str:
+    return f"hgc is not installed on this {type(unet).__name__}"
 
 
 def _models_of(unet: Any, controlnet: Any) -> tuple[Any, Any, Any]:
@@ -275,5 +283,5 @@ def uninstall(unet: UNet2DConditionModel | DiffusionPipeline, controlnet: Any = 
     unet, controlnet, _ = _models_of(unet, controlnet)
     installation = owner_of(unet)
     if installation is None:
-        raise RuntimeError(f"hgc is not installed on this {type(unet).__name__}")
+        raise RuntimeError(_not_installed(unet))
     installation.uninstall()

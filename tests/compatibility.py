@@ -374,7 +374,7 @@ row(
 )  # fmt: skip
 row(
     PLAIN, "`LDMTextToImagePipeline`", special.bert_text_to_image,
-    call=special.bert_text_to_image_call, in_full="the text changed at every evaluation",
+    call=special.bert_text_to_image_call, in_full="the text changed, at",
     note="it builds its text anew at every step: computed in full, a warning says so",
 )  # fmt: skip
 
@@ -415,7 +415,7 @@ deprecated("StableDiffusionLDM3DPipeline",
            lambda: models.pipeline(diffusers.StableDiffusionLDM3DPipeline, models.small_unet()),
            call=special.ldm3d_call)  # fmt: skip
 deprecated("CycleDiffusionPipeline", special.cycle, call=special.cycle_call,
-           in_full="the text changed at every evaluation",
+           in_full="the text changed, at",
            note="it builds its text anew at every step")  # fmt: skip
 deprecated("PaintByExamplePipeline", special.paint_by_example, call=special.paint_by_example_call)
 deprecated(

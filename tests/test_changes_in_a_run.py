@@ -574,7 +574,7 @@ def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
             for run in (0, 1):
                 unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
                 seen.append((run, i, installed._engine.registry.last.report[-1].why))
-    changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
+    changed = [(run, i) for run, i, why in seen if why == "FreeU changed"]
     assert sorted(changed) == [(0, 2), (0, 6), (1, 2), (1, 6)]
 
 
@@ -591,7 +591,7 @@ def test_freeu_that_came_before_a_run_in_between_is_seen_by_the_one_around_it():
             for i in steps:
                 unet(torch.ones(1, 4, 16, 16), schedules[run][i], texts[run])
                 seen.append((run, i, installed._engine.registry.last.report[-1].why))
-    changed = [(run, i) for run, i, why in seen if why == "the UNet's arguments changed"]
+    changed = [(run, i) for run, i, why in seen if why == "FreeU changed"]
     assert changed == [(0, 3)]
 
 

@@ -257,7 +257,7 @@ def test_forecast_is_the_linear_combination(sd15):
 
 
 def test_depth_the_model_does_not_have_is_refused(sdxl):
-    with pytest.raises(ValueError, match=r"config.depth must be at most 9.*got 12"):
+    with pytest.raises(ValueError, match=r"Config.depth must be at most 9.*got 12"):
         hgc.install(sdxl.unet, sdxl.controlnet, config=Config(key_steps=(0,), depth=12))
 
 

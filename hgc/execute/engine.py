@@ -57,7 +57,8 @@ class Engine:
         trust: Classes and functions that may be skipped.
 
     Raises:
-        ValueError: ``config`` reuses deeper layers than the UNet has.
+        ConfigError: ``config`` reuses deeper layers than the UNet has, or its plan reads what
+            nothing wrote.
         TypeError: ``trust`` is no tuple of classes and functions.
     """
 
@@ -74,19 +75,18 @@ class Engine:
         self.unet, self.controlnets, self.config = unet, controlnets, config
         self.warn = WarnOnce()
         self.structure = structure = UNetStructure.of(unet)
-        deepest = max(config.depths, default=0)
-        if deepest > structure.num_layers:
-            raise ValueError(
-                f"config.depth must be at most {structure.num_layers}, the number of decoder "
-                f"layers of this UNet; got {deepest}"
-            )
-        self.watch = Watch((unet, *controlnets), structure, config.depths, trust, self.warn)
+        config.check_depth(structure.num_layers)
+        self.watch = Watch(
+            (unet, *controlnets), structure, config.depths, trust, self.warn,
+            reuse_attention=config.reuses_attention,
+        )  # fmt: skip
         self.functions = Functions(unet)
         prompt = PromptGrain(unet, structure, config, self.watch.processors)
         self._unet = UNetExecutor(structure, self.functions, prompt)
         self._control = ControlExecutor(self.functions, prompt, self._fresh_residuals)
         self._fitted = FittedSteps(config, scheduler, self.warn)
         self._schedules = Schedules(config, structure.num_layers)
+        self._schedules.of(config.num_evaluations)
         # of the rule, where the plan is one of fitted steps with a rule
         rule = None if config.steps is None else config.rule
         self._by_rule = None if rule is None else Schedules(rule, structure.num_layers)
@@ -204,9 +204,9 @@ class Engine:
             if run.changes_in_a_row > 2 and run.broken is None and not self.config.is_exact:
                 self.warn(
                     "changing",
-                    f"{run.changed} at every evaluation, so nothing is reused: build what "
-                    "is constant once, before the loop, and call each ControlNet at every "
-                    "evaluation or at none",
+                    f"{run.changed}, at {run.changes_in_a_row} evaluations in a row, which reuse "
+                    "nothing: build what is constant once, before the loop, and call each "
+                    "ControlNet at every evaluation or at none",
                 )
         self._decide(run, self._fitted.look_at_timesteps(run))
         run.begin(position)
@@ -247,7 +247,7 @@ class Engine:
 
     def _noise_of(self, position: Position) -> NoiseLevels | None:
         """The levels of noise of a run whose plan forecasts x0; None where they are not known."""
-        if not self.config.forecasts_x0:
+        if not self._schedules.forecast_x0(position.total):
             return None
         scheduler = self._scheduler()
         if not NoiseLevels.fits(scheduler):
@@ -307,6 +307,7 @@ class Engine:
         registry = self._of_thread.registry
         position = self._position(registry, call.timestep, call.text)
         if position is None:
+            registry.passed = True
             return call.by(self._original(net))
         start = time.perf_counter()
         run = self._enter(registry, call.text, position, call.cond)
@@ -394,6 +395,7 @@ class Engine:
         registry = self._of_thread.registry
         position = self._position(registry, call.timestep, call.text)
         if position is None or call.is_t2i_adapter or registry.is_past_end(call.text, position):
+            registry.passed = True
             return call.by(self._original(unet))
         start = time.perf_counter()
         run = self._enter(registry, call.text, position)
@@ -432,19 +434,22 @@ class Engine:
         if with_residuals and not run.slots and not self.config.is_exact:
             self.warn(
                 "foreign",
-                "the UNet gets residuals of a ControlNet that this installation does not know: it "
-                "runs at every step, and changes of its scale show at key steps only. Pass it too: "
-                "hgc.install(pipe.unet, pipe.controlnet). Where two UNets share it, give each a "
-                "copy of its own (copy.deepcopy)",
+                "the UNet gets residuals for which no ControlNet of this installation was called: "
+                "what makes them runs at every step, and changes of its scale show at key steps "
+                "only. Pass it too: hgc.install(pipe.unet, pipe.controlnet). Where two UNets share "
+                "it, give each a copy of its own (copy.deepcopy)",
             )
         self._decide(run, self.watch.look_for_gradients(run, sample, call.text))
         found = (
             sample.shape, sample.dtype, sample.device, *call.settings(),
             with_residuals, call.intrablock is not None,
             *self.watch.settings(call.unet, sample.device),
-            # the ControlNets that were called
-            *[slot.index for slot in run.slots if slot.called_at == now.index],
         )  # fmt: skip
+        called = [slot.index for slot in run.slots if slot.called_at == now.index]
+        if run.called is not None and run.called != called:
+            why = "other ControlNets or conditions were called"
+            run.decide(Verdict(why, Cost.FEATURES))
+        run.called = called
         if run.unet_signature is None or not run.unet_signature.same(found):
             if run.unet_signature is not None:
                 run.decide(Verdict("the UNet's arguments changed", Cost.FEATURES))

@@ -290,6 +290,22 @@ class Config:
         found = {s.depth for s in self.steps or () if isinstance(s.depth, int)}
         return found if self.key_steps is None else found | {self.depth}
 
+    @property
+    def reuses_attention(self) -> bool:
+        """Whether evaluations reuse cross-attention, or maps of it."""
+        steps = self.steps or ()
+        return "reuse" in (self.attention, *(s.attention for s in steps)) or self.fresh_values
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise :class:`ConfigError` where evaluations reuse more decoder layers than there are."""
+        deepest = max(self.depths, default=0)
+        if deepest > num_layers:
+            place = "depth" if self.steps is None or deepest == self.depth else "steps: depth"
+            raise ConfigError(
+                f"Config.{place} must be at most {num_layers}, the number of decoder layers of "
+                f"this UNet; got {deepest}"
+            )
+
     @classmethod
     def preset(cls, name: str) -> Config:
         """The preset called ``name``; :class:`ConfigError`, a ValueError, names them all."""

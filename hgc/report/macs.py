@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
 from hgc.execute.engine import Engine
+from hgc.models.structure import UNetStructure
 from hgc.models.supported import check_unet, controlnets
 from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
@@ -366,6 +367,7 @@ def count_macs(
     """
     config = Config.of(config)
     check_unet(unet)
+    config.check_depth(UNetStructure.of(unet).num_layers)
     nets = controlnets(controlnet)
     factor = pixels_a_latent(nets)
     size = unet.config.sample_size

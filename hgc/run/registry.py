@@ -32,6 +32,7 @@ class RunRegistry:
     def __init__(self) -> None:
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self.last: Run | None = None
+        self.passed = False  # evaluations of no run were computed by diffusers
         self.short = 0  # runs one after the other that ended after one or two evaluations
         self.crowded = False  # runs had to make room that were under way
         self._single: tuple[Any, ...] = ()
@@ -60,8 +61,13 @@ class RunRegistry:
     def add(self, run: Run) -> Run:
         """Take in a new run."""
         for old in list(self.runs.values()):
-            if not old.finished and old.is_abandoned():
-                self.short += 0 < len(old.report) < 3
+            if old.finished:
+                continue
+            # what an earlier run leaves off at, this one begins at: one loop, whose text or
+            # timesteps are built anew
+            goes_on = run.position.index == old.completed + 1 > 0
+            if old.is_abandoned() or (goes_on and old.text.value is run.text.value):
+                self.short += goes_on and len(old.report) < 3
                 self.forget(old)
         while len(self.runs) >= self.LIMIT:
             old = self.runs.popitem(last=False)[1]

@@ -56,10 +56,10 @@ class Run:
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
         "__weakref__", "_assume", "_by_rule", "_changed_at", "_in_x0", "_schedules", "broken",
-        "by_diffusers", "cache", "changed", "changes_in_a_row", "completed", "config", "ended",
-        "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps", "noise", "now",
-        "output_dtype", "pair", "plain_text", "position", "report", "schedule", "slots", "text",
-        "timesteps", "tokens", "unet_signature", "was_pair",
+        "by_diffusers", "cache", "called", "changed", "changes_in_a_row", "completed", "config",
+        "ended", "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps", "noise",
+        "now", "output_dtype", "pair", "plain_text", "position", "report", "schedule", "slots",
+        "text", "timesteps", "tokens", "unet_signature", "was_pair",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +85,7 @@ class Run:
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
         self.unet_signature: Signature | None = None
+        self.called: list[int] | None = None  # slots of the ControlNets, before the UNet
         self.last_seen = LastSeen()
         self.plain_text: dict[str, Any] = {}  # by the prefix of the network
         self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
@@ -167,6 +168,8 @@ class Run:
         if now.half and not now.is_pair:
             step = now.plan = self.schedule.whole(index)
             now.half = False
+            if not self.pair.wants:
+                now.why = "the batch is not known to be a guidance pair"
         for name in self.schedule.needed[index]:
             if not self.cache.has(name, half=now.half):
                 return Verdict(f"{name} is not cached")

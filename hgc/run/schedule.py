@@ -124,6 +124,15 @@ class Schedules:
             return AdaptiveSchedule(self.config, self._num_layers, total, in_x0=in_x0)
         return self._of(total, "x0" if in_x0 else "output")
 
+    def forecast_x0(self, total: int) -> bool:
+        """Whether evaluations of a run of ``total`` forecast x0."""
+        config = self.config
+        if config.adaptive or not config.forecasts_x0:
+            return config.forecasts_x0
+        if config.steps is not None and config.key_steps is None:
+            return total == config.num_evaluations
+        return any(step.damping is not None for step in self._of(total, "x0").plan)
+
     def full(self, total: int) -> Schedule:
         """Every evaluation in full."""
         return self._of(total, "full")

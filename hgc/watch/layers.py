@@ -71,7 +71,7 @@ class Layers:
         freeu = self._freeu_places(depth) if model is self._unet else ()
         if model is self._unet and self._freeu_changed(last.freeu, depth):
             self.changed()
-            found.append(Verdict("the UNet's arguments changed", Cost.FEATURES))
+            found.append(Verdict("FreeU changed", Cost.FEATURES))
         known = self._weights.get(id(model))
         if known is None or not known.same(depth):
             computed = functools.partial(self._computed, model)

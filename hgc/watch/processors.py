@@ -38,7 +38,10 @@ class Processors:
         structure: UNetStructure,
         trust: Trust,
         warn: WarnOnce,
+        *,
+        reuse_attention: bool,
     ) -> None:
+        self._reuse_attention = reuse_attention  # plans do
         self._models, self._structure, self._trust, self._warn = models, structure, trust, warn
         self.generation = 0
         self.were_set = False
@@ -107,12 +110,13 @@ class Processors:
             return
         if not all(self._trust.knows(attn.processor) for _, attn in found):
             return  # runs are left to diffusers
-        if weighty:
+        if weighty and self._reuse_attention:
             self._warn(
                 "processors",
                 "cross-attention processors with weights of their own (an IP-Adapter) are in "
                 "place: cross-attention is computed, everything else follows the plan",
             )
+        if weighty:
             return
         for name, attn in found:
             attn.processor = prompt_grain.wrap(name, attn.processor)

@@ -33,6 +33,7 @@ class Watch:
         depths: Of evaluations that run a part of it.
         vouched: Classes and functions that the user trusts.
         warn: Says what is found about processors.
+        reuse_attention: Whether plans reuse cross-attention.
     """
 
     def __init__(
@@ -42,10 +43,14 @@ class Watch:
         depths: Iterable[int],
         vouched: tuple[Any, ...],
         warn: WarnOnce,
+        *,
+        reuse_attention: bool,
     ) -> None:
         self._models = models
         self.trust = Trust(models, _in_part(models[0], structure, depths), vouched)
-        self.processors = Processors(models, structure, self.trust, warn)
+        self.processors = Processors(
+            models, structure, self.trust, warn, reuse_attention=reuse_attention
+        )
         self.adapters = Adapters(models)
         self.layers = Layers(models[0], models, structure, self.processors)
         self._fusers = [m for m in models[0].modules() if isinstance(m, GatedSelfAttentionDense)]
