@@ -369,7 +369,7 @@ def measured(new, olds, *, half=False, is_pair=False, forecast=0.0, guidance="re
     for i, (old, cut) in enumerate(olds):
         cache.write("feature/2", old, evaluation=2 * i, history=2, half=cut)
         made.append(Evaluation(2 * i, StepPlan()))
-    schedule.decide(4, made)
+    schedule.place(4, made)
     now = Evaluation(4, StepPlan(), half=half)
     schedule.measure(now, {"feature/2": new, "output": new}, cache, is_pair=is_pair)
     assert schedule._read(3) == {}
