@@ -153,8 +153,8 @@ class Installation:
         """Why the calling thread has no run."""
         if self._engine.registry.passed:
             return (
-                "what this thread evaluated was left to diffusers (a single evaluation, or a "
-                "timestep that is no element of a tensor of them)"
+                "what this thread evaluated was left to diffusers, as a warning said, or was one "
+                "evaluation alone"
             )
         return "call the pipeline first, in this thread"
 

@@ -657,7 +657,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_is_said_once(monkeypatch):
 def test_wrong_uses():
     pipe = small_pipeline()
     installed = hgc.install(pipe.unet, pipe.controlnet)
-    with pytest.raises(ValueError, match="graphs must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="graphs must be an integer of at least 1; got 0"):
         installed.capture(graphs=0)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="torch sees no"):
