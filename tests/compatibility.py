@@ -1244,7 +1244,7 @@ class InstalledUnderOffload:
     def __init__(self, pipe: Any, config: Any) -> None:
         self._pipe = pipe
         self._installation = install(pipe, config)
-        self._runs = self._installation._engine.registry
+        self._engine = self._installation._engine
         group_offload(pipe, "block_level")
 
     def __enter__(self) -> InstalledUnderOffload:
