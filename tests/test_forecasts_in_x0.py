@@ -530,11 +530,13 @@ def test_a_forecast_is_damped_less_where_evaluations_are_near(steps, share):
     levels = NoiseLevels(scheduler, scheduler.timesteps, is_own=True)
     log_snr = -scheduler.sigmas[:steps].double().log()
     line = float((log_snr[4] - log_snr[3]) / (log_snr[3] - log_snr[1]))
-    gap = float(torch.median(log_snr.diff()))
-    assert min(1.0, gap / 0.18) == pytest.approx(share, abs=0.01)
+    gap = float(log_snr.diff().quantile(0.5))
+    # the sigmas are rounded to fp32: each difference of two logarithms by two roundings
+    bound = 16 * torch.finfo(torch.float32).eps / gap
+    assert min(1.0, gap / 0.18) == pytest.approx(share, abs=0.005)  # two digits
     for damping in (1.0, 0.6, 0.25):
         expected = (1 - (1 - damping) * min(1.0, gap / 0.18)) * line
-        assert levels.slope(damping, 4, 3, 1) == pytest.approx(expected, rel=1e-2)
+        assert abs(levels.slope(damping, 4, 3, 1) / expected - 1) < bound
     assert levels.slope(0.0, 4, 3, 1) == 0.0
 
 
