@@ -1070,7 +1070,7 @@ def test_the_ranges_are_those_of_the_package():
 
 def test_report(sd15):
     with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
-        with pytest.raises(RuntimeError, match="was left to diffusers, as a warning said"):
+        with pytest.raises(RuntimeError, match="call the pipeline first, in this thread"):
             installed.report()
         models.draw(sd15)
         report = installed.report()
