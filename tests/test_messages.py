@@ -396,8 +396,11 @@ def test_processors_with_weights(weights):
     with_weights(pipe.unet, IPAdapterAttnProcessor2_0 if weights else None)
     config = SHALLOW.replace(attention="reuse")
     messages, installed = heard(lambda: hgc.install(pipe, config=config))
-    installed.uninstall()
+    with installed:
+        models.draw(pipe, steps=STEPS)
+        attention = {row.attention for row in installed.report().rows}
     assert ["cross-attention is computed, everyth" in m for m in messages] == [True] * weights
+    assert attention == ({"compute"} if weights else {"compute", "reuse"})  # what was done
 
 
 def calibrated(its, changes):

@@ -407,6 +407,7 @@ class Engine:
             elif run.now.plan.depth == 0:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
+                run.now.attention = self._unet.attention(run)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
                     run.record(captured, call.sample, whole)
