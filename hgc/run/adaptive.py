@@ -102,10 +102,6 @@ class AdaptiveSchedule:
         conditional half only."""
         return self._will_read[after]
 
-    def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """With which coefficients the guidance difference will be read: not known yet, so none."""
-        return ()
-
     def place(self, index: int, made: Sequence[Evaluation]) -> str:
         """Plan evaluation ``index`` after those in ``made``; returns why it is as it is."""
         keys = [row.index for row in made if row.plan.is_key]
