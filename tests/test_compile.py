@@ -256,7 +256,7 @@ MORE = {
         steps(FULL, StepPlan(attention="reuse"), StepPlan(control="reuse", attention="reuse")), 2, 2
     ),
 }  # fmt: skip
-SLOW = ("exact", "attention")
+SLOW = ("exact", "attention", "maps")
 
 
 @pytest.mark.parametrize(

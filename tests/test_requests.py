@@ -219,7 +219,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("config", [SOME, SOME.replace(adaptive=0.2)], ids=["rule", "adaptive"])
-@pytest.mark.parametrize("runs", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [8, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_requests_equal_those_of_a_fresh_installation(runs, config):
     chance = random.Random(7)
     served, twin = compatibility.sd(), compatibility.sd()
