@@ -29,7 +29,12 @@ from hgc.warn import HgcWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::hgc.warn.HgcWarning")
 SOME = Config(
-    name="some", num_evaluations=8, key_steps=(0, 3, 6), depth=2, guidance="reuse", forecast=0.7
+    name="some",
+    num_evaluations=8,
+    key_steps=(0, 3, 6),
+    depth=2,
+    guidance="reuse",
+    feature_damping=0.7,
 )
 
 
