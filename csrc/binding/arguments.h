@@ -64,8 +64,8 @@ struct Blocks {
     const auto found = x.sizes();
     STD_TORCH_CHECK(found.size() == 4, name, ": expected 4 dimensions");
     sizes = found.data();
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_strides(x.get(), const_cast<int64_t**>(&strides)));
+    STD_TORCH_CHECK(aoti_torch_get_strides(x.get(), const_cast<int64_t**>(&strides)) == 0, name,
+                    ": no strides");
     ptr = x.const_data_ptr();
   }
 
@@ -106,7 +106,7 @@ struct Gather {
         hidden(hidden_tensor, "hidden"),
         skip(skip_tensor, "skip"),
         scale(static_cast<float>(scale)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(hidden_tensor.get(), &dtype));
+    STD_TORCH_CHECK(aoti_torch_get_dtype(hidden_tensor.get(), &dtype) == 0, "hidden: no dtype");
     STD_TORCH_CHECK(is_float_type(type), "hidden: expected float32, float16 or bfloat16");
     STD_TORCH_CHECK(skip_tensor.scalar_type() == type, "skip: expected the dtype of hidden");
     STD_TORCH_CHECK(skip_tensor.device() == device, "skip: expected the device of hidden");
@@ -148,8 +148,9 @@ struct Gather {
   Tensor new_result(int32_t device_type) const {
     const int64_t sizes[4] = {batch, hidden_channels + skip_channels, height, width};
     AtenTensorHandle out = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        4, sizes, out_strides().data(), dtype, device_type, device.index(), &out));
+    STD_TORCH_CHECK(aoti_torch_empty_strided(4, sizes, out_strides().data(), dtype, device_type,
+                                             device.index(), &out) == 0,
+                    "gather_blocks: no memory for the result");
     return Tensor(out);
   }
 
