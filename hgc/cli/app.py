@@ -91,11 +91,15 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
     show: Annotated[int, typer.Option(min=1, help="Scenes of a condition in the picture")] = 1,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page to this file: slider, figures, what each step did"),
+    ] = None,
 ) -> None:
     """The shipped model with and without the cache: a table, and the pictures side by side."""
     from hgc.cli.demo import run
 
-    run(out, conditions, scenes, presets, seed, steps, show)
+    run(out, conditions, scenes, presets, seed, steps, show, html)
 
 
 @app.command("eval")
