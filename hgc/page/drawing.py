@@ -132,6 +132,7 @@ def _count(pipe: Any, asked: Asked, config: hgc.Config | str, steps: int) -> hgc
     return hgc.count_macs(
         pipe.unet, pipe.controlnet, config, num_evaluations=steps,
         height=asked.condition.height, width=asked.condition.width, guidance=asked.guidance > 1,
+        tokens=pipe.tokenizer.model_max_length,
     )  # fmt: skip
 
 

@@ -18,10 +18,12 @@ from hgc.page.drawing import Drawn
 
 __all__ = [
     "about",
+    "code",
     "data_link",
     "difference_map",
     "escape",
     "figures",
+    "gallery",
     "kind",
     "legend",
     "picture",
@@ -151,6 +153,35 @@ def figures(uncached: Drawn, others: Sequence[Drawn]) -> str:
     return (
         '<div class="hgc-scroll" tabindex="0" role="region" aria-label="Figures of the pictures">'
         f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def gallery(drawn: Sequence[Drawn]) -> str:
+    """Small pictures, each with its share of the MACs and its distance, the uncached one first."""
+    first = drawn[0]
+    cards = []
+    for one in drawn:
+        far = relative_l2(one.pixels[None], first.pixels[None])[0]
+        seen = flip(one.pixels[None], first.pixels[None])
+        text = f"{one.name}: {_share(one.macs, first.macs)} of the MACs, distance {far:.4f}"
+        text += "" if seen is None else f", FLIP {seen[0]:.4f}"
+        cards.append(picture(one.image, text, escape(text)))
+    return f'<div class="hgc-cards hgc-gallery">{"".join(cards)}</div>'
+
+
+def code(heads: Sequence[str], lines: Sequence[str], files: Sequence[tuple[str, str, str]]) -> str:
+    """Lines to copy, and files to download: name, link, and what it is."""
+    text = escape("\n".join([*heads, "", *lines]))
+    links = "".join(
+        f'<a class="hgc-file" download="{escape(name)}" href="{link}">download {what} '
+        f"({escape(name)})</a>"
+        for name, link, what in files
+    )
+    return (
+        '<div class="hgc-code"><p>The lines that give this picture:</p>'
+        f'<pre tabindex="0" aria-label="Code">'
+        f'<code>{text}</code></pre><button type="button" class="hgc-copy" onclick="hgcCopy(this)">'
+        f"copy</button>{links}</div>"
     )
 
 

@@ -13,6 +13,8 @@ from hgc.page import markup
 from hgc.page.drawing import Asked, Drawn, draw
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from hgc.evaluation import Candidate, Row, Settings
 
 __all__ = ["write"]
@@ -75,7 +77,7 @@ def write(
 
 
 def _card(
-    condition: str, name: str, prompt: str, image: object, uncached: Drawn, other: Drawn
+    condition: str, name: str, prompt: str, image: Image.Image, uncached: Drawn, other: Drawn
 ) -> str:
     where = markup.escape(f"{condition}/{name}")
     return (
