@@ -138,7 +138,7 @@ def test_the_lines_to_copy_give_the_picture_bit_for_bit(studio, form):
     exec(code(made), here)
     assert np.array_equal(np.asarray(here["image"]), cached)
     assert len(code(made).partition("\n\n")[2].splitlines()) == 3
-    assert [done for _, done, _ in told] == [*range(STEPS + 1)] * 2
+    assert [done for _, done, _ in told] == [*range(STEPS + 1), STEPS, *range(STEPS + 1)]
     hgc.uninstall(here["pipe"])
     assert hgc.install(studio.pipe("segmentation")).uninstall() is None  # nothing was left there
 

@@ -32,5 +32,8 @@ def run(model: str, controlnet: Sequence[Path], host: str, port: int | None, dev
     with as_usage(FileNotFoundError):
         studio = Studio(None if model == "testbed" else Path(model), controlnet, device)
     out = console()
-    with as_usage(OSError):
+    try:
         serve(studio, host, port, lambda address: out.print(f"hgc page: {address}  (Ctrl+C ends)"))
+    except OSError:
+        where = "a port from 7860 on" if port is None else f"port {port}"
+        raise CliError(f"cannot serve at {host}, {where}: taken, or not to be had") from None

@@ -105,10 +105,10 @@ def build(studio: Studio) -> Any:
                     label="Configuration (JSON)", lines=6, max_lines=12, visible=False,
                     elem_id="json", info="As Config.to_json or `hgc calibrate` writes it.",
                 )  # fmt: skip
+            with gradio.Column(scale=3, min_width=320):
                 with gradio.Row():
                     draw = gradio.Button("Draw", variant="primary", elem_id="draw")
                     stop = gradio.Button("Stop", variant="stop", elem_id="stop")
-            with gradio.Column(scale=3, min_width=320):
                 status = html(
                     '<p class="hgc-status" role="status">Nothing drawn yet.</p>', elem_id="status"
                 )

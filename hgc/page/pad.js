@@ -1,5 +1,5 @@
 /* The condition: a canvas to draw on, a file to load. Its value is a PNG as a data: link. */
-const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d");
+const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d", { willReadFrequently: true });
 const say = element.querySelector(".hgc-pad-said"), colours = element.querySelector(".hgc-palette");
 const brush = element.querySelector("input[type=range]"), file = element.querySelector("input[type=file]");
 let at = [canvas.width >> 1, canvas.height >> 1], last = null, before = [];

@@ -185,6 +185,8 @@ class Studio:
         """The uncached picture and the chosen one."""
         plan = self.plan(form)
         uncached = self._draw(say, form, _UNCACHED, (0, 2))
+        alone = markup.picture(uncached.image, "The uncached picture", "uncached; next the other")
+        say("uncached", uncached.steps, uncached.steps, f'<div class="hgc-cards">{alone}</div>')
         other = self._draw(say, form, plan, (1, 2))
         return (
             f'<div class="hgc-cards">{markup.slider(uncached, other)}'
