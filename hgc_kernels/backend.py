@@ -1,8 +1,10 @@
 """Which implementation of an op runs, and why.
 
-Every op of `torch.ops.hgc` is registered on CPU and CUDA with one small router. The router reads
-the choice when the op *runs*, not when it is traced, so a compiled graph obeys a later
-`set_backend` without a recompile, and each thread may choose for itself.
+An op of `torch.ops.hgc` whose compiled kernel is loaded runs it without a word of Python. It asks
+the router here until that has found the kernel to be the best that runs, and while somebody, in any
+thread, has chosen a backend. All other ops always do. The choice is read when the op *runs*, not
+when it is traced, so a compiled graph obeys a later `set_backend` without a recompile, and each
+thread may choose for itself.
 """
 
 from __future__ import annotations
@@ -55,9 +57,13 @@ _default: Mapping[str, str] = MappingProxyType({})  # replaced whole, so readers
 
 class _OfThread(threading.local):
     choice: Mapping[str, str] = MappingProxyType({})
+    error: Exception | None = None
 
 
 _local = _OfThread()
+_blocks = 0  # of `use_backend`, in all threads
+# Of each device whose compiled library is loaded: what makes its ops run directly (1) or ask (0).
+libraries: dict[str, Callable[[int], object]] = {}
 _resolved: dict[tuple[str, str, str], tuple[str, Callable[..., Any]]] = {}
 _said: set[tuple[str, str, str]] = set()
 said_at_import: set[str] = set()  # of what `_select` gives as why: not said again an op
@@ -121,6 +127,18 @@ def set_backend(backend: str, *ops: str) -> None:
     _validate(backend, ops)
     with _lock:
         _default = MappingProxyType({**_default, **dict.fromkeys(ops or _ops, backend)})
+        _ask()
+
+
+def is_chosen() -> bool:
+    """Whether somebody, in any thread, has chosen a backend."""
+    return _blocks > 0 or any(choice != "auto" for choice in _default.values())
+
+
+def _ask() -> None:
+    """Make every op ask the router, before a choice is in force."""
+    for run_directly in libraries.values():
+        run_directly(0)
 
 
 @contextmanager
@@ -128,12 +146,18 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
     """Like `set_backend`, for the calling thread and the body of the `with` only; it wins over
     `set_backend`.
     """
+    global _blocks
     _validate(backend, ops)
     before = _local.choice
     _local.choice = MappingProxyType({**before, **dict.fromkeys(ops or _ops, backend)})
+    with _lock:
+        _blocks += 1
+        _ask()
     try:
         yield
     finally:
+        with _lock:
+            _blocks -= 1
         _local.choice = before
 
 
@@ -200,6 +224,10 @@ def _resolve(op: str, device: str, choice: str) -> tuple[str, Callable[..., Any]
         if choice == "auto" and why.startswith("no ") and why not in said_at_import:
             _say_once(op, device, f"running the {name} backend ({why})")
         found = _resolved[key] = (name, _load(_implementations[op, name, device]))
+    if found[0] == "native" and device in libraries:
+        with _lock:
+            if not is_chosen():
+                libraries[device](1)
     return found
 
 
@@ -212,9 +240,36 @@ def autocast_off(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def call(op: str, *args: Any) -> Any:
+    """What a public function calls. An error of the router, which comes out of the compiled library
+    as a RuntimeError without its text, is raised as it was.
+    """
+    run = getattr(torch.ops.hgc, op).default
+    if torch.compiler.is_compiling() or not is_chosen():
+        return run(*args)
+    _local.error = None
+    try:
+        return run(*args)
+    except RuntimeError as error:
+        raise (_local.error or error) from None
+
+
+def keeping_its_error(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with what it raises left for `call`."""
+
+    def routed(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except Exception as error:
+            _local.error = error
+            raise
+
+    return routed
+
+
 def route(op: str, device: str) -> Callable[..., Any]:
-    """The function registered for `op` on `device`: it runs whatever backend is chosen at the
-    moment of the call.
+    """The router of `op` on `device`: it runs whatever backend is chosen at the moment of the
+    call.
     """
 
     def run(*args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -18,9 +19,10 @@ from hgc_kernels import backend, elf
 # HGC_LIBRARY_FOLDER: libraries built elsewhere, as the sanitizers' build is.
 _FOLDER = Path(os.environ.get("HGC_LIBRARY_FOLDER") or Path(__file__).resolve().parent / "lib")
 _hgc = torch.library.Library("hgc", "DEF")
-# The compiled libraries register under a namespace of their own: the router picks among backends by
-# name, and an op in `hgc` keeps one kernel a device whatever is loaded.
+# The compiled libraries register their kernels under the public ops, and those go to `hgc_routed`
+# where a backend was chosen; and under `hgc_native`, where the router picks them by name.
 _native = torch.library.Library("hgc_native", "DEF")
+_routed = torch.library.Library("hgc_routed", "DEF")
 
 _NATIVE_OPS = {
     "cpu": ("gather_blocks", "apply_map"),
@@ -31,14 +33,18 @@ _NATIVE_OPS = {
 def define(
     op: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    """Define `hgc::<op>` with its fake and reference, and route CPU and CUDA calls to the chosen
-    backend.
+    """Define `hgc::<op>` with its fake and reference. What no loaded library runs on a device goes
+    to the router in Python.
     """
     _hgc.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _hgc.impl(op, reference, "CompositeExplicitAutograd")
     backend.register(op, "reference", f"{reference.__module__}:{reference.__name__}")
+    _routed.define(op + schema)
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        _hgc.impl(op, backend.route(op, device), key)
+        run = backend.route(op, device)
+        _routed.impl(op, backend.keeping_its_error(run), key)
+        if op not in _NATIVE_OPS[device] or _missing[device] is not None:
+            _hgc.impl(op, run, key)
     torch.library.register_fake(f"hgc::{op}", fake, lib=_hgc)
     if any(op in ops for ops in _NATIVE_OPS.values()):
         _native.define(op + schema)
@@ -91,6 +97,7 @@ def _load_libraries() -> dict[str, str | None]:
         else:
             try:
                 torch.ops.load_library(str(path))
+                backend.libraries[device] = ctypes.CDLL(str(path)).hgc_run_directly
             except OSError as error:
                 reasons[device] = f"{path} does not load: {error.__cause__ or error}"
     return reasons

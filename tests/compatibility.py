@@ -43,8 +43,8 @@ SHALLOW = hgc.Config(
     key_steps=(0, 3, 7, 11, 16, 19),
     conditional_key_steps=(19,),
     guidance="reuse",
-    forecast=1.0,
-    guidance_forecast=0.35,
+    feature_damping=1.0,
+    difference_damping=0.35,
 )
 
 

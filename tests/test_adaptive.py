@@ -31,8 +31,8 @@ RULE = Config(
     key_steps=(0, 2, 6, 10),
     depth=2,
     guidance="reuse",
-    forecast=0.7,
-    guidance_forecast=0.4,
+    feature_damping=0.7,
+    difference_damping=0.4,
 )
 # The errors of random weights are large: this makes distances of several lengths.
 ADAPTIVE = RULE.replace(adaptive=0.2)
@@ -187,7 +187,7 @@ VARIATIONS = {
     "guess_mode": ({}, {"guess_mode": True}),
     "two images": ({}, {"num_images_per_prompt": 2, "generator": None}),
     "control ends": ({}, {"control_guidance_end": 0.5}),
-    "plain reuse": ({"forecast": 0.0, "guidance_forecast": 0.0}, {}),
+    "plain reuse": ({"feature_damping": 0.0, "difference_damping": 0.0}, {}),
     "both halves": ({"guidance": "both"}, {}),
     "guidance off": ({"guidance": "off"}, {}),
     "encoder": ({"encoder": "reuse"}, {}),
@@ -363,7 +363,7 @@ def test_kinds_of_evaluations_are_those_of_the_rule(pipe, monkeypatch):
 def measured(new, olds, *, half=False, is_pair=False, forecast=0.0, guidance="reuse"):
     """The error that a schedule reads two evaluations later, of key evaluation 4 after those at 0,
     and at 2 where there are two ``olds``."""
-    config = ADAPTIVE.replace(guidance=guidance, forecast=forecast)
+    config = ADAPTIVE.replace(guidance=guidance, feature_damping=forecast)
     schedule = AdaptiveSchedule(config, 4, STEPS)
     cache, made = Cache(), []
     for i, (old, cut) in enumerate(olds):
@@ -417,7 +417,9 @@ def test_what_is_no_number_is_computed():
 
 def test_the_distance_follows_the_order_of_the_forecast():
     for forecast, apart in ((0.7, 4), (0.0, 8)):
-        config = RULE.replace(adaptive=0.4, forecast=forecast, num_evaluations=30, max_gap=20)
+        config = RULE.replace(
+            adaptive=0.4, feature_damping=forecast, num_evaluations=30, max_gap=20
+        )
         schedule = AdaptiveSchedule(config, 4, 30)
         # four times the error is allowed: twice the distance to first order, four times to none,
         # but at most twice what it was

@@ -55,7 +55,7 @@ def test_the_budget_is_kept_and_the_models_are_left_as_they_were():
     assert record.uncached_steps == 6 and record.inputs == 4
 
 
-@pytest.mark.parametrize("preset", ["paper", "fast"])
+@pytest.mark.parametrize("preset", [pytest.param("paper", marks=pytest.mark.slow), "fast"])
 def test_a_preset_is_a_budget(preset):
     """The plan that is found costs at most what the preset does, at any number of steps."""
     pipe = models.sd15_pipeline()
@@ -92,6 +92,7 @@ def test_the_distance_is_that_of_the_input_kept_out():
     assert record.fewer_steps_distance == pytest.approx(distance, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_survives_json(tmp_path):
     pipe, config, _ = found()
     assert hgc.calibrate(pipe, inputs(), max_macs=0.5, steps=6, trials=6) == config
@@ -99,6 +100,7 @@ def test_it_is_deterministic_and_survives_json(tmp_path):
     assert hgc.Config.from_json(tmp_path / "plan.json") == config
 
 
+@pytest.mark.slow
 def test_a_distance_is_kept_to_with_fewer_macs():
     pipe, _, _ = found()
     config = hgc.calibrate(pipe, inputs(2), max_distance=0.5, steps=6, trials=8)
@@ -133,6 +135,7 @@ def test_at_another_length_the_rule_is_followed_with_a_warning():
     assert torch.equal(images, drawn(pipe, config.rule, 9))
 
 
+@pytest.mark.slow
 def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
     """Plans that the search finds are made worse than they are: the presets must win."""
     from hgc.tune import calibrate as calibration

@@ -136,7 +136,12 @@ def captured(pipe, config, **options):
 
 FULL = StepPlan()
 SHALLOW = Config(
-    name="shallow", num_evaluations=6, key_steps=(0, 3, 5), depth=1, guidance="reuse", forecast=0.7
+    name="shallow",
+    num_evaluations=6,
+    key_steps=(0, 3, 5),
+    depth=1,
+    guidance="reuse",
+    feature_damping=0.7,
 )
 
 

@@ -17,7 +17,7 @@ from hgc import Config, StepPlan
 from hgc.warn import HgcWarning
 
 SOME = Config(
-    name="some", num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse", forecast=0.7
+    name="some", num_evaluations=8, key_steps=(0, 4), depth=1, guidance="reuse", feature_damping=0.7
 )
 
 
@@ -543,7 +543,7 @@ def test_a_processor_exchanged_where_a_shallow_evaluation_does_not_look(how, bac
 
     text, schedule = models.text(1), torch.arange(900, 100, -100).clone()
     sample, new = models.text(0)[:1].new_ones(1, 4, 16, 16), Louder()
-    config = Config(num_evaluations=8, key_steps=(0, 3, 6), forecast=0.0)
+    config = Config(num_evaluations=8, key_steps=(0, 3, 6), feature_damping=0.0)
     installed = hgc.install(unet, config=config, trust=(Louder,))
     with torch.no_grad(), installed:
         old = inner.processor
@@ -564,7 +564,7 @@ def test_freeu_that_comes_and_goes_is_seen_by_two_runs_in_turns():
     unet = models.small_unet()
     texts = [models.text(1), models.text(2)]
     schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
-    config, seen = Config(num_evaluations=8, key_steps=(0, 4), forecast=0.0), []
+    config, seen = Config(num_evaluations=8, key_steps=(0, 4), feature_damping=0.0), []
     with torch.no_grad(), hgc.install(unet, config=config) as installed:
         for i in range(8):
             if i == 2:
@@ -583,7 +583,7 @@ def test_freeu_that_came_before_a_run_in_between_is_seen_by_the_one_around_it():
     unet = models.small_unet()
     texts = [models.text(1), models.text(2)]
     schedules = [torch.arange(900, 100, -100).clone() for _ in range(2)]
-    config, seen = Config(num_evaluations=8, key_steps=(0, 6), forecast=0.0), []
+    config, seen = Config(num_evaluations=8, key_steps=(0, 6), feature_damping=0.0), []
     with torch.no_grad(), hgc.install(unet, config=config) as installed:
         for run, steps in ((0, range(3)), (1, range(3)), (0, range(3, 8))):
             if run == 1:

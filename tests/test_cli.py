@@ -122,6 +122,7 @@ def test_plan_reads_a_file_and_a_controlnet_folder(tiny, tmp_path):
     assert "mine: 2 steps" in output and "2 ControlNets" in output and "+1.5, -0.5" in output
 
 
+@pytest.mark.slow
 def test_plan_of_sdxl_needs_no_weights():
     output = run("plan", "--model", "sdxl", "-c", "exact", "--steps", "1")
     assert "sdxl, 1 ControlNet, 1024 x 1024" in output

@@ -38,7 +38,12 @@ SMALL_UNET = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 SHALLOW = Config(
-    name="shallow", num_evaluations=6, key_steps=(0, 3, 5), depth=1, guidance="reuse", forecast=0.7
+    name="shallow",
+    num_evaluations=6,
+    key_steps=(0, 3, 5),
+    depth=1,
+    guidance="reuse",
+    feature_damping=0.7,
 )
 FULL = StepPlan()
 
@@ -256,7 +261,7 @@ MORE = {
         steps(FULL, StepPlan(attention="reuse"), StepPlan(control="reuse", attention="reuse")), 2, 2
     ),
 }  # fmt: skip
-SLOW = ("exact", "attention")
+SLOW = ("exact", "attention", "maps")
 
 
 @pytest.mark.parametrize(

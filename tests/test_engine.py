@@ -46,8 +46,8 @@ SOME = Config(
     key_steps=(0, 3, 5),
     depth=2,
     guidance="reuse",
-    forecast=0.7,
-    guidance_forecast=0.7,
+    feature_damping=0.7,
+    difference_damping=0.7,
 )
 
 
@@ -784,7 +784,11 @@ def test_nobody_writes_to_cached_tensors(sd15, monkeypatch, depth, forecast):
     nets = [sd15.controlnet, models.sd15_controlnet(5)]
     pipe = models.sd15_pipeline(sd15.unet, MultiControlNetModel(nets))
     config = Config(
-        num_evaluations=6, key_steps=(0, 3), depth=depth, forecast=forecast, attention="reuse"
+        num_evaluations=6,
+        key_steps=(0, 3),
+        depth=depth,
+        feature_damping=forecast,
+        attention="reuse",
     )
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     try:

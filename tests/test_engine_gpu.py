@@ -18,8 +18,8 @@ SOME = Config(
     key_steps=(0, 4, 9),
     depth=2,
     guidance="reuse",
-    forecast=0.7,
-    guidance_forecast=0.7,
+    feature_damping=0.7,
+    difference_damping=0.7,
 )
 
 

@@ -405,6 +405,7 @@ def _untimed(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_ends_as_one_that_was_not(checkpoint, judges, data, tmp_path):
     """The process is killed between two calls; what it then writes is the same byte for byte."""
     output = run(*_command(checkpoint, judges, data, tmp_path / "whole"))

@@ -17,8 +17,8 @@ from hgc.warn import HgcWarning
 
 STEPS = 6
 RULE = Config(
-    num_evaluations=STEPS, key_steps=(0, 2, 4), depth=2, guidance="reuse", forecast=0.5,
-    guidance_forecast=0.25,
+    num_evaluations=STEPS, key_steps=(0, 2, 4), depth=2, guidance="reuse", feature_damping=0.5,
+    difference_damping=0.25,
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_a_fitted_plan_comes_nearer(sd15):
         with hgc.install(sd15.unet, sd15.controlnet, config=config):
             return float((models.draw(sd15, 0, steps=STEPS) - reference).norm())
 
-    plain = RULE.replace(forecast=0.0, guidance_forecast=0.0)
+    plain = RULE.replace(feature_damping=0.0, difference_damping=0.0)
     assert distance(fit(plain, products, order=1)) < distance(plain)
 
 

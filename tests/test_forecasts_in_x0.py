@@ -240,8 +240,9 @@ def test_without_guidance_the_batch_goes_by_the_first_damping():
 
 def shallow(gain, guidance_damping=None):
     return Config(
-        name="shallow", num_evaluations=6, key_steps=(0, 2, 4), guidance="reuse", forecast=0.7,
-        guidance_forecast=0.4, damping=0.6, guidance_damping=guidance_damping, gain=gain,
+        name="shallow", num_evaluations=6, key_steps=(0, 2, 4), guidance="reuse",
+        feature_damping=0.7, difference_damping=0.4,
+        damping=0.6, guidance_damping=guidance_damping, gain=gain,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_evaluations_cost_what_they_do_in_a_run_of_them_all(monkeypatch):
         shapes = macs.Shapes(2, 16, 16, condition=2)
         kinds = [(step.in_output, (False,)) for step in hgc.plan(config, 8)]
         assert list(count.evaluations) == plain(described, kinds, shapes, True), config.name
-        again = config.replace(name="again", damping=0.3, forecast=0.2)
+        again = config.replace(name="again", damping=0.3, feature_damping=0.2)
         assert hgc.count_macs(unet, net, again, num_evaluations=8, height=32).done == count.done
     # without hgc, of `mixed`, and the shallow evaluations of `paper`
     assert len(runs) == 3

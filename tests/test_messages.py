@@ -19,7 +19,7 @@ from hgc import Calibration, Config, ConfigError, HgcWarning, StepPlan
 from hgc.planning.config import model_name
 
 STEPS = 6
-SHALLOW = Config(num_evaluations=STEPS, key_steps=(0, 3), forecast=0.0)
+SHALLOW = Config(num_evaluations=STEPS, key_steps=(0, 3), feature_damping=0.0)
 
 
 def loop(unet, net, seed=0, every=1, looks=False):
@@ -396,8 +396,11 @@ def test_processors_with_weights(weights):
     with_weights(pipe.unet, IPAdapterAttnProcessor2_0 if weights else None)
     config = SHALLOW.replace(attention="reuse")
     messages, installed = heard(lambda: hgc.install(pipe, config=config))
-    installed.uninstall()
+    with installed:
+        models.draw(pipe, steps=STEPS)
+        attention = {row.attention for row in installed.report().rows}
     assert ["cross-attention is computed, everyth" in m for m in messages] == [True] * weights
+    assert attention == ({"compute"} if weights else {"compute", "reuse"})  # what was done
 
 
 def calibrated(its, changes):
@@ -578,7 +581,7 @@ def test_three_changes_are_not_a_change_at_every_evaluation():
     def change(pipe, i, t, kwargs):
         return {"prompt_embeds": models.text(i, 2)} if i < 3 else {}
 
-    config = Config(num_evaluations=10, key_steps=(0, 5), forecast=0.0)
+    config = Config(num_evaluations=10, key_steps=(0, 5), feature_damping=0.0)
     with hgc.install(pipe, config=config) as installed:
         messages, _ = heard(
             lambda: models.draw(

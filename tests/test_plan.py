@@ -49,7 +49,7 @@ def test_exact_is_every_evaluation_in_full():
 
 
 def test_first_order_coefficients():
-    config = Config(num_evaluations=8, key_steps=(0, 2, 6), forecast=0.5)
+    config = Config(num_evaluations=8, key_steps=(0, 2, 6), feature_damping=0.5)
     steps = hgc.plan(config, 8)
     assert steps[1].forecast == (1.0,)  # one key value so far
     # keys 0 and 2, one step on: slope 0.5 * 1 / 2
@@ -120,7 +120,10 @@ def test_impossible_plans_are_refused(steps, message):
         ({"depth": -1}, "Config.depth must be an integer of at least 0; got -1"),
         ({"depth": True}, "Config.depth must be an integer"),
         ({"encoder": "none"}, "Config.encoder must be one of needed, reuse; got 'none'"),
-        ({"forecast": float("nan")}, "Config.forecast must be a finite number; got nan"),
+        (
+            {"feature_damping": float("nan")},
+            "Config.feature_damping must be a finite number; got nan",
+        ),
         ({"attention_gate": 1.5}, r"Config.attention_gate must lie in \[0.0, 1.0\]; got 1.5"),
         ({"key_steps": (1, 2)}, "Config.key_steps must start with 0"),
         ({"key_steps": (0, 3, 2)}, "Config.key_steps must rise without repeats"),
@@ -146,7 +149,7 @@ def test_wrong_values_name_the_field(changes, message):
         ({"steps": [{"dept": 1}]}, "StepPlan has no field 'dept'; did you mean 'depth'?"),
         ({"steps": [3]}, "a StepPlan must be an object of fields; got 3"),
         ({"steps": 3}, "Config.steps must be a list of objects"),
-        ({"forecast": "x"}, "Config.forecast must be a finite number; got 'x'"),
+        ({"feature_damping": "x"}, "Config.feature_damping must be a finite number; got 'x'"),
         ([1], "must hold an object of fields; got list"),
     ],
 )
@@ -158,7 +161,7 @@ def test_wrong_json_names_the_key(data, message):
 
 def test_json_may_not_hold_nan_or_garbage():
     with pytest.raises(ConfigError, match="finite"):
-        Config.from_json('{"forecast": NaN}')
+        Config.from_json('{"feature_damping": NaN}')
     with pytest.raises(ConfigError, match="is not JSON"):
         Config.from_json("{")
 
@@ -173,7 +176,7 @@ def test_misspelt_preset_names_them_all():
 
 def test_controlnets_have_key_steps_of_their_own():
     rule = Config(
-        num_evaluations=10, key_steps=(0, 3, 6, 9), control_key_steps=(0, 6), forecast=0.5
+        num_evaluations=10, key_steps=(0, 3, 6, 9), control_key_steps=(0, 6), feature_damping=0.5
     )
     steps = hgc.plan(rule, 10)
     assert [i for i, s in enumerate(steps) if s.control == "compute"] == [0, 6]
@@ -196,7 +199,7 @@ def test_controlnets_have_key_steps_of_their_own():
 def test_controlnets_computed_between_keys_are_values_too():
     rule = Config(
         num_evaluations=8, key_steps=(0, 1, 6, 7), control_key_steps=(0, 1, 7), control="compute",
-        forecast=1.0,
+        feature_damping=1.0,
     )  # fmt: skip
     # evaluations 5 and 4 computed the ControlNet: one step on, one apart
     assert hgc.plan(rule, 8)[6].of_residuals == pytest.approx((2.0, -1.0))

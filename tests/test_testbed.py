@@ -287,6 +287,7 @@ def test_wrong_use_says_what_is_wrong(call, error, words):
 # Training
 
 
+@pytest.mark.slow
 def test_training_resumes_from_its_checkpoints(tmp_path):
     from benchmarks.testbed_training import loop, models, run
 
@@ -458,14 +459,14 @@ def test_a_captured_step_trains_as_one_that_is_not():
 
 
 CALIBRATED = [(steps, name) for steps in (20, 50) for name in testbed.plans(steps)]
-# one of each length is always run
-ONE_A_LENGTH = [
-    pytest.param(*one, marks=() if one[1].startswith("turbo") else pytest.mark.slow)
+# one is always run
+CALIBRATED_OR_SLOW = [
+    pytest.param(*one, marks=() if one[1] == "turbo-calibrated" else pytest.mark.slow)
     for one in CALIBRATED
 ]
 
 
-@pytest.mark.parametrize(("uncached", "name"), ONE_A_LENGTH)
+@pytest.mark.parametrize(("uncached", "name"), CALIBRATED_OR_SLOW)
 def test_a_calibrated_plan_keeps_to_the_budget_of_its_preset(uncached, name):
     config = Config.of(testbed.plans(uncached)[name])
     assert config.name == name
@@ -486,7 +487,7 @@ def test_there_are_plans_for_20_and_50_uncached_steps():
     assert testbed.plans(30) == {}
 
 
-@pytest.mark.parametrize(("uncached", "name"), ONE_A_LENGTH)
+@pytest.mark.parametrize(("uncached", "name"), CALIBRATED_OR_SLOW)
 def test_a_calibrated_plan_runs_as_it_was_measured(uncached, name, recwarn):
     config = Config.of(testbed.plans(uncached)[name])
     pipe = testbed.load_pipeline("segmentation")

@@ -1,5 +1,7 @@
 // torch.ops.hgc_native on CPU tensors: arguments in, pointers out.
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
@@ -19,21 +21,30 @@ constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Tensor> residual,
                      double scale) {
   const Gather g(hidden, skip, residual, scale);
-  Tensor out = g.new_result();
-  const int64_t elements = out.numel();
+  Tensor out = g.new_result(aoti_torch_device_type_cpu());
+  const int64_t elements = g.elements();
   if (elements == 0) return out;
-  const Element element = element_of(hidden.scalar_type());
-  const int64_t element_bytes = out.element_size();
+  void* out_ptr = out.mutable_data_ptr();
+  const Element element = element_of(g.type);
+  const int64_t element_bytes = g.type == ScalarType::Float ? 4 : 2;
+  // For tests, as torch's `fill_uninitialized_memory`, which this allocation does not obey: NaN.
+  static const bool poisoned = std::getenv("HGC_POISON") != nullptr;
+  if (poisoned) std::memset(out_ptr, 0xff, elements * element_bytes);
   if (g.dense) {
-    const GatherDense a = g.dense_arguments(out);
+    const GatherDense a = g.dense_arguments(out_ptr);
     const bool stream = elements * element_bytes >= kStreamBytes;
-    torch::stable::parallel_for(0, elements, kGrainBytes / element_bytes,
-                                [&](int64_t begin, int64_t end) {
-                                  kernels().gather_dense(a, element, stream, begin, end);
-                                });
+    const auto run = [&](int64_t begin, int64_t end) {
+      kernels().gather_dense(a, element, stream, begin, end);
+    };
+    const int64_t grain = kGrainBytes / element_bytes;
+    if (elements <= grain) {
+      run(0, elements);
+    } else {
+      torch::stable::parallel_for(0, elements, grain, run);
+    }
     return out;
   }
-  const GatherStrided a = g.strided_arguments(out);
+  const GatherStrided a = g.strided_arguments(out_ptr);
   const int64_t line_bytes = g.width * element_bytes;
   torch::stable::parallel_for(0, g.batch * (g.hidden_channels + g.skip_channels) * g.height,
                               kGrainBytes / 4 / line_bytes + 1, [&](int64_t begin, int64_t end) {
@@ -96,8 +107,17 @@ Tensor apply_map(const Tensor& map, const Tensor& v) {
   return out;
 }
 
+constexpr char kRoutedGather[] = "hgc_routed::gather_blocks";
+constexpr char kRoutedApply[] = "hgc_routed::apply_map";
+
 }  // namespace
 }  // namespace hgc
+
+STABLE_TORCH_LIBRARY_IMPL(hgc, CPU, m) {
+  m.impl("gather_blocks",
+         &hgc::kernel_or_router<TORCH_BOX(&hgc::gather_blocks), hgc::kRoutedGather>);
+  m.impl("apply_map", &hgc::kernel_or_router<TORCH_BOX(&hgc::apply_map), hgc::kRoutedApply>);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(hgc_native, CPU, m) {
   m.impl("gather_blocks", TORCH_BOX(&hgc::gather_blocks));
@@ -105,6 +125,9 @@ STABLE_TORCH_LIBRARY_IMPL(hgc_native, CPU, m) {
 }
 
 extern "C" {
+__attribute__((visibility("default"))) void hgc_run_directly(int on) {
+  hgc::runs_directly = on != 0;
+}
 __attribute__((visibility("default"))) const char* hgc_build_info() { return HGC_BUILD_INFO; }
 __attribute__((visibility("default"))) const char* hgc_cpu_isa() {
   return hgc::cpu::kernels().name;

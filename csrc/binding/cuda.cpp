@@ -9,9 +9,9 @@
 namespace hgc {
 namespace {
 
-cudaStream_t current_stream(const Tensor& x) {
+cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0,
                   "no current stream of the tensor's device");
   return static_cast<cudaStream_t>(stream);
 }
@@ -19,21 +19,29 @@ cudaStream_t current_stream(const Tensor& x) {
 Tensor gather_blocks(const Tensor& hidden, const Tensor& skip, std::optional<Tensor> residual,
                      double scale) {
   const Gather g(hidden, skip, residual, scale);
-  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  Tensor out = g.new_result();
-  if (out.numel() == 0) return out;
-  const Element element = element_of(hidden.scalar_type());
-  const cudaStream_t stream = current_stream(hidden);
-  const cudaError_t error = g.dense
-                                ? cuda::gather_dense(g.dense_arguments(out), element, stream)
-                                : cuda::gather_strided(g.strided_arguments(out), element, stream);
+  const torch::stable::accelerator::DeviceGuard guard(g.device.index());
+  Tensor out = g.new_result(aoti_torch_device_type_cuda());
+  if (g.elements() == 0) return out;
+  void* out_ptr = out.mutable_data_ptr();
+  const Element element = element_of(g.type);
+  const cudaStream_t stream = current_stream(g.device.index());
+  const cudaError_t error =
+      g.dense ? cuda::gather_dense(g.dense_arguments(out_ptr), element, stream)
+              : cuda::gather_strided(g.strided_arguments(out_ptr), element, stream);
   STD_TORCH_CHECK(error == cudaSuccess,
                   "gather_blocks: the kernel did not launch: ", cudaGetErrorString(error));
   return out;
 }
 
+constexpr char kRoutedGather[] = "hgc_routed::gather_blocks";
+
 }  // namespace
 }  // namespace hgc
+
+STABLE_TORCH_LIBRARY_IMPL(hgc, CUDA, m) {
+  m.impl("gather_blocks",
+         &hgc::kernel_or_router<TORCH_BOX(&hgc::gather_blocks), hgc::kRoutedGather>);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(hgc_native, CUDA, m) {
   m.impl("gather_blocks", TORCH_BOX(&hgc::gather_blocks));
@@ -41,6 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(hgc_native, CUDA, m) {
 
 // Plain C, for the introspection module.
 extern "C" {
+__attribute__((visibility("default"))) void hgc_run_directly(int on) {
+  hgc::runs_directly = on != 0;
+}
+
 __attribute__((visibility("default"))) const char* hgc_build_info() { return HGC_BUILD_INFO; }
 
 // Fills in the index-th kernel's name and attributes. Returns 1 past the last kernel, and -1 with

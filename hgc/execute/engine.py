@@ -333,7 +333,7 @@ class Engine:
         sample, again = call.sample, slot.called_at == now.index
         slot.called_at, now.control[slot.index] = now.index, "computed"
         if run.by_diffusers:
-            run.factor = call.pixels_a_latent
+            run.describe_condition(call.pixels_a_latent)
             return
         inputs = sample, call.text, *call.conditions
         self._decide(run, self.watch.look_for_gradients(run, *inputs))
@@ -352,7 +352,7 @@ class Engine:
             elif now.plan != FULL_STEP:
                 run.decide(Verdict("a ControlNet joined the run", Cost.FEATURES))
             slot.describe(Signature(found), call.residual_shapes())
-            run.factor = call.pixels_a_latent
+            run.describe_condition(call.pixels_a_latent)
         if now.plan.control == "reuse" and not call.is_off:
             half = _takes_half(run, now, call)
             if not all(
@@ -407,6 +407,7 @@ class Engine:
             elif run.now.plan.depth == 0:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
+                run.now.attention = self._unet.attention(run)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
                     run.record(captured, call.sample, whole)
@@ -445,15 +446,7 @@ class Engine:
             with_residuals, call.intrablock is not None,
             *self.watch.settings(call.unet, sample.device),
         )  # fmt: skip
-        called = [slot.index for slot in run.slots if slot.called_at == now.index]
-        if run.called is not None and run.called != called:
-            why = "other ControlNets or conditions were called"
-            run.decide(Verdict(why, Cost.FEATURES))
-        run.called = called
-        if run.unet_signature is None or not run.unet_signature.same(found):
-            if run.unet_signature is not None:
-                run.decide(Verdict("the UNet's arguments changed", Cost.FEATURES))
-            run.unet_signature = Signature(found)
+        self._decide(run, run.look_at_arguments(found))
         looked, halves = now.plan.depth, None
         self._decide(run, self.watch.look_at_layers(run, call.unet, looked))
         # an evaluation that computes nothing does not compare either

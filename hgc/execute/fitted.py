@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from hgc.planning.config import Config, model_name
-from hgc.run.noise import to_host
 from hgc.run.run import Run
 from hgc.run.verdict import Cost, Verdict
 from hgc.warn import WarnOnce
@@ -46,9 +45,7 @@ class FittedSteps:
             found = self._by_another_scheduler(known.scheduler)
             if found or len(known.timesteps) != total:
                 return found
-            timesteps = run.position.timestep
-            assert timesteps is not None
-            run.timesteps = to_host(timesteps.as_strided((total,), (1,), 0))
+            run.fetch_timesteps()
             return self.look_at_timesteps(run)
         made = "is"
         if known is not None:
@@ -78,23 +75,11 @@ class FittedSteps:
 
     def look_at_timesteps(self, run: Run) -> list[Verdict]:
         """Whether a run's timesteps are others than those of the calibration: another scheduler's,
-        or spaced otherwise.
-
-        On a GPU this is found at the second evaluation: the copy was asked for before the first
-        one, most of which the device has still to do, so that waiting for the copy does not leave
-        it idle.
-        """
-        if run.timesteps is None:
+        or spaced otherwise."""
+        found, known = run.fetched_timesteps(), self._known
+        if found is None:
             return []
-        values, event = run.timesteps
-        if event is not None:
-            if not run.report:
-                return []
-            event.synchronize()
-        run.timesteps = None
-        known = self._known
         assert known is not None
-        found = values.tolist()
         if all(abs(a - b) <= 0.5 for a, b in zip(found, known.timesteps, strict=True)):
             return []
         self._warn(

@@ -49,6 +49,10 @@ class UNetExecutor:
         )  # fmt: skip
         return run.noise.output(sample, x0, now.index)
 
+    def attention(self, run: Run) -> str:
+        """Whether the evaluation under way reuses cross-attention: ``"compute"`` or ``"reuse"``."""
+        return "compute" if self._prompt.mode(run, "unet/") == "compute" else "reuse"
+
     def compute(
         self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -26,6 +26,7 @@ from hgc.models.blocks import (
 )
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
+from hgc_kernels.backend import is_chosen
 
 __all__ = ["UP_BLOCKS", "Residuals", "freeu_of", "run_unet"]
 
@@ -73,7 +74,7 @@ def _join(hidden: Tensor, skip: Tensor, terms: list[tuple[Tensor, float]]) -> Te
     if len(terms) > 1 or (terms and terms[0][0].shape != skip.shape):
         skip, terms = _add(skip, terms), []
     residual, scale = terms[0] if terms else (None, 1.0)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_chosen():
         return hgc_kernels.gather_blocks(hidden, skip, residual, scale=scale)
     # the arguments are known to be right
     return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, scale)

@@ -109,13 +109,13 @@ class Config:
         conditional_key_steps: Key steps that compute the conditional half only.
         control_key_steps: Key steps at which the ControlNets are computed, starting with 0; at the
             others their cached residuals stand in. ``None``: all of them.
-        forecast: Damping ``a`` of the first-order forecast of cached features. An evaluation ``d``
+        feature_damping: ``a`` of the first-order forecast of cached features. An evaluation ``d``
             after the last key, the keys before it ``g`` apart, reads
             ``(1 + a d/g) last - (a d/g) previous``. 0.0 is plain reuse.
-        guidance_forecast: The same for the cached guidance difference.
+        difference_damping: The same for the cached guidance difference.
         damping: Of the forecast of x0, see :class:`StepPlan`: what evaluations of ``depth=0`` are,
-            and what those of another depth correct where ``gain`` is not 1.0. ``forecast`` is of
-            features, which evaluations of ``depth=0`` do not read.
+            and what those of another depth correct where ``gain`` is not 1.0. They read no
+            features, which ``feature_damping`` is of.
         guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
         gain: How much of what evaluations of a ``depth`` above 0 say beyond the forecast of x0
             counts. 1.0: x0 is not forecast.
@@ -149,8 +149,8 @@ class Config:
     guidance: str = "both"
     conditional_key_steps: tuple[int, ...] = ()
     control_key_steps: tuple[int, ...] | None = None
-    forecast: float = 0.0
-    guidance_forecast: float = 0.0
+    feature_damping: float = 0.0
+    difference_damping: float = 0.0
     damping: float = 0.6
     guidance_damping: float | None = 0.4
     gain: float = 1.0
@@ -176,8 +176,8 @@ class Config:
         choice("Config", "guidance", self.guidance, GUIDANCE)
         choice("Config", "map_format", self.map_format, _MAP_FORMATS)
         number("Config", "attention_gate", self.attention_gate, 0.0, 1.0)
-        number("Config", "forecast", self.forecast, -2.0, 2.0)
-        number("Config", "guidance_forecast", self.guidance_forecast, -2.0, 2.0)
+        number("Config", "feature_damping", self.feature_damping, -2.0, 2.0)
+        number("Config", "difference_damping", self.difference_damping, -2.0, 2.0)
         number("Config", "damping", self.damping, -2.0, 2.0)
         if self.guidance_damping is not None:
             number("Config", "guidance_damping", self.guidance_damping, -2.0, 2.0)

@@ -158,9 +158,9 @@ class Rule:
         """Evaluation ``at`` as a key one, or as one of the others. A key evaluation where the rule
         has none is as the nearest one of the rule's."""
         config = self._config
-        forecast = _first_order(config.forecast, past.keys, at)
-        of_residuals = _first_order(config.forecast, past.controls, at)
-        of_guidance = _first_order(config.guidance_forecast, past.differences, at)
+        forecast = _first_order(config.feature_damping, past.keys, at)
+        of_residuals = _first_order(config.feature_damping, past.controls, at)
+        of_guidance = _first_order(config.difference_damping, past.differences, at)
         if is_key:
             like = min(self.keys, key=lambda key: abs(key - at))
             half, computes = like in self._conditional, like in self._control

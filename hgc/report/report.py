@@ -117,7 +117,7 @@ class Report:
         """The report on ``run``."""
         first = run.report[0]
         shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
-        steps = [row.plan for row in run.report]
+        steps = [dataclasses.replace(row.plan, attention=row.attention) for row in run.report]
         off = [
             # by its scale; one that the plan leaves out is not called with another
             [
@@ -140,7 +140,7 @@ class Report:
                 control=tuple(row.control[k] for k in sorted(row.control)),
                 depth=row.plan.depth,
                 encoder=row.plan.encoder,
-                attention=row.plan.attention,
+                attention=row.attention,
                 guidance=row.plan.guidance,
                 macs=counted,
                 milliseconds=row.milliseconds,

@@ -69,11 +69,11 @@ class AdaptiveSchedule:
         if config.depth == 0:
             self._entry = "output" if shallow.damping is None else "x0"
         # a forecast's error grows with the distance, that of a first-order one with its square
-        first_order = config.forecast if config.depth else config.damping
+        first_order = config.feature_damping if config.depth else config.damping
         self._exponent = 0.5 if first_order else 1.0
         # cross-attention is kept for all layers where a key evaluation may reuse it
         self.plan = [key if key.attention == "reuse" else shallow for key in keys]
-        self.history = 2 if first_order or config.forecasts_x0 or config.guidance_forecast else 1
+        self.history = 2 if first_order or config.forecasts_x0 or config.difference_damping else 1
         read = reads(shallow, num_layers)
         self.captures = tuple(sorted(n for n in read if n.startswith(("feature/", "skip/"))))
         self.residuals: list[tuple[str, ...]] = [()] * total
@@ -101,10 +101,6 @@ class AdaptiveSchedule:
         """Names that evaluations after ``after`` may read, and whether all of those need the
         conditional half only."""
         return self._will_read[after]
-
-    def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """With which coefficients the guidance difference will be read: not known yet, so none."""
-        return ()
 
     def place(self, index: int, made: Sequence[Evaluation]) -> str:
         """Plan evaluation ``index`` after those in ``made``; returns why it is as it is."""

@@ -43,24 +43,16 @@ class Cache:
     def __init__(self, max_bytes: int | None = None) -> None:
         self._entries: dict[str, list[_Value]] = {}
         self._kept: dict[str, Tensor] = {}
-        self._prepared: dict[str, dict[tuple[float, ...], Tensor]] = {}
         self._max_bytes = max_bytes
         self.bytes = 0
         self.peak_bytes = 0
         self.refused = False
 
-    def _fits(self, count: int) -> bool:
-        return self._max_bytes is None or self.bytes + count <= self._max_bytes
-
     def _grow(self, count: int) -> bool:
         """Account for ``count`` more bytes; False, and remembered, where they do not fit."""
-        if not self._fits(count):
-            # what was prepared can be read as well
-            for name in list(self._prepared):
-                self._drop_prepared(name)
-            if not self._fits(count):
-                self.refused = True
-                return False
+        if self._max_bytes is not None and self.bytes + count > self._max_bytes:
+            self.refused = True
+            return False
         self.bytes += count
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return True
@@ -75,8 +67,6 @@ class Cache:
     ) -> None:
         """Copy ``tensor`` in as the newest of at most ``history`` values of ``name``."""
         values = self._entries.setdefault(name, [])
-        if name in self._prepared:
-            self._drop_prepared(name)
         buffer = None
         while len(values) >= history:
             old = values.pop().tensor
@@ -130,28 +120,9 @@ class Cache:
         """The evaluations that wrote the values held of ``name``, newest first."""
         return [value.evaluation for value in self._entries.get(name, ())]
 
-    def prepare(self, name: str, coefficients: Sequence[float]) -> None:
-        """Hold what :meth:`read` returns with ``coefficients``, for :meth:`subtract`, until another
-        value of ``name`` is written, it is dropped or the bytes are wanted for something else."""
-        value = self.read(name, coefficients)
-        prepared = self._prepared.setdefault(name, {})
-        # one image: `out - [value, 0]` is both halves in one pass
-        wanted = value.shape[0] == 1 and tuple(coefficients) not in prepared
-        if wanted and self._fits(2 * value.nbytes):
-            self._grow(2 * value.nbytes)
-            prepared[tuple(coefficients)] = torch.cat([value, torch.zeros_like(value)])
-
-    def subtract(self, name: str, coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    def subtract(self, name: str, coefficients: Sequence[float], x: Tensor) -> Tensor:
         """``cat([x - read(name, coefficients), x])``, new."""
-        prepared = self._prepared.get(name)
-        value = None if prepared is None else prepared.get(coefficients)
-        if value is None or x.shape[0] != 1:
-            return torch.cat([x - self.read(name, coefficients), x])
-        return x - value
-
-    def _drop_prepared(self, name: str) -> None:
-        for value in self._prepared.pop(name, {}).values():
-            self.bytes -= value.nbytes
+        return torch.cat([x - self.read(name, coefficients), x])
 
     def blend(self, fresh: Tensor, name: str, coefficients: Sequence[float]) -> Tensor:
         """``coefficients[0] * fresh + sum_i coefficients[1 + i] * value[i]``, newest first; new.
@@ -187,7 +158,6 @@ class Cache:
     def drop(self, names: Iterable[str]) -> None:
         """Forget the histories of ``names``."""
         for name in names:
-            self._drop_prepared(name)
             for value in self._entries.pop(name, ()):
                 self.bytes -= value.tensor.nbytes
 
@@ -208,15 +178,12 @@ class Cache:
         """Forget everything."""
         self._entries.clear()
         self._kept.clear()
-        self._prepared.clear()
         self.bytes = 0
 
     def checksums(self) -> dict[str, list[float]]:
         """A float64 checksum of each tensor held, by name; it changes when somebody writes."""
         sums = {n: [_checksum(v.tensor) for v in values] for n, values in self._entries.items()}
         sums.update({n: [_checksum(t)] for n, t in self._kept.items()})
-        for name, prepared in self._prepared.items():
-            sums[f"{name} prepared"] = [_checksum(t) for t in prepared.values()]
         return sums
 
 

@@ -59,6 +59,8 @@ class Evaluation:
         milliseconds: Host time spent in hgc and the models; on a GPU, the time to launch.
         batch: Rows of the batch.
         half: Whether only the conditional half was computed.
+        attention: What the UNet's cross-attentions did: ``"compute"`` or ``"reuse"``, which a plan
+            cannot have its way with where they are left to diffusers.
         is_pair: Whether the batch is known to be a guidance pair, where the plan asks for it.
         held_bytes: What the run held when it ended.
     """
@@ -70,5 +72,6 @@ class Evaluation:
     milliseconds: float = 0.0
     batch: int = 0
     half: bool = False
+    attention: str = "compute"
     is_pair: bool = False
     held_bytes: int = 0

@@ -14,7 +14,7 @@ from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.cache import Cache, conditional_half
 from hgc.run.evaluation import ControlSlot, Evaluation
 from hgc.run.maps import MapSums
-from hgc.run.noise import NoiseLevels
+from hgc.run.noise import NoiseLevels, to_host
 from hgc.run.pair import PairCheck
 from hgc.run.position import Position
 from hgc.run.schedule import FULL_STEP, Schedule, Schedules
@@ -55,11 +55,11 @@ class Run:
 
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
-        "__weakref__", "_assume", "_by_rule", "_changed_at", "_in_x0", "_schedules", "broken",
-        "by_diffusers", "cache", "called", "changed", "changes_in_a_row", "completed", "config",
-        "ended", "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps", "noise",
-        "now", "output_dtype", "pair", "plain_text", "position", "report", "schedule", "slots",
-        "text", "timesteps", "tokens", "unet_signature", "was_pair",
+        "__weakref__", "_assume", "_by_rule", "_called", "_changed_at", "_in_x0", "_schedules",
+        "_timesteps", "broken", "by_diffusers", "cache", "changed", "changes_in_a_row", "completed",
+        "config", "ended", "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps",
+        "noise", "now", "output_dtype", "pair", "plain_text", "position", "report", "schedule",
+        "slots", "text", "tokens", "unet_signature", "was_pair",
     )  # fmt: skip
 
     def __init__(
@@ -85,10 +85,10 @@ class Run:
         self.slots: list[ControlSlot] = []
         self.report: list[Evaluation] = []
         self.unet_signature: Signature | None = None
-        self.called: list[int] | None = None  # slots of the ControlNets, before the UNet
+        self._called: list[int] | None = None  # slots of the ControlNets, before the UNet
         self.last_seen = LastSeen()
         self.plain_text: dict[str, Any] = {}  # by the prefix of the network
-        self.timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
+        self._timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.noise = noise  # where outputs are forecast in x0
         self._in_x0 = noise is not None
         self.output_dtype = torch.float32  # of the UNet's
@@ -132,15 +132,15 @@ class Run:
             and not self.finished
             and self.broken is None
             and self.changes_in_a_row <= 2
-            and self.timesteps is None
+            and self._timesteps is None
         )
 
-    def begin(self, position: Position) -> Evaluation:
-        """Start the evaluation at ``position``, or return it where it is under way."""
+    def begin(self, position: Position) -> None:
+        """Start the evaluation at ``position``, unless it is under way."""
         now, index = self.now, position.index
         if now is not None and now.index == index:
             self.position = position
-            return now
+            return
         previous = self.position.index if now is not None or self.completed >= 0 else None
         self.position = position
         why = self.schedule.place(index, self.report)
@@ -157,7 +157,6 @@ class Run:
             verdict = self._settle(now)
         if verdict is not None:
             self.decide(verdict)
-        return now
 
     def _settle(self, now: Evaluation) -> Verdict | None:
         """Fit the planned step to what is known of the pair; a verdict where the cache lacks
@@ -222,6 +221,51 @@ class Run:
         assert self.now is not None
         self.now.batch = sample.shape[0]
         self.latent_size = (sample.shape[-2], sample.shape[-1])
+
+    def describe_condition(self, pixels_a_latent: int) -> None:
+        """Take note of the size of the conditions, for the report."""
+        self.factor = pixels_a_latent
+
+    def look_at_arguments(self, found: tuple[Any, ...]) -> list[Verdict]:
+        """What follows where the UNet is given other things than ``found`` before: all that its
+        output depends on beside the sample, the timestep and the text; and where other ControlNets
+        were called before it."""
+        assert self.now is not None
+        verdicts, known = [], self.unet_signature
+        called = [slot.index for slot in self.slots if slot.called_at == self.now.index]
+        if self._called is not None and self._called != called:
+            why = "other ControlNets or conditions were called"
+            verdicts.append(Verdict(why, Cost.FEATURES))
+        self._called = called
+        if known is None or not known.same(found):
+            if known is not None:
+                verdicts.append(Verdict("the UNet's arguments changed", Cost.FEATURES))
+            self.unet_signature = Signature(found)
+        return verdicts
+
+    def fetch_timesteps(self) -> None:
+        """Begin to copy the timesteps of the run to the host."""
+        timesteps = self.position.timestep
+        assert timesteps is not None
+        self._timesteps = to_host(timesteps.as_strided((self.position.total,), (1,), 0))
+
+    def fetched_timesteps(self) -> list[float] | None:
+        """The timesteps that were fetched, once; None where there is nothing, or not yet.
+
+        On a GPU they are there at the second evaluation: the copy was asked for before the first
+        one, most of which the device has still to do, so that waiting for the copy does not leave
+        it idle.
+        """
+        if self._timesteps is None:
+            return None
+        values, event = self._timesteps
+        if event is not None:
+            if not self.report:
+                return None
+            event.synchronize()
+        self._timesteps = None
+        found: list[float] = values.tolist()
+        return found
 
     def take_text(self, text: Tensor) -> None:
         """The text is ``text`` from now on."""
@@ -288,9 +332,6 @@ class Run:
                 "guidance", conditional - unconditional, evaluation=index, history=history,
                 half=False,
             )  # fmt: skip
-            if self.cache.has("guidance", half=False):
-                for coefficients in self.schedule.guidance_read(after=index):
-                    self.cache.prepare("guidance", coefficients)
         stale = [
             n
             for n in self.cache.names()
@@ -333,7 +374,7 @@ class Run:
         self.plain_text.clear()
         self.cache.clear()
         self.unet_signature = None
-        self.timesteps = None
+        self._timesteps = None
         self.text = TensorSnapshot(None)
         for slot in self.slots:
             slot.signature = slot.embedding = None

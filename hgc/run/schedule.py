@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from hgc.planning.config import Config, StepPlan
@@ -55,7 +54,6 @@ class Schedule:
         self.keeps_attention = [bool(later) and i < later[-1] for i in range(len(steps))]
         self._whole: dict[int, StepPlan] = {}
         self._will_read: dict[int, tuple[frozenset[str], bool]] = {}
-        self._guidance_read: dict[int, tuple[tuple[float, ...], ...]] = {}
 
     def place(self, index: int, made: Sequence[Evaluation]) -> str:
         """Why evaluation ``index``, after those in ``made``, is as ``plan`` has it."""
@@ -75,16 +73,6 @@ class Schedule:
         if after not in self._will_read:
             self._will_read[after] = self._find_will_read(after)
         return self._will_read[after]
-
-    def guidance_read(self, *, after: int) -> tuple[tuple[float, ...], ...]:
-        """With which coefficients evaluations read the guidance difference that ``after`` writes,
-        before another is written."""
-        if after not in self._guidance_read:
-            rest = self.plan[after + 1 :]
-            until = itertools.takewhile(lambda s: not (s.is_key and s.guidance == "both"), rest)
-            found = (step.guidance_forecast for step in until if step.guidance == "reuse")
-            self._guidance_read[after] = tuple(dict.fromkeys(found))
-        return self._guidance_read[after]
 
     def _find_will_read(self, after: int) -> tuple[frozenset[str], bool]:
         names: set[str] = set()

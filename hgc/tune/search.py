@@ -77,8 +77,8 @@ def _of_depth(rule: Config, depth: int, guided: bool) -> Config:
     if depth == 0:
         return rule.replace(depth=0)
     return rule.replace(
-        depth=depth, guidance="reuse" if guided else "both", forecast=_DAMPING,
-        guidance_forecast=_GUIDANCE_DAMPING if guided else 0.0,
+        depth=depth, guidance="reuse" if guided else "both", feature_damping=_DAMPING,
+        difference_damping=_GUIDANCE_DAMPING if guided else 0.0,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def hand_made(
             num_evaluations=count, key_steps=keys, conditional_key_steps=tuple(sorted(halves))
         )
         if not guided:
-            rule = rule.replace(guidance="both", conditional_key_steps=(), guidance_forecast=0.0)
+            rule = rule.replace(guidance="both", conditional_key_steps=(), difference_damping=0.0)
         if cost(rule) <= limit and len(keys) < count:
             found.append(rule)
     return sorted(found, key=cost, reverse=True)

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+os.environ["HGC_POISON"] = "1"  # what the compiled library allocates, as below for torch
+
 
 @pytest.fixture(autouse=True)
 def poisoned():

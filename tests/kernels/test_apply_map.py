@@ -123,8 +123,8 @@ def test_a_strided_map_is_refused():
         hk.apply_map(map, v)
     with pytest.raises(ValueError, match="map: expected a contiguous"):
         hk.attend_and_store(v[:, :5], v, v, map)
-    with hk.use_backend("native"), pytest.raises(RuntimeError, match="map: expected a contiguous"):
-        torch.ops.hgc.apply_map(map, v)
+    with pytest.raises(RuntimeError, match="map: expected a contiguous"):
+        torch.ops.hgc_native.apply_map(map, v)
 
 
 def test_the_rule_catches_a_dropped_key():
@@ -154,7 +154,9 @@ def test_map_probabilities_sum_to_one():
         assert torch.allclose(full.sum(-1), torch.ones(1, 9, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("vectors", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize(
+    "vectors", ["avx512", pytest.param("avx2", marks=pytest.mark.slow), "baseline"]
+)
 def test_other_vector_sets(vectors):
     """The kernels of other processors: the CPU tests again, in a process that picks them."""
     folder = Path(__file__).parent

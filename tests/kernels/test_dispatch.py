@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -107,12 +108,80 @@ def test_a_compiled_graph_obeys_a_later_choice():
     torch._dynamo.reset()
     compiled = torch.compile(lambda a: hk.gather_blocks(a, a), fullgraph=True, backend="eager")
     compiled(x)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(
+        error_on_recompile=True
+    ):  # fmt: skip
         patch.setattr(backend, "_resolve", lambda *key: ran.append(key[2]) or real(*key))
-        with hk.use_backend("reference"), torch._dynamo.config.patch(error_on_recompile=True):
+        with hk.use_backend("reference"):
             compiled(x)
         compiled(x)
+        compiled(x)
+    # the router hands the second over to the kernel, which runs the third by itself
     assert ran == ["reference", "auto"]
+
+
+def test_python_stands_between_only_where_a_backend_was_chosen(monkeypatch):
+    asked = []
+    real = backend._resolve
+    monkeypatch.setattr(backend, "_resolve", lambda *key: asked.append(key[2]) or real(*key))
+    x, op = torch.randn(1, 2, 3, 3), torch.ops.hgc.gather_blocks.default
+    op(x, x, None, 1.0)  # the first call after a choice, perhaps
+    asked.clear()
+
+    def call():
+        assert torch.equal(op(x, x, None, 1.0), torch.cat([x, x], 1))
+        assert torch.equal(hk.gather_blocks(x, x), torch.cat([x, x], 1))
+
+    call()
+    assert asked == []
+    with hk.use_backend("reference"):
+        call()
+        # and another thread's calls ask too, and find that they chose nothing
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert asked == ["reference"] * 2 + ["auto"] * 2
+    call()
+    call()
+    assert asked[4:] == ["auto"]
+    try:
+        hk.set_backend("reference", "apply_map")  # a choice for one op makes all ask
+        call()
+        assert asked[5:] == ["auto"] * 2
+    finally:
+        hk.set_backend("auto")
+
+
+def test_two_threads_choose_and_call_at_once():
+    """No call runs another backend than its thread chose, whoever lets go of a choice meanwhile."""
+    x, op, wrong = torch.randn(1, 2, 3, 3), torch.ops.hgc.gather_blocks.default, []
+    end = time.monotonic() + 0.5
+
+    def choose(choice):
+        while time.monotonic() < end:
+            with hk.use_backend(choice, "gather_blocks"):
+                backend._local.ran = None
+                op(x, x, None, 1.0)
+                if backend._local.ran != choice:
+                    wrong.append((choice, backend._local.ran))
+            op(x, x, None, 1.0)
+
+    def noting(key, run):
+        def noted(*args):
+            backend._local.ran = key[2] if key[2] != "auto" else run[0]
+            return run[1](*args)
+
+        return run[0], noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = backend._resolve
+        patch.setattr(backend, "_resolve", lambda *key: noting(key, real(*key)))
+        threads = [threading.Thread(target=choose, args=(c,)) for c in ("native", "reference")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
 
 
 def test_explicit_choices_do_not_fall_back():
@@ -124,6 +193,9 @@ def test_explicit_choices_do_not_fall_back():
         hk.attend_and_store(q, k, v, map, scale)
     with hk.use_backend("triton"), pytest.raises(hk.BackendError, match=r"gather_blocks.*triton"):
         hk.gather_blocks(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+    x = torch.randn(1, 2, 3, 3)
+    with hk.use_backend("triton"), pytest.raises(RuntimeError, match="did not run this call"):
+        torch.ops.hgc.gather_blocks.default(x, x, None, 1.0)
     with pytest.raises(ValueError, match="backend"):
         hk.set_backend("fastest")
     with pytest.raises(ValueError, match="ops"):
@@ -165,11 +237,12 @@ def test_auto_says_once_that_it_fell_back(monkeypatch):
     missing[key] = backend.Implementation(*key[:2], ("cpu",), "", lambda device: "it was not built")
     monkeypatch.setattr(backend, "_implementations", missing)
     x = torch.randn(1, 2, 3, 3)
-    with pytest.warns(RuntimeWarning, match=r"gather_blocks on cpu.*reference.*it was not built"):
-        hk.gather_blocks(x, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        hk.gather_blocks(x, x)
+    with hk.use_backend("auto"):  # a choice, and so the router is asked
+        with pytest.warns(RuntimeWarning, match=r"gather_blocks on cpu.*reference.*not built"):
+            hk.gather_blocks(x, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hk.gather_blocks(x, x)
     assert hk.backends()["gather_blocks"]["cpu"][0] == "reference"
 
 

@@ -156,14 +156,14 @@ def test_empty():
 
 @pytest.mark.parametrize("name", ["skip", "residual"])
 def test_other_samples_are_refused(name):
-    """By the function, and by the op itself, which has only the native check before memory."""
+    """By the function, and by the kernel itself, which has only its own check before memory."""
     found = inputs((2, 3, 2, 4, 4), "fp32", False)
     given = dict(zip(("hidden", "skip", "residual"), found, strict=True))
     given[name] = given[name][:1]
     with pytest.raises(ValueError, match=f"{name}: expected shape"):
         hk.gather_blocks(**given)
-    with hk.use_backend("native"), pytest.raises(RuntimeError, match=f"{name}: expected the s"):
-        torch.ops.hgc.gather_blocks(*given.values(), 1.0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected the s"):
+        torch.ops.hgc_native.gather_blocks(*given.values(), 1.0)
 
 
 def test_gradients_flow_through_the_reference():

@@ -31,4 +31,5 @@ def apply_map(
     if checks.wants_grad("apply_map", v):
         with backend.autocast_off(v.device.type):
             return reference(map, v)
-    return torch.ops.hgc.apply_map.default(map, v)
+    result: torch.Tensor = backend.call("apply_map", map, v)
+    return result

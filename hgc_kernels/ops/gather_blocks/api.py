@@ -39,4 +39,5 @@ def gather_blocks(
     if checks.wants_grad("gather_blocks", hidden, skip, residual):
         with backend.autocast_off(hidden.device.type):
             return reference(hidden, skip, residual, scale)
-    return torch.ops.hgc.gather_blocks.default(hidden, skip, residual, scale)
+    result: torch.Tensor = backend.call("gather_blocks", hidden, skip, residual, scale)
+    return result
