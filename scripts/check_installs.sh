@@ -5,6 +5,7 @@
 #     scripts/check_installs.sh no-nvcc no-torch   # some
 #
 #   constraints  constraints.txt resolves with the torch that PyPI serves; metadata only
+#   constraints-page  the same of constraints-page.txt, which the extra `page` has of its own
 #   full         torch there: the CPU and the CUDA library and the introspection module
 #   no-torch     `pip install .` and nothing else, in an empty environment: the same (6 GB for a while)
 #   no-nvcc      no CUDA compiler: all but the CUDA library
@@ -101,14 +102,16 @@ PYTHON
 run() {
     echo "== $1"
     case $1 in
-        constraints)
+        constraints | constraints-page)
+            extra=test
+            [ "$1" = constraints ] || extra=page
             "$python" -m venv "$work/resolver"
             "$work/resolver/bin/pip" install --quiet --upgrade pip
             # "===" passes by a local build of that torch, whose requirements are others.
-            torch=$(sed -n 's/^torch==/torch===/p' "$root/constraints.txt")
+            torch=$(sed -n 's/^torch==/torch===/p' "$root/$1.txt")
             (cd "$root" && "$work/resolver/bin/pip" install --quiet --use-feature=fast-deps --dry-run \
-                -c constraints.txt "$torch" ".[test]")
-            echo "constraints: as they should be"
+                -c "$1.txt" "$torch" ".[$extra]")
+            echo "$1: as they should be"
             ;;
         full | no-torch)
             install "$1"
@@ -148,5 +151,5 @@ run() {
     esac
 }
 
-[ $# -gt 0 ] || set -- constraints full no-torch no-nvcc no-compiler no-ext require old-python
+[ $# -gt 0 ] || set -- constraints constraints-page full no-torch no-nvcc no-compiler no-ext require old-python
 for case in "$@"; do run "$case"; done

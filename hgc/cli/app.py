@@ -91,11 +91,34 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached run")] = 20,
     show: Annotated[int, typer.Option(min=1, help="Scenes of a condition in the picture")] = 1,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page to this file: slider, figures, what each step did"),
+    ] = None,
 ) -> None:
     """The shipped model with and without the cache: a table, and the pictures side by side."""
     from hgc.cli.demo import run
 
-    run(out, conditions, scenes, presets, seed, steps, show)
+    run(out, conditions, scenes, presets, seed, steps, show, html)
+
+
+@app.command()
+@reports_errors
+def page(
+    model: Annotated[str, typer.Option(help="testbed, or a pipeline's folder")] = "testbed",
+    controlnet: _ControlNet = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve at; default: this machine only")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """A page to draw on and to compare with and without the cache. Needs the extra `page`."""
+    from hgc.cli.page import run
+
+    run(model, controlnet or [], host, port, device)
 
 
 @app.command("eval")

@@ -20,12 +20,21 @@ __all__ = ["run"]
 
 
 def run(
-    out: Path, conditions: str, scenes: int, presets: str, seed: int, steps: int, show: int
+    out: Path,
+    conditions: str,
+    scenes: int,
+    presets: str,
+    seed: int,
+    steps: int,
+    show: int,
+    html: Path | None,
 ) -> None:
-    """Compare presets on the testbed; print the table and write the pictures."""
+    """Compare presets on the testbed; print the table and write the pictures, and the page."""
     needs("demo", "transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
     quiet_libraries()
-    writable(out)
+    for path in (out, html):
+        if path is not None:
+            writable(path)
     names = chosen_conditions(conditions)
 
     from hgc import testbed
@@ -46,11 +55,18 @@ def run(
     with progress() as bar:
         order = candidates([*split(presets), "fewer-steps"], steps)
         rows = evaluate(names, order, settings, on_images=keep, on_progress=bar)
+        if html is not None:
+            from hgc.page.static import write
+
+            with as_usage(OSError):
+                write(html, names, order, rows, settings, bar)
     printer = console()
     print_rows(printer, rows, settings, statistics=False)
     with as_usage(OSError):
         _grid(names, order, pictures, min(show, scenes), settings.steps).save(out)
-    printer.print(f"wrote {out.resolve()}", soft_wrap=True)
+    for path in (out, html):
+        if path is not None:
+            printer.print(f"wrote {path.resolve()}", soft_wrap=True)
 
 
 def _grid(
