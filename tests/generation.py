@@ -64,7 +64,7 @@ class StubModel(Model):
     def identity(self) -> dict:
         return {"model": "stub", "controlnet": None, "dtype": self.dtype}
 
-    def generator(self, config, settings, device) -> Stub:
+    def generator(self, job, device) -> Stub:
         return Stub(self)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hgc.generation.cluster import Cluster
-from hgc.generation.items import BadItem, GenerateError, Item, opened
+from hgc.generation.items import GO_ON, BadItem, GenerateError, Item, opened
 from hgc.generation.job import Job, Model, Settings
 from hgc.generation.local import Local
 from hgc.generation.page import page
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "Summary", "generate", "run"]
 
 ENGINES = ("local", "ray")
-_GO_ON = "What is finished is kept: the same command goes on"
 _TESTBED_SCENES = 16
 PAGE = "page.html"
 _ON_PAGE = 16
@@ -319,8 +320,6 @@ def run(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """:func:`generate`, with its arguments made into objects."""
-    import json
-
     import torch
 
     sink = SINKS[settings.format]
@@ -342,7 +341,7 @@ def run(
             place(folder, identity, False)  # another process may have begun meanwhile
             return _run(job, store, engine, identity, about, max_distance, on_progress)
     except OSError as error:
-        raise GenerateError(f"{out}: {error}. {_GO_ON} once that is put right") from error
+        raise GenerateError(f"{out}: {error}. {GO_ON} once that is put right") from error
 
 
 def _run(
@@ -373,34 +372,36 @@ def _run(
     )
     if workers is not None:
         store.write_failed(records.values())
-        done = sum(one.pictures + len(one.failed) for one in records.values())
+        done = sum(job.slots(shard) for shard in records)
         held, made = 0, 0
         begun = time.perf_counter()
-        for event in workers.run(todo):
-            seconds = time.perf_counter() - begun
-            if isinstance(event, Record):
-                records[event.shard] = event
-                held = max(held, event.held_bytes)
-                store.add_failed(event)
-                _check_distance(list(records.values()), max_distance)
-                continue
-            made += event[0]
-            busy += event[1]
-            if on_progress is not None:
-                speed = made / seconds
-                left = job.pictures - done - made
-                on_progress(
-                    Progress(
-                        min(done + made, job.pictures),
-                        job.pictures,
-                        speed,
-                        max(0, left) / speed if speed else None,
-                        held,
-                        max(0.0, 1 - busy / (seconds * workers.workers)),
+        with contextlib.closing(workers.run(todo)) as events:
+            for event in events:
+                seconds = time.perf_counter() - begun
+                if isinstance(event, Record):
+                    records[event.shard] = event
+                    held = max(held, event.held_bytes)
+                    store.add_failed(event)
+                    _check_distance(list(records.values()), max_distance)
+                    continue
+                made += event[0]
+                busy += event[1]
+                if on_progress is not None:
+                    speed = made / seconds
+                    left = job.pictures - done - made
+                    on_progress(
+                        Progress(
+                            min(done + made, job.pictures),
+                            job.pictures,
+                            speed,
+                            max(0, left) / speed if speed else None,
+                            held,
+                            max(0.0, 1 - busy / (seconds * workers.workers)),
+                        )
                     )
-                )
         seconds = time.perf_counter() - begun
         busy /= workers.workers
+        store.clear()
     ordered = [records[n] for n in sorted(records)]
     store.write_failed(ordered)
     pictures = sum(one.pictures for one in ordered)

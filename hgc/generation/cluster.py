@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
-from hgc.generation.items import GenerateError
+from hgc.generation.items import GO_ON, GenerateError
 from hgc.generation.job import THREADS, Job, ShardMaker
 from hgc.generation.store import Record
 
@@ -42,15 +42,17 @@ class Cluster:
             try:
                 ray.init(address=address, include_dashboard=None if address else False,
                          log_to_driver=False)  # fmt: skip
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise GenerateError(f"no Ray cluster at {address!r}: {error}") from None
+            except Exception as error:  # of no class of its own, where a node is too slow
+                where = "could be started" if address is None else f"at {address!r}"
+                raise GenerateError(f"no Ray cluster {where}: {error}") from error
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if device != "cpu" and gpus == 0:
+            self._end()
             raise GenerateError("--engine ray: the cluster has no GPU; for the CPU give --device "
                                 "cpu and --workers")  # fmt: skip
         self.workers = workers or (1 if device == "cpu" else gpus)
 
-    def run(self, shards: Sequence[int]) -> Iterator[Record | tuple[int, float]]:
+    def run(self, shards: Sequence[int]) -> Generator[Record | tuple[int, float], None, None]:
         """Make ``shards``: the record of each as it is finished, after its batches."""
         ray = _ray()
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -71,17 +73,17 @@ class Cluster:
         )
         try:
             for row in records.iter_rows():
+                if row["error"]:
+                    raise GenerateError(row["error"])
                 record = Record(**json.loads(row["record"]))
-                yield record.pictures + len(record.failed), record.device_seconds
+                yield self._job.slots(record.shard), record.device_seconds
                 yield record
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, GenerateError):
-                raise cause from None
-            raise GenerateError(f"a worker failed: {cause!r}") from error
         except ray.exceptions.RayError as error:
             said = " ".join(str(error).split())
-            raise GenerateError(f"Ray lost a worker: {said[:500]}") from error
+            raise GenerateError(f"Ray lost a worker: {said[:500]}. {GO_ON}") from error
         finally:
-            if self._ours:
-                ray.shutdown()
+            self._end()
+
+    def _end(self) -> None:
+        if self._ours:
+            _ray().shutdown()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIELDS",
+    "GO_ON",
     "RESIZE",
     "Bad",
     "BadItem",
@@ -32,6 +33,8 @@ __all__ = [
 
 FIELDS = ("id", "text", "condition", "negative_prompt", "scale", "seed")
 RESIZE = ("nearest", "bicubic")
+# What errors in the middle of a run end with.
+GO_ON = "What is finished is kept: the same command goes on"
 _LARGEST_SEED = 2**63 - 1
 # Of one item; any other error of the system (a share that went away) is no item's fault.
 _NOT_THERE = (

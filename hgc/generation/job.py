@@ -18,6 +18,7 @@ import numpy as np
 
 from hgc.generation.generator import Generator, Made
 from hgc.generation.items import (
+    GO_ON,
     RESIZE,
     Bad,
     BadItem,
@@ -144,8 +145,8 @@ class Model:
             "dtype": self.dtype,
         }
 
-    def generator(self, config: Config, settings: Settings, device: str) -> Any:
-        """A `Generator` on ``device``."""
+    def generator(self, job: Job, device: str) -> Any:
+        """A `Generator` of the job's pictures on ``device``."""
         import torch
 
         from hgc.evaluation.models import DTYPES, ModelError, load_folder
@@ -157,8 +158,10 @@ class Model:
                 f"{self.folder} is a {type(pipe).__name__}; expected a pipeline from text with a "
                 "ControlNet, such as StableDiffusionControlNetPipeline"
             )
-        steps, guidance = settings.steps, settings.guidance
-        return Generator(pipe.to(device), config, steps=steps, guidance=guidance)
+        if device == "cpu":
+            torch.set_num_threads(job.threads)
+        steps, guidance = job.settings.steps, job.settings.guidance
+        return Generator(pipe.to(device), job.config, steps=steps, guidance=guidance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +190,21 @@ class Job:
         """How many are to be made."""
         return self.scan.count * self.settings.images
 
+    def slots(self, shard: int) -> int:
+        """How many of them a shard has."""
+        return self._items(shard) * self.settings.images
+
+    def _items(self, shard: int) -> int:
+        return min(self.settings.shard, self.scan.count - shard * self.settings.shard)
+
     def store(self) -> Store:
         """Where they go."""
         return Store(self.folder, SINKS[self.settings.format])
 
     def items(self, shard: int) -> Iterator[Item | Bad]:
         """Those of a shard."""
-        size = self.settings.shard
-        count = min(size, self.scan.count - shard * size)
-        return self.table.items(shard * size, self.scan.starts[shard], count)
+        first = shard * self.settings.shard
+        return self.table.items(first, self.scan.starts[shard], self._items(shard))
 
     def batches(self, items: Sequence[Item]) -> list[list[tuple[Item, int]]]:
         """The pictures of a shard's items as they are made together: in order, of one scale.
@@ -242,16 +251,19 @@ class ShardMaker:
         self._job, self._device = job, device
         self._store = job.store()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"hgc-{device}")
-        if device == "cpu":
-            import torch
-
-            torch.set_num_threads(job.threads)
-        self._generator = job.model.generator(job.config, job.settings, device)
+        self._generator = job.model.generator(job, device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """For ``map_batches``: the records of some shards, as JSON."""
-        made = [self.make(int(shard)) for shard in batch["shard"]]
-        return {"record": [json.dumps(dataclasses.asdict(record)) for record in made]}
+        """For ``map_batches``, a shard a batch: its record as JSON, or the error, whose cause would
+        be lost on the way."""
+        (shard,) = batch["shard"]
+        try:
+            made = json.dumps(dataclasses.asdict(self.make(int(shard))))
+            return {"record": [made], "error": [""]}
+        except GenerateError as error:
+            return {"record": [""], "error": [str(error)]}
+        except Exception as error:
+            return {"record": [""], "error": [f"a worker failed: {error!r}. {GO_ON}"]}
 
     def make(
         self,
@@ -272,6 +284,8 @@ class ShardMaker:
         for item in job.items(shard):
             if isinstance(item, Bad):
                 self._fail(record, item.number, item.id, None, item.reason)
+                if on_batch is not None:
+                    on_batch(job.settings.images, 0.0)
             else:
                 good.append(item)
         broken: dict[int, str] = {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
+from hgc.generation.items import GO_ON, GenerateError
 from hgc.generation.job import THREADS, Job, ShardMaker, Stopped
 from hgc.generation.store import Record
 
@@ -19,7 +20,7 @@ class Local:
         self._makers = [ShardMaker(job, device) for device in devices]
         self.workers = len(devices)
 
-    def run(self, shards: Sequence[int]) -> Iterator[Record | tuple[int, float]]:
+    def run(self, shards: Sequence[int]) -> Generator[Record | tuple[int, float], None, None]:
         """Make ``shards``: the record of each as it is finished, and between them the pictures and
         the device's seconds of each batch."""
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -50,6 +51,8 @@ class Local:
         try:
             while left:
                 found = done.get()
+                if isinstance(found, Exception) and not isinstance(found, GenerateError | OSError):
+                    raise GenerateError(f"a worker failed: {found!r}. {GO_ON}") from found
                 if isinstance(found, BaseException):
                     raise found
                 if found is None:

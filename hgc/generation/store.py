@@ -132,15 +132,19 @@ class Store:
             yield
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Make what a run needs, and clear away what a dead one left half written."""
-        for folder in (self._shards, self._records):
-            folder.mkdir(exist_ok=True)
-            for left in folder.glob(".*.tmp"):
-                remove(left)
-        for left in self.folder.glob(".*.tmp"):
-            remove(left)
+        """Make what a run needs, and clear away what a dead one left."""
+        # the manifest comes first: a folder without one is nobody's
         if not (self.folder / MANIFEST).exists():
             write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        self._shards.mkdir(exist_ok=True)
+        self._records.mkdir(exist_ok=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what workers that died left half written."""
+        for folder in (self.folder, self._shards, self._records):
+            for left in folder.glob(".*.tmp"):
+                remove(left)
 
     def path(self, shard: int) -> Path:
         """Of a shard."""
