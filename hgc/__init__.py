@@ -12,6 +12,7 @@ from hgc.planning.config import Calibration, Config, ConfigError, StepPlan, pres
 from hgc.planning.rule import plan
 
 if TYPE_CHECKING:
+    from hgc.generation import GenerateError, generate
     from hgc.installation import Installation, install, uninstall
     from hgc.report.macs import MacCount, count_macs
     from hgc.report.report import Report
@@ -24,6 +25,7 @@ __all__ = [
     "Calibration",
     "Config",
     "ConfigError",
+    "GenerateError",
     "HgcWarning",
     "Installation",
     "MacCount",
@@ -31,6 +33,7 @@ __all__ = [
     "StepPlan",
     "calibrate",
     "count_macs",
+    "generate",
     "install",
     "plan",
     "plot_maps",
@@ -40,6 +43,8 @@ __all__ = [
 
 # torch and diffusers take seconds to import; Config and plan need neither.
 _LAZY = {
+    "GenerateError": "hgc.generation",
+    "generate": "hgc.generation",
     "HgcWarning": "hgc.warn",
     "Installation": "hgc.installation",
     "install": "hgc.installation",

@@ -281,3 +281,88 @@ def calibrate(
         out, model, controlnet or [], data, condition, max_macs, max_distance, preset, steps,
         guidance, inputs, trials, rounds, seed, device,
     )  # fmt: skip
+
+
+@app.command()
+@reports_errors
+def generate(
+    model: Annotated[str, typer.Option(help="testbed, or a pipeline's folder")] = "testbed",
+    controlnet: Annotated[
+        Path | None, typer.Option(help="Folder of a ControlNet; default: the pipeline's own")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with a metadata.jsonl, .jsonl, .parquet or webdataset's .tar files, a "
+            "folder or a pattern of them; default: scenes of the testbed"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures")] = Path("hgc-pictures"),
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A preset or a JSON file")
+    ] = "balanced",
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each item")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Other noise")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps; default: what the plan is meant for")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; default: 7.5, or 3.5 for the testbed")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a pipeline call")] = 8,
+    size: Annotated[str | None, typer.Option(help="Pixels: H or HxW; default: the model's")] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="nearest or bicubic: resize other conditions; default: they fail"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: fp16 on cuda")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or cuda:0,cuda:1 for one worker each")
+    ] = "cpu",
+    picture_format: Annotated[
+        str, typer.Option("--format", help="webdataset, parquet (extra `parquet`) or folder")
+    ] = "webdataset",
+    shard: Annotated[int, typer.Option(min=1, help="Items of each file")] = 64,
+    keep_conditions: Annotated[
+        bool, typer.Option("--keep-conditions", help="Write each picture's condition beside it")
+    ] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that conditions' paths lie under; default: data's")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items at most")] = None,
+    condition: Annotated[str, typer.Option(help="Of the testbed")] = "segmentation",
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: a cluster (extra `ray`)")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Actors of Ray; default: one a GPU")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster that runs; default: one is started")
+    ] = None,
+    check: Annotated[
+        float, typer.Option(help="Share of the batches made without hgc too, 0 to 1")
+    ] = 0.0,
+    max_distance: Annotated[
+        float | None, typer.Option(help="Stop where --check finds a larger mean distance")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first item that fails")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Where --out holds another run, start beside it")
+    ] = False,
+) -> None:
+    """Make a data set: pictures of a table of conditions and texts. Goes on where it was killed."""
+    from hgc.cli.generate import run
+
+    run(
+        data, out, size, device,
+        model=model, controlnet=controlnet, config=config, images=images, seed=seed, steps=steps,
+        guidance=guidance, batch=batch, resize=resize, dtype=dtype, format=picture_format,
+        shard=shard, keep_conditions=keep_conditions, root=root, limit=limit, condition=condition,
+        engine=engine, workers=workers, address=address, check=check, max_distance=max_distance,
+        strict=strict, force=force,
+    )  # fmt: skip
