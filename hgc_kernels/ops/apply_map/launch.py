@@ -9,6 +9,7 @@ from hgc_kernels.launch_config import (
     head_block,
     next_power_of_two,
     on_device_of,
+    packed_heads,
 )
 from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 
@@ -51,6 +52,7 @@ def apply_map(
             as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
             D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=config.block_d, IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
+            PACKED=packed_heads(v),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
