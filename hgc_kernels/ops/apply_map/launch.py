@@ -18,19 +18,16 @@ E4M3 = torch.float8_e4m3fn
 E4M3_UNIT = 256.0 / 448.0
 
 
-def heuristic(
-    dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
-) -> LaunchConfig:
+def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
     block_d = head_block(size)
     if dtype == torch.float32:
         block_m = 32 if block_d <= 64 else 16
         return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
-    # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head, an fp32
-    # map or an e4m3 map that becomes bf16 by way of fp32 wants the registers such a step takes.
+    # Steps of 64 keys take more registers than a thread has on sm_120, and of a prompt's 77 tokens
+    # they would load more of nothing.
     wide = block_d > 128
-    widened = map_dtype == torch.float32 or (dtype, map_dtype) == (torch.bfloat16, E4M3)
-    block_n = min(next_power_of_two(s_kv), 32 if wide or widened else 64)
+    block_n = min(next_power_of_two(s_kv), 32)
     block_m = 64 if s_q > 32 else 32
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
@@ -41,7 +38,7 @@ def apply_map(
 ) -> torch.Tensor:
     batch, s_kv, heads, size = v.shape
     s_q = map.shape[1]
-    config = heuristic(v.dtype, map.dtype, s_q, s_kv, size)
+    config = heuristic(v.dtype, s_q, s_kv, size)
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out
