@@ -52,6 +52,13 @@ def as_bytes(map: torch.Tensor) -> torch.Tensor:
     return map.view(torch.uint8) if map.dtype == torch.float8_e4m3fn else map
 
 
+def packed_heads(*operands: torch.Tensor) -> bool:
+    """Whether all heads [B, S, H, D] of a token lie one after the other, as a projection [B, S,
+    H * D] leaves them.
+    """
+    return all(x.stride(3) == 1 and x.stride(2) == x.shape[3] for x in operands)
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one: Triton launches there, on its current stream, wherever the
     tensors lie.

@@ -6,8 +6,9 @@ it.
 
 Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta
 tensors and their launches are recorded. Exits with 1 where a kernel spills or wants more shared
-memory than a block has, an attention kernel leaves the matrix units unused in a 16-bit dtype, a
-CUDA kernel uses local memory, or one of its 16-byte paths lacks 128-bit loads or stores.
+memory than a block has, an attention kernel leaves the matrix units unused in a 16-bit dtype or
+reads or writes single values of it, a CUDA kernel uses local memory, or one of its 16-byte paths
+lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,9 @@ POINTER = {
 LIBRARY = Path(hk.__file__).parent / "lib" / "libhgc_cuda.so"
 # What a block may have; sm_80's kernels also serve sm_86 and sm_89, which have less than sm_80.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# What one instruction of a thread moves: `ld.global.v4.b32`, `st.global.b16`; bytes of a cp.async.
+GLOBAL = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
+COPIED = re.compile(r"\bcp\.async\.c\w\.shared\.global\b[^;]*?, (0x[0-9a-f]+|\d+)")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|OMMA|UTC\w*MMA)\b")
 
 
@@ -185,6 +189,25 @@ def inspect_cubin(cubin):
     }
 
 
+def widths(ptx):
+    """How many loads and stores of global memory there are by their width in bytes."""
+    loads, stores = Counter(), Counter()
+    for kind, count, bits in GLOBAL.findall(ptx):
+        (loads if kind == "ld" else stores)[int(count or 1) * int(bits) // 8] += 1
+    loads.update(int(size, 0) for size in COPIED.findall(ptx))
+    return {"loads": dict(sorted(loads.items())), "stores": dict(sorted(stores.items()))}
+
+
+def wide(results, key):
+    """The share of the bytes that 16-byte accesses move, and the narrowest access."""
+    shares = [16 * found[key].get(16, 0) / moved(found[key]) for found in results]
+    return f"{min(shares):.0%}, {min(min(found[key]) for found in results)}"
+
+
+def moved(found):
+    return sum(width * count for width, count in found.items())
+
+
 def compile_case(case):
     kernel = getattr(importlib.import_module(case.module), case.kernel)
     source = ASTSource(
@@ -196,7 +219,11 @@ def compile_case(case):
     compiled = triton.compile(
         source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options)
     )
-    return {**inspect_cubin(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+    return {
+        **inspect_cubin(compiled.asm["cubin"]),
+        **widths(compiled.asm["ptx"]),
+        "shared": compiled.metadata.shared,
+    }
 
 
 def triton_table(architectures, quick, jobs):
@@ -216,17 +243,24 @@ def triton_table(architectures, quick, jobs):
                 problems.append(f"{where}: {result['shared']} bytes of shared memory")
             if case.dtype != "fp32" and not result["matrix"]:
                 problems.append(f"{where}: no matrix instructions")
+            for key in ("loads", "stores"):
+                # one is allowed: apply_map's v_0, which is no more than a value for each thread
+                single = sum(count for width, count in result[key].items() if width < 4)
+                if case.dtype != "fp32" and single > 1:
+                    problems.append(f"{where}: {key} of single values, by width: {result[key]}")
     rows = []
     for (kernel, dtype, arch), results in sorted(groups.items()):
         rows.append(
             [
                 f"`{kernel}`", dtype, f"sm_{arch}", len(results),
                 span(results, "registers"), span(results, "shared"), span(results, "matrix"),
+                wide(results, "loads"), wide(results, "stores"),
                 max(result["spills"] for result in results),
             ]
         )  # fmt: skip
     header = ["kernel", "dtype", "target", "variants", "registers", "shared bytes"]
-    return table([*header, "matrix instructions", "spills"], rows), problems
+    header += ["matrix instructions", "loads by 16 bytes, narrowest", "stores", "spills"]
+    return table(header, rows), problems
 
 
 def span(results, key):

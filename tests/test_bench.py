@@ -86,6 +86,22 @@ def test_fewer_steps_cost_at_least_as_much_and_batches_are_counted():
     assert found.about["images"] == 2
 
 
+def test_what_was_measured_is_handed_over_after_every_round():
+    pipe, rounds = small_pipeline(), []
+
+    def stop(found):
+        rounds.append(found)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(pipe, [EXACT], repeats=5, on_round=stop)
+    assert [found.about["repeats"] for found in rounds] == [1, 2]
+    assert [len(row.loop.samples) for row in rounds[1].rows] == [2, 2]
+    assert rounds[1].rows[1].against.loop > 0
+    assert "UniPCMultistepScheduler" in rounds[0].to_markdown()
+
+
 def test_deepcache_is_a_row_where_it_is_installed(monkeypatch):
     calls = []
 

@@ -270,12 +270,13 @@ def test_bench_of_a_folder(tiny, tmp_path):
     path = tmp_path / "bench.json"
     output = run(
         "bench", "--model", tiny, "--size", 32, "--steps", 8, "--repeats", 1,
-        "--presets", "exact,turbo", "--json", path,
+        "--presets", "exact,turbo", "--json", path, "--scheduler", "euler",
     )  # fmt: skip
     data = json.loads(path.read_text())
     assert [(row["name"], row["steps"]) for row in data["rows"]] == [
         ("uncached", 8), ("exact", 8), ("turbo", 8),
     ]  # fmt: skip
+    assert data["about"]["scheduler"] == "EulerDiscreteScheduler"
     assert data["about"]["repeats"] == 1 and data["about"]["height"] == 32
     turbo = data["rows"][2]
     assert turbo["against"]["steps"] == turbo["against_equal"]["steps"] == 8
@@ -289,6 +290,7 @@ def test_bench_of_a_folder(tiny, tmp_path):
         (["--presets", "papre"], "Did you mean 'paper'"),
         (["--model", "sd51"], "no model named 'sd51'"),
         (["--dtype", "fp8"], "--dtype must be one of fp32, fp16, bf16"),
+        (["--scheduler", "eulr"], "no scheduler named 'eulr'"),
         (["--presets", ","], "names nothing"),
         (["--json", "{tmp}/none/x.json"], "cannot write to"),
         (["--model", "{tiny}", "--size", "33"], "divisible by 8|multiple of 2"),

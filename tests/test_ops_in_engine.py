@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
 from collections import Counter
 
 import models
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
 import hgc_kernels as hk
@@ -108,3 +113,91 @@ def test_auto_says_once_that_the_kernels_are_missing(sd15, monkeypatch):
     said = [str(warning.message) for warning in said if "gather_blocks" in str(warning.message)]
     assert len(said) == 1 and "it was not built" in said[0]
     assert torch.equal(out, expected)
+
+
+class Divisions(TorchDispatchMode):
+    """Counts divisions by the number one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and isinstance(args[1], (int, float)):
+            self.count += args[1] == 1
+        return func(*args, **(kwargs or {}))
+
+
+def factors(pipe):
+    """The factors by which layers divide what they return, as they are and where they are."""
+    return [
+        (module.__dict__, name, module.__dict__[name])
+        for model in (pipe.unet, pipe.controlnet)
+        for module in model.modules()
+        for kind, name in (
+            (ResnetBlock2D, "output_scale_factor"),
+            (Attention, "rescale_output_factor"),
+        )
+        if isinstance(module, kind)
+    ]
+
+
+def test_layers_do_not_divide_by_one(sd15):
+    """The same bits, without the divisions of diffusers; a factor that says something is obeyed."""
+    before = factors(sd15)
+    before[0][0]["output_scale_factor"] = 2.0
+    with Divisions() as plain:
+        expected = models.draw(sd15)
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact"), Divisions() as ours:
+        out = models.draw(sd15)
+    assert torch.equal(out, expected)
+    assert plain.count > 6 * 60 and ours.count == 0
+    before[0][0]["output_scale_factor"] = 1.0
+    with hgc.install(sd15.unet, sd15.controlnet, config=SHALLOW), Divisions() as ours:
+        models.draw(sd15)
+    assert ours.count == 0
+    assert all(own[name] is factor for own, name, factor in before[1:])
+
+
+def test_factors_are_put_back_whatever_happens(sd15):
+    before = factors(sd15)
+    inside = []
+
+    def look(module, args):
+        inside.append([own[name] for own, name, _ in before])
+        copied = copy.deepcopy(sd15.unet)
+        inside.append([m.output_scale_factor for m in copied.modules() if hasattr(m, "conv1")])
+        raise RuntimeError("stop")
+
+    layer = sd15.unet.up_blocks[1].resnets[0]
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact", trust=(type(layer),)):
+        own = layer.forward
+
+        def stopping(*args, **kwargs):
+            look(layer, args)
+
+        layer.__dict__["forward"] = stopping
+        try:
+            with pytest.raises(RuntimeError, match="stop"):
+                models.draw(sd15)
+        finally:
+            del layer.__dict__["forward"]
+        assert layer.forward == own
+        assert all(held[name] is factor for held, name, factor in before)
+
+
+def test_two_threads_leave_the_factors_as_they_were(sd15):
+    before = factors(sd15)
+    expected, found = models.draw(sd15), []
+    with hgc.install(sd15.unet, sd15.controlnet, config="exact"):
+        own = {**sd15.components, "scheduler": copy.deepcopy(sd15.scheduler)}
+        pipes = [sd15, type(sd15)(**own, requires_safety_checker=False)]
+        threads = [
+            threading.Thread(target=lambda p=pipe: found.append(models.draw(p))) for pipe in pipes
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 2 and all(torch.equal(out, expected) for out in found)
+    assert all(own[name] is factor for own, name, factor in before)

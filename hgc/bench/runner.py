@@ -276,6 +276,7 @@ def bench(
     count: Callable[[Config | None, int], Macs] | None = None,
     count_launches: bool = True,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_round: Callable[[Bench], None] | None = None,
 ) -> Bench:
     """Time ``pipe`` without hgc and with each of ``configs``, interleaved.
 
@@ -302,6 +303,7 @@ def bench(
             on the meta device.
         count_launches: On a GPU, profile one more call of each variant, which takes seconds.
         on_progress: Called with a label, calls done and calls in all.
+        on_round: Called after every round with what was measured so far.
 
     Returns:
         A :class:`Bench`.
@@ -371,26 +373,18 @@ def bench(
             peak[i] = torch.cuda.max_memory_allocated()
         return timed
 
-    try:
-        for i, times in enumerate(warm):
-            for _ in range(times):
-                say("warming up")
-                quick = not cuda and variants[i].mode == "eager"
-                run(i, 2 if quick else variants[i].steps)
-                done += 1
-        for repeat in range(repeats):
-            for place in range(len(variants)):
-                i = (place + repeat) % len(variants)
-                say(variants[i].label)
-                samples[i].append(run(i, variants[i].steps))
-                done += 1
-        if cuda and count_launches:
-            for i, variant in enumerate(variants):
-                with runner.state(variant):
-                    launches[i] = _launches(functools.partial(call, variant.steps), variant.steps)
-    finally:
-        clock.remove()
-    say("done")
+    about = {
+        **about_device(device),
+        "pipeline": type(pipe).__name__,
+        "dtype": str(next(pipe.unet.parameters()).dtype).removeprefix("torch."),
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "repeats": repeats,
+        "images": images,
+        "scheduler": type(pipe.scheduler).__name__,
+        "text_encoder_timed": getattr(pipe, "text_encoder", None) is not None,
+    }
 
     def compare(i: int, mode: str, count: int) -> Comparison | None:
         j = next(
@@ -411,37 +405,50 @@ def bench(
         promised = None if here is None or there is None else there.total / here.total
         return Comparison(count, mode, promised, *ratios)
 
-    rows = []
-    for i, variant in enumerate(variants):
-        counted = macs[i]
-        rows.append(
-            BenchRow(
-                name=variant.name,
-                steps=variant.steps,
-                mode=variant.mode,
-                loop=Timing(tuple(a for a, _ in samples[i])),
-                whole=Timing(tuple(b for _, b in samples[i])),
-                macs=None if counted is None else counted.total,
-                macs_paper=None if counted is None else counted.paper,
-                held_bytes=held[i],
-                peak_bytes=peak[i] if cuda else None,
-                launches=launches[i],
-                against=compare(i, _mode_of_reference(variant.mode), steps),
-                against_equal=None
-                if variant.is_uncached
-                else compare(i, _mode_of_reference(variant.mode), variant.steps),
-                against_eager=compare(i, "eager", steps),
-            )
+    def row(i: int) -> BenchRow:
+        variant, counted = variants[i], macs[i]
+        return BenchRow(
+            name=variant.name,
+            steps=variant.steps,
+            mode=variant.mode,
+            loop=Timing(tuple(a for a, _ in samples[i])),
+            whole=Timing(tuple(b for _, b in samples[i])),
+            macs=None if counted is None else counted.total,
+            macs_paper=None if counted is None else counted.paper,
+            held_bytes=held[i],
+            peak_bytes=peak[i] if cuda else None,
+            launches=launches[i],
+            against=compare(i, _mode_of_reference(variant.mode), steps),
+            against_equal=None
+            if variant.is_uncached
+            else compare(i, _mode_of_reference(variant.mode), variant.steps),
+            against_eager=compare(i, "eager", steps),
         )
-    about = {
-        **about_device(device),
-        "pipeline": type(pipe).__name__,
-        "dtype": str(next(pipe.unet.parameters()).dtype).removeprefix("torch."),
-        "height": height,
-        "width": width,
-        "steps": steps,
-        "repeats": repeats,
-        "images": images,
-        "text_encoder_timed": getattr(pipe, "text_encoder", None) is not None,
-    }
-    return Bench(about, tuple(rows))
+
+    def measured() -> Bench:
+        rows = [row(i) for i in range(len(variants))]
+        return Bench({**about, "repeats": len(samples[-1])}, tuple(rows))
+
+    try:
+        for i, times in enumerate(warm):
+            for _ in range(times):
+                say("warming up")
+                quick = not cuda and variants[i].mode == "eager"
+                run(i, 2 if quick else variants[i].steps)
+                done += 1
+        for repeat in range(repeats):
+            for place in range(len(variants)):
+                i = (place + repeat) % len(variants)
+                say(variants[i].label)
+                samples[i].append(run(i, variants[i].steps))
+                done += 1
+            if on_round is not None:
+                on_round(measured())
+        if cuda and count_launches:
+            for i, variant in enumerate(variants):
+                with runner.state(variant):
+                    launches[i] = _launches(functools.partial(call, variant.steps), variant.steps)
+    finally:
+        clock.remove()
+    say("done")
+    return measured()

@@ -199,9 +199,10 @@ class Bench:
         about = self.about
         text = "text encoder and " if about["text_encoder_timed"] else ""
         return (
-            f"{about['pipeline']}, {about['height']} x {about['width']}, batch {about['images']}, "
-            f"{about['dtype']}, {about['device_name']} ({about['device']}, {about['threads']} "
-            f"threads), torch {about['torch']}, diffusers {about['diffusers']}, hgc "
+            f"{about['pipeline']}, {about['scheduler']}, {about['height']} x {about['width']}, "
+            f"batch {about['images']}, {about['dtype']}, {about['device_name']} "
+            f"({about['device']}, {about['threads']} threads), torch {about['torch']}, "
+            f"diffusers {about['diffusers']}, hgc "
             f"{about['hgc']}, {about['repeats']} interleaved repeats. Loop: from the first "
             f"ControlNet call to the last UNet call; pipeline: the whole call, {text}VAE decoder "
             "included. Speedups are medians of ratios within a repeat: over the uncached run in "

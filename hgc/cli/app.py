@@ -222,7 +222,8 @@ def bench(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call")] = 1,
     modes: Annotated[
-        str, typer.Option(help="eager, compiled, graphs (CUDA only), with commas between")
+        str,
+        typer.Option(help="eager, compiled; on CUDA captured, graphs too; with commas between"),
     ] = "eager",
     fewer_steps: Annotated[
         bool, typer.Option("--fewer-steps", help="Also fewer uncached steps at equal MACs")
@@ -232,13 +233,16 @@ def bench(
     ] = "",
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file")] = None,
     chart: Annotated[Path | None, typer.Option(help="Write a bar chart to this file")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="unipc, dpm++2m, ddim, deis, euler, or one with -trailing")
+    ] = None,
 ) -> None:
     """Time a pipeline with and without hgc, interleaved, and compare with what its MACs promise."""
     from hgc.cli.bench import run
 
     run(
         model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file,
-        batch, modes, fewer_steps, peers, markdown, chart,
+        batch, modes, fewer_steps, peers, markdown, chart, scheduler,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -21,6 +22,11 @@ from hgc.cli.console import (
 )
 from hgc.cli.evaluate import check_device
 from hgc.evaluation.models import DTYPES
+from hgc.evaluation.subject import check_scheduler, make_scheduler
+from hgc.planning.fields import ConfigError
+
+if TYPE_CHECKING:
+    from hgc.bench.table import Bench
 
 __all__ = ["run"]
 
@@ -42,6 +48,7 @@ def run(
     peers: str = "",
     markdown: Path | None = None,
     chart: Path | None = None,
+    scheduler: str | None = None,
 ) -> None:
     """Time the pipeline and print what arrived of the promised speedup."""
     configs = [read_config(name) for name in split(presets)]
@@ -49,6 +56,9 @@ def run(
         raise CliError("--presets names nothing to compare with the pipeline")
     if dtype not in DTYPES:
         raise CliError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if scheduler is not None:
+        with as_usage(ConfigError):
+            check_scheduler(scheduler)
     height, width = parse_size(size)
     for path in (json_file, markdown, chart):
         if path is not None:
@@ -68,9 +78,18 @@ def run(
         default = load_shapes(model, controlnet).size
     height = height or default
     width = width or height
+
+    def write(found: Bench) -> None:
+        if json_file is not None:
+            json_file.write_text(found.to_json(), encoding="utf-8")
+        if markdown is not None:
+            markdown.write_text(found.to_markdown(), encoding="utf-8")
+
     with progress() as bar:
         bar(f"loading {model}", 0, 1)
         pipe = load_pipeline(model, controlnet, device=device, dtype=getattr(torch, DTYPES[dtype]))
+        if scheduler is not None:
+            pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config, steps)
         with as_usage(ValueError, TypeError):
             measured = bench(
                 pipe,
@@ -85,12 +104,10 @@ def run(
                 peers=split(peers),
                 device=device,
                 on_progress=bar,
+                on_round=write,
             )
     with as_usage(OSError, ValueError):
-        if json_file is not None:
-            json_file.write_text(measured.to_json(), encoding="utf-8")
-        if markdown is not None:
-            markdown.write_text(measured.to_markdown(), encoding="utf-8")
+        write(measured)
         if chart is not None:
             measured.save_chart(chart)
     out = console()

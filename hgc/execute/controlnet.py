@@ -107,7 +107,7 @@ class ControlExecutor:
         if scales_lora(net):
             arguments, lora_scale = take_lora_scale(arguments)
         wrap = self._prompt.wrapper(run, slot.prefix, half)
-        with lora_scaled(net, lora_scale):
+        with lora_scaled(net, lora_scale), self._functions.undivided(net):
             return self._functions.of(net, half)(
                 net, sample, call.timestep, text,
                 hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,

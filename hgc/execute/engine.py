@@ -80,7 +80,7 @@ class Engine:
             (unet, *controlnets), structure, config.depths, trust, self.warn,
             reuse_attention=config.reuses_attention,
         )  # fmt: skip
-        self.functions = Functions(unet)
+        self.functions = Functions(unet, structure)
         prompt = PromptGrain(unet, structure, config, self.watch.processors)
         self._unet = UNetExecutor(structure, self.functions, prompt)
         self._control = ControlExecutor(self.functions, prompt, self._fresh_residuals)
@@ -215,8 +215,7 @@ class Engine:
     def _new_run(self, registry: RunRegistry, text: Tensor, position: Position) -> Run:
         self.watch.adopt_processors()
         self.watch.adapters.collect()
-        if self.functions.networks is not None:
-            self.functions.networks.begin_run()
+        self.functions.begin_run()
         unknown = self.watch.look_for_unknown_code()
         noise = None if unknown else self._noise_of(position)
         run = registry.add(

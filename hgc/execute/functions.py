@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from hgc.models.controlnet import control_function
 from hgc.models.graphs import Networks
+from hgc.models.structure import UNetStructure
+from hgc.models.undivided import factors_of, undivided
 from hgc.models.unet import run_unet
 
 __all__ = ["Functions"]
@@ -20,9 +23,27 @@ class Functions:
         networks: What stands in for the pure functions; None where they are called.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self._unet = unet
+    def __init__(self, unet: Any, structure: UNetStructure) -> None:
+        self._unet, self._structure = unet, structure
         self.networks: Networks | None = None
+        self._factors: dict[Any, Any] = {}  # of what was run in this run
+
+    def begin_run(self) -> None:
+        """A run begins."""
+        self._factors = {}
+        if self.networks is not None:
+            self.networks.begin_run()
+
+    def undivided(
+        self, module: Any, depth: int | None = None, *, encodes: bool = True
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within it layers do not divide by 1, where what computes them is not compiled."""
+        if not self.hands_over:
+            return contextlib.nullcontext()
+        factors, key = self._factors, (id(module), depth, encodes)
+        if key not in factors:
+            factors[key] = factors_of(module, self._structure, depth, encodes=encodes)
+        return undivided(factors[key])
 
     def stand_in(self, networks: Networks | None) -> None:
         """Compute by ``networks`` from now on, None: by the pure functions."""
@@ -31,6 +52,7 @@ class Functions:
 
     def clear(self) -> None:
         """Free what can be made again."""
+        self._factors = {}
         if self.networks is not None:
             self.networks.clear()
 

@@ -98,7 +98,8 @@ class UNetExecutor:
             arguments, lora_scale = take_lora_scale(arguments)
         elif arguments is NOTHING_GIVEN and self._functions.networks is None:
             arguments = {}
-        with lora_scaled(call.unet, lora_scale):
+        layers = self._functions.undivided(call.unet, depth, encodes=skips is None)
+        with lora_scaled(call.unet, lora_scale), layers:
             out, captured = self._functions.of(call.unet, half)(
                 call.unet, self._structure, sample, call.timestep, text,
                 self._prompt.wrapper(run, "unet/", half),

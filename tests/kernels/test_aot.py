@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def test_no_kernel_spills_and_the_matrix_units_are_used():
+def test_no_kernel_spills_or_reads_single_values_and_the_matrix_units_are_used():
     command = [sys.executable, SCRIPTS / "aot_table.py", "--quick"]
     built = "cuda" not in hk.build_info()["left_out"]
     if not built:

@@ -9,6 +9,7 @@ from hgc_kernels.launch_config import (
     head_block,
     next_power_of_two,
     on_device_of,
+    packed_heads,
 )
 from hgc_kernels.ops.apply_map.triton_kernel import apply_map_kernel
 
@@ -17,19 +18,16 @@ E4M3 = torch.float8_e4m3fn
 E4M3_UNIT = 256.0 / 448.0
 
 
-def heuristic(
-    dtype: torch.dtype, map_dtype: torch.dtype, s_q: int, s_kv: int, size: int
-) -> LaunchConfig:
+def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
     block_d = head_block(size)
     if dtype == torch.float32:
         block_m = 32 if block_d <= 64 else 16
         return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
-    # 77 tokens are two steps of 64; a step of 128 would load half of nothing. A wide head, an fp32
-    # map or an e4m3 map that becomes bf16 by way of fp32 wants the registers such a step takes.
+    # Steps of 64 keys take more registers than a thread has on sm_120, and of a prompt's 77 tokens
+    # they would load more of nothing.
     wide = block_d > 128
-    widened = map_dtype == torch.float32 or (dtype, map_dtype) == (torch.bfloat16, E4M3)
-    block_n = min(next_power_of_two(s_kv), 32 if wide or widened else 64)
+    block_n = min(next_power_of_two(s_kv), 32)
     block_m = 64 if s_q > 32 else 32
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
 
@@ -40,7 +38,7 @@ def apply_map(
 ) -> torch.Tensor:
     batch, s_kv, heads, size = v.shape
     s_q = map.shape[1]
-    config = heuristic(v.dtype, map.dtype, s_q, s_kv, size)
+    config = heuristic(v.dtype, s_q, s_kv, size)
     out = v.new_empty((batch, s_q, heads, size))
     if out.numel() == 0:
         return out
@@ -51,6 +49,7 @@ def apply_map(
             as_bytes(map), v, out, E4M3_UNIT if is_e4m3 else 1.0, s_q, s_kv, heads, *v.stride(),
             D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=config.block_d, IS_E4M3=is_e4m3, PRECISION=dot_precision(v.dtype),
+            PACKED=packed_heads(v),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -24,7 +24,10 @@ def apply_map_kernel(
     BLOCK_D: tl.constexpr,
     IS_E4M3: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
+    if PACKED:
+        stride_vh = D  # as in attend_and_store
     # As in attend_and_store: offsets inside a tile in 32 bits, all else in the pointers.
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
@@ -45,10 +48,12 @@ def apply_map_kernel(
     others = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, S_kv, BLOCK_N):
-        in_keys = start + n < S_kv
-        in_map = (m[:, None] < rows_left) & (in_keys & (start + n > 0))[None, :]
+        # Loaded by the padded length, whose masks cut no 16 bytes in two, and slot 0 dropped here.
+        in_map = (m[:, None] < rows_left) & (start + n < S_KV_PAD)[None, :]
         offsets = m[:, None] * (H * S_KV_PAD) + n[None, :]
         p = load_weights(map_ptr + start, offsets, in_map, IS_E4M3, v_ptr.dtype.element_ty)
+        in_keys = start + n < S_kv
+        p = tl.where((in_keys & (start + n > 0))[None, :], p, 0.0)
         # Summed as the product sees them, so that the weights add up to one whatever was rounded.
         others += tl.sum(p.to(tl.float32), 1)
         in_v = in_keys[:, None] & (d[None, :] < D)

@@ -11,6 +11,7 @@ from hgc_kernels.launch_config import (
     head_block,
     next_power_of_two,
     on_device_of,
+    packed_heads,
 )
 from hgc_kernels.ops.attend_and_store.triton_kernel import attend_and_store_kernel
 
@@ -52,7 +53,7 @@ def attend_and_store(
             *q.stride(), *k.stride(), *v.stride(),
             D=size, S_KV_PAD=map.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=config.block_d, IS_E4M3=map.dtype == torch.float8_e4m3fn,
-            PRECISION=dot_precision(q.dtype),
+            PRECISION=dot_precision(q.dtype), PACKED=packed_heads(q, k, v),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

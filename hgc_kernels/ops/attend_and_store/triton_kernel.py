@@ -76,7 +76,14 @@ def attend_and_store_kernel(
     BLOCK_D: tl.constexpr,
     IS_E4M3: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
+    if PACKED:
+        # One head after the other, as a projection leaves them. The compiler must see the head size
+        # here to know that each head begins where 16 bytes can be read at once.
+        stride_qh = D
+        stride_kh = D
+        stride_vh = D
     # Heads vary fastest: neighbouring programs read neighbouring parts of the same lines of q.
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
