@@ -27,10 +27,10 @@ from PIL import Image
 import hgc
 from hgc.generation.api import Progress, run
 from hgc.generation.generator import Generator, Made
-from hgc.generation.items import Picture, noise_seed, opened
+from hgc.generation.items import Item, Picture, noise_seed, opened
 from hgc.generation.job import Job, Model, Settings
 from hgc.generation.local import Local
-from hgc.generation.tables import Scenes, open_table
+from hgc.generation.tables import Scenes, Table, open_table
 
 _SIDE = 64
 
@@ -57,42 +57,53 @@ class _Shared(Model):
         return self.__dict__["ready"]
 
 
+def _on_disk(folder: Path, items: int) -> Table:
+    """Scenes of the testbed as a user has conditions: PNGs, and a table of them."""
+    with (folder / "metadata.jsonl").open("w") as file:
+        for n, (_, row) in enumerate(Scenes("segmentation", items).rows()):
+            (folder / f"{n}.png").write_bytes(row["condition"])
+            file.write(json.dumps({**row, "condition": f"{n}.png"}) + "\n")
+    return open_table(folder)
+
+
 def loop(items: int, steps: int, rounds: int) -> None:
     """Pictures a second, by turns."""
     from hgc import testbed
 
     pipe = testbed.load_pipeline("segmentation")
-    generator = Generator(pipe, hgc.Config.of("balanced"), steps=steps, guidance=3.5)
-    table, settings = Scenes("segmentation", items), _settings(steps=steps)
-    pictures = [
-        Picture(item, 0, opened(item.condition, settings.size, None), noise_seed(0, item, 0))
-        for item in table.items(0, (0, 0), items)
-        if not hasattr(item, "reason")
-    ]
-    batches = [pictures[i : i + settings.batch] for i in range(0, items, settings.batch)]
-    generator(batches[0])
+    config = hgc.Config.of("balanced")
+    generator = Generator(pipe, config, steps=steps, guidance=3.5)
+    settings = _settings(steps=steps)
     shares, cpu_shares, waits = [], [], []
-    for number in range(rounds):
-        begun = time.perf_counter(), time.process_time()
-        for batch in batches:
-            generator(batch)
-        plain = time.perf_counter() - begun[0], time.process_time() - begun[1]
-        with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place:
+        table = _on_disk(Path(place), items)
+        pictures = [
+            Picture(item, 0, opened(item.condition, settings.size, None), noise_seed(0, item, 0))
+            for item in table.items(0, (0, 0), items)
+            if isinstance(item, Item)
+        ]
+        batches = [pictures[i : i + settings.batch] for i in range(0, items, settings.batch)]
+        generator(batches[0])
+        for number in range(rounds):
+            begun = time.perf_counter(), time.process_time()
+            for batch in batches:
+                generator(batch)
+            plain = time.perf_counter() - begun[0], time.process_time() - begun[1]
             begun = time.perf_counter(), time.process_time()
             summary = run(
-                table, _Shared(generator), hgc.Config.of("balanced"), settings, Path(place) / "out",
+                table, _Shared(generator), config, settings, Path(place) / f"out-{number}",
                 lambda job: Local(job, ["cpu"]), {},
             )  # fmt: skip
             whole = summary.seconds, time.process_time() - begun[1]
-        shares.append(plain[0] / whole[0])
-        cpu_shares.append(plain[1] / whole[1])
-        waits.append(summary.waited)
-        print(
-            f"round {number}: loop {items / plain[0]:.2f} pictures/s ({plain[1]:.1f} CPU s), "
-            f"generate {items / whole[0]:.2f} ({whole[1]:.1f} CPU s with the scan and the page), "
-            f"device waited {summary.waited:.1%}",
-            flush=True,
-        )
+            shares.append(plain[0] / whole[0])
+            cpu_shares.append(plain[1] / whole[1])
+            waits.append(summary.waited)
+            print(
+                f"round {number}: loop {items / plain[0]:.2f} pictures/s ({plain[1]:.1f} CPU s), "
+                f"generate {items / whole[0]:.2f} ({whole[1]:.1f} CPU s with the hashes of the "
+                f"weights and the page), device waited {summary.waited:.1%}",
+                flush=True,
+            )
     print(
         f"generate over loop, median of {rounds}: {statistics.median(shares):.3f} of the pictures "
         f"a second, {statistics.median(cpu_shares):.3f} by CPU seconds; device waited "

@@ -3,7 +3,7 @@
     python scripts/generate_trial.py --runs 30 --items 200
     python scripts/generate_trial.py --runs 5 --items 200 --engine ray
 
-Every run is the command itself in a process of its own, on the testbed at one step. It is killed
+Every run is the command itself in a process of its own, on the testbed at few steps. It is killed
 with SIGKILL after a random time, with --engine ray as often an actor or the node's process in its
 place, and started again until it ends by itself. Then every id must be there once and every shard
 have the bytes of the undisturbed run.
@@ -79,10 +79,20 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--longest", type=float, default=30.0, help="seconds to the first kill")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     chance = random.Random(asked.seed)
-    given = ["--limit", str(asked.items), "--images", "1", "--steps", "1", "--shard", "10"]
+    given = [
+        "--limit",
+        str(asked.items),
+        "--images",
+        "1",
+        "--steps",
+        str(asked.steps),
+        "--shard",
+        "10",
+    ]
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
         subprocess.run([*_COMMAND, "--out", str(whole), *given], check=True)

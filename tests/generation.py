@@ -31,6 +31,11 @@ class Stub:
 
     def __call__(self, pictures) -> Made:
         time.sleep(self._model.seconds * len(pictures))
+        if self._model.waits_for is not None and self._made == 0:
+            end = time.monotonic() + 60
+            while len(list(self._model.waits_for.glob("shards/.*.tmp"))) < 2:
+                assert time.monotonic() < end, "no other shard was begun meanwhile"
+                time.sleep(0.01)
         self._made += 1
         if self._model.dies_at is not None and self._made > self._model.dies_at:
             raise RuntimeError("the device fell off the bus")
@@ -57,6 +62,7 @@ class StubModel(Model):
     seconds: float = 0.0
     dies_at: int | None = None
     off: int = 0
+    waits_for: Path | None = None
 
     def size(self) -> int:
         return SIZE
