@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -175,6 +177,28 @@ def test_a_bad_file_is_refused_and_a_good_one_is_taken(tab, tmp_path):
     assert canvas.evaluate("e => [...e.getContext('2d').getImageData(9, 9, 1, 1).data]") == [
         60, 200, 60, 255,
     ]  # fmt: skip
+
+
+def test_the_server_takes_no_file_and_gives_none(address, tmp_path):
+    """What Gradio itself would take and give at its own addresses."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+
+    def status(place: str, data: bytes | None = None) -> int:
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        try:
+            asked = urllib.request.Request(f"{address}gradio_api/{place}", data, kind)
+            with urllib.request.urlopen(asked) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    part = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n12\r\n--b--\r\n'
+    )
+    assert status("upload", part) == 413
+    assert status(f"file={secret}") == 403
+    assert status("info") == 200  # what the address is when it is right
 
 
 def test_a_configuration_is_downloaded_and_given_back(tab):
