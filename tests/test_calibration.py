@@ -202,7 +202,7 @@ def test_with_another_scheduler_of_the_same_timesteps_the_rule_is_followed():
 
 def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkeypatch):
     """As on a GPU: the copy has an event, and what follows does not hang on when it is there."""
-    from hgc.execute import fitted
+    from hgc.run import run
 
     waited = []
 
@@ -210,7 +210,7 @@ def test_timesteps_that_come_late_are_waited_for_at_the_second_evaluation(monkey
         def synchronize(self):
             waited.append(len(installed._engine.registry.last.report))
 
-    monkeypatch.setattr(fitted, "to_host", lambda value: (value.clone(), Event()))
+    monkeypatch.setattr(run, "to_host", lambda value: (value.clone(), Event()))
     pipe, config, _ = found()
     steps = config.calibration.steps
     pipe.scheduler = type(pipe.scheduler).from_config(

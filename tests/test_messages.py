@@ -305,7 +305,7 @@ def test_a_controlnet_that_is_called_twice_in_an_evaluation():
     ("changes", "share", "missing"),
     [
         ({}, 0.0, "feature/1"),
-        ({"guidance": "reuse"}, 0.8, "guidance"),
+        ({"guidance": "reuse"}, 0.99, "guidance"),
         ({"steps": (StepPlan(), *(StepPlan(control="off", depth=0),) * 5)}, 0.0, "output"),
     ],
 )
