@@ -24,7 +24,7 @@ def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfi
         # Full fp32 runs on the ordinary units, with both operands in registers: small tiles.
         if block_d > 64:
             return LaunchConfig(16, 16, block_d, num_warps=8, num_stages=1)
-        return LaunchConfig(32, min(keys, 32), block_d, num_warps=4, num_stages=1)
+        return LaunchConfig(32, min(keys, 32), block_d, num_warps=8, num_stages=1)
     # A text prompt (77 tokens) is one tile of 128: all scores of a query stay in registers.
     wide = block_d > 128
     block_n = keys if keys <= 128 else 32 if wide else 64
