@@ -69,10 +69,10 @@ def parts(pipelines: str) -> list[Part]:
     timed = (*whole, "--macs", macs, "--json", "{out}", *left)
     return [
         Part("info", (*goals, "--ceilings", "{out}"), 60),
-        Part("tests-ops", (*test, "-n", "8", ops), 110, collect, True),
-        Part("tests-engine", (*test, "-n", "6", engine, "-k", "not compiled"), 110, collect, True),
-        Part("memcheck", (*memcheck, chosen), 110, (), True),
-        Part("tests-compiled", (*test, "-n", "3", engine, "-k", compiled), 150, collect, True),
+        Part("tests-ops", (*test, "-n", "8", ops), 150, collect, True),
+        Part("tests-engine", (*test, "-n", "8", engine, "-k", "not compiled"), 200, collect, True),
+        Part("memcheck", (*memcheck, chosen), 150, (), True),
+        Part("tests-compiled", (*test, "-n", "3", engine, "-k", compiled), 200, collect, True),
         Part("macs", (*whole, "--count", macs), 110, beside=True),
         Part("ops", (*goals, "--json", "{out}"), 60),
         Part("pipelines", timed, 330),
