@@ -353,7 +353,8 @@ def test_what_cannot_be_captured_runs_eagerly(pipe, monkeypatch):
         return original(self, x)
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", waiting)
-    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+    trust = (torch.nn.Conv2d,)  # its code is not torch's now
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME, trust=trust) as installed:
         eager = draw(pipe, steps=10)
         installed.capture()
         with pytest.warns(HgcWarning, match="cannot be captured and runs eagerly"):

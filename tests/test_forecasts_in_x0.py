@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import math
 import threading
 import warnings
 import weakref
@@ -113,13 +114,20 @@ def out_of(prediction, sample, x0, alpha, sigma):
     return (alpha * sample - x0) / sigma if prediction == "v_prediction" else x0
 
 
+def log_snr(row):
+    return math.log(row[3] / row[4])
+
+
 def expected(seen, keys, i, prediction, damping, guidance_damping, correction=()):
     """The output of evaluation ``i`` by those of ``keys``."""
     _, sample, _, alpha, sigma = seen[i]
     past = [seen[k] for k in keys if k < i][-2:]
     x0 = [x0_of(prediction, *row[1:]) for row in past]
-    snr = [torch.tensor(row[3] / row[4]).log().item() for row in (*past, seen[i])]
+    snr = [log_snr(row) for row in (*past, seen[i])]
     forecast = x0[-1]
+    gaps = torch.tensor([log_snr(seen[k]) for k in keys]).double().diff().abs()
+    near = min(1.0, float(gaps[gaps > 1e-6].quantile(0.5)) / 0.6)
+    damping, guidance_damping = (1 - (1 - each) * near for each in (damping, guidance_damping))
     if len(past) == 2 and snr[1] != snr[0]:
         ahead = (snr[2] - snr[1]) / (snr[1] - snr[0])
         (u0, c0), (u1, c1) = (each.chunk(2) for each in x0)
@@ -513,7 +521,7 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
     """Timesteps that are not the scheduler's own: by its alphas alone."""
     scheduler = models.scheduler(DDIMScheduler)
     timesteps = torch.tensor([999.0, 500.0, 500.5, 0.0])
-    levels = NoiseLevels(scheduler, timesteps, is_own=False)
+    levels = NoiseLevels(scheduler, timesteps, (), is_own=False)
     ones, zeros = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     alphas = [float(levels.output(ones, zeros, i)) for i in range(4)]  # 1 / sigma
     for i, t in enumerate((999, 500, None, 0)):
@@ -523,20 +531,24 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
     assert alphas[1] > alphas[2] > 0.999 * alphas[1]
 
 
-@pytest.mark.parametrize(("steps", "share"), [(8, 1.0), (20, 1.0), (30, 0.73), (50, 0.45)])
-def test_a_forecast_is_damped_less_where_evaluations_are_near(steps, share):
-    """What is left of the damping is the median distance in log-SNR, beside 0.18."""
+@pytest.mark.parametrize(
+    ("steps", "keys", "share"),
+    [(20, 7, 1.0), (20, 9, 0.91), (50, 17, 0.43), (50, 10, 0.73), (50, 1, 1.0)],
+)
+def test_a_forecast_is_damped_less_where_key_evaluations_are_near(steps, keys, share):
+    """What is left of the damping is the median distance in log-SNR of neighbours, beside 0.6."""
     scheduler = models.scheduler(UniPCMultistepScheduler)
     scheduler.set_timesteps(steps)
-    levels = NoiseLevels(scheduler, scheduler.timesteps, is_own=True)
+    at = [round(k * (steps - 1) / max(keys - 1, 1)) for k in range(keys)]
+    levels = NoiseLevels(scheduler, scheduler.timesteps, at, is_own=True)
     log_snr = -scheduler.sigmas[:steps].double().log()
     line = float((log_snr[4] - log_snr[3]) / (log_snr[3] - log_snr[1]))
-    gap = float(log_snr.diff().quantile(0.5))
+    gap = float(log_snr[at].diff().quantile(0.5)) if keys > 1 else 1.0
     # the sigmas are rounded to fp32: each difference of two logarithms by two roundings
-    bound = 16 * torch.finfo(torch.float32).eps / gap
-    assert min(1.0, gap / 0.18) == pytest.approx(share, abs=0.005)  # two digits
+    bound = 16 * torch.finfo(torch.float32).eps / float(log_snr.diff().min())
+    assert min(1.0, gap / 0.6) == pytest.approx(share, abs=0.005)  # two digits
     for damping in (1.0, 0.6, 0.25):
-        expected = (1 - (1 - damping) * min(1.0, gap / 0.18)) * line
+        expected = (1 - (1 - damping) * min(1.0, gap / 0.6)) * line
         assert abs(levels.slope(damping, 4, 3, 1) / expected - 1) < bound
     assert levels.slope(0.0, 4, 3, 1) == 0.0
 

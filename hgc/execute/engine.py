@@ -267,7 +267,8 @@ class Engine:
         timesteps = position.timestep.as_strided((position.total,), (1,), 0)
         own = getattr(scheduler, "timesteps", None)
         is_own = isinstance(own, Tensor) and storage_of(own) == position.storage
-        return NoiseLevels(scheduler, timesteps, is_own=is_own)
+        keys = self._schedules.key_evaluations(position.total)
+        return NoiseLevels(scheduler, timesteps, keys, is_own=is_own)
 
     # -- what is decided ----------------------------------------------------------------------
 

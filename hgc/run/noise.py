@@ -32,9 +32,9 @@ _FORMS = {
     "v_prediction": lambda alpha, sigma: (alpha, -sigma),
     "sample": lambda alpha, sigma: (0.0, 1.0),
 }
-# The distance in log-SNR between evaluations, a little below that of 20 steps, from which on
-# dampings are as they were given. With nearer ones x0 is nearer to a line: docs/decisions/008.
-_FULLY_DAMPED = 0.18
+# The distance in log-SNR between key evaluations, a little below those of 7 of 20 steps, from which
+# on dampings are as they were given. With nearer ones x0 is nearer to a line: docs/decisions/008.
+_FULLY_DAMPED = 0.6
 # Evaluations of one timestep, as second-order schedulers make them, are nearer than this.
 _NO_GAP = 1e-6
 # Schedules that end in pure noise have an alpha of zero there: as diffusers bounds it.
@@ -67,11 +67,14 @@ class NoiseLevels:
     Args:
         scheduler: With ``alphas_cumprod``, and a prediction type that :meth:`fits`.
         timesteps: [N], of the run, on its device.
+        keys: Indices of the evaluations whose x0 is computed, as planned.
         is_own: Whether ``timesteps`` are those that the scheduler holds now: then its sigmas are
             those of the run.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, *, is_own: bool) -> None:
+    def __init__(
+        self, scheduler: Any, timesteps: Tensor, keys: Sequence[int], *, is_own: bool
+    ) -> None:
         self._form = _FORMS[scheduler.config.prediction_type]
         sigmas = getattr(scheduler, "sigmas", None) if is_own else None
         given = [timesteps, scheduler.alphas_cumprod]
@@ -80,7 +83,8 @@ class NoiseLevels:
         self._under_way = [*map(to_host, given)]
         self._levels: list[tuple[float, float]] = []  # of_sample, of_output at each evaluation
         self._log_snr: list[float] = []
-        self._spacing = 1.0  # of evaluations, beside that at which dampings are as given; 1 at most
+        self._keys = list(keys)
+        self._left = 1.0  # of what a damping takes away, as the key evaluations are apart
 
     @staticmethod
     def fits(scheduler: Any) -> bool:
@@ -120,10 +124,10 @@ class NoiseLevels:
             self._form(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)
         ]
         self._log_snr = found = np.log(alphas / sigmas).tolist()
-        gaps = np.abs(np.diff(found))
+        gaps = np.abs(np.diff([found[key] for key in self._keys]))
         gaps = gaps[gaps > _NO_GAP]
         if len(gaps):
-            self._spacing = min(1.0, float(np.median(gaps)) / _FULLY_DAMPED)
+            self._left = min(1.0, float(np.median(gaps)) / _FULLY_DAMPED)
 
     def _at(self, evaluation: int) -> tuple[float, float]:
         if self._under_way:
@@ -150,12 +154,12 @@ class NoiseLevels:
 
     def slope(self, damping: float, evaluation: int, newest: int, previous: int) -> float:
         """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped; less
-        so in a run of evaluations that are nearer to each other than those of 20 steps. No slope
+        so in a run whose key evaluations are nearer to each other than 7 of 20 steps are. No slope
         (a damping of 0) stays none."""
         if self._under_way:
             self._read()
         if damping != 0.0:
-            damping = 1.0 - (1.0 - damping) * self._spacing
+            damping = 1.0 - (1.0 - damping) * self._left
         found = self._log_snr
         behind, ahead = found[newest] - found[previous], found[evaluation] - found[newest]
         return damping * ahead / behind if abs(behind) > _NO_GAP else 0.0

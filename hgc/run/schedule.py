@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from hgc.planning.config import Config, StepPlan
-from hgc.planning.rule import plan, reads
+from hgc.planning.rule import Rule, plan, reads
 from hgc.run.adaptive import AdaptiveSchedule
 from hgc.run.evaluation import Evaluation
 
@@ -120,6 +120,13 @@ class Schedules:
         if config.steps is not None and config.key_steps is None:
             return total == config.num_evaluations
         return any(step.damping is not None for step in self._of(total, "x0").plan)
+
+    def key_evaluations(self, total: int) -> tuple[int, ...]:
+        """Indices of those of ``total`` that run the UNet in full; of an adaptive configuration
+        those of its rule, from which runs depart."""
+        if self.config.adaptive:
+            return tuple(Rule(self.config, total).keys)
+        return tuple(i for i, step in enumerate(self._of(total, "x0").plan) if step.is_key)
 
     def full(self, total: int) -> Schedule:
         """Every evaluation in full."""
