@@ -137,7 +137,7 @@ class Running:
             "status": {None: "timed out", 0: "passed", 127: "skipped"}.get(code, "failed"),
             "seconds": round(seconds, 1),
             "command": " ".join(["python3" if c == sys.executable else c for c in self.command]),
-            "output": _OF_MACHINE.sub("", self._log.read())[-TAIL:],
+            "output": _OF_MACHINE.sub("", self._log.read().replace(f"{ROOT}/", ""))[-TAIL:],
         }
         if self._out.exists():  # of a part that was ended too: it writes as it goes
             found["data"] = json.loads(self._out.read_text())
