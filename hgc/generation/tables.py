@@ -117,20 +117,32 @@ def _refuse_twice(table: Table, suspects: set[int], count: int) -> None:
         seen[name] = number
 
 
-class JsonLines(Table):
-    """One object a line. ``condition`` may be called ``condition_file_name``, or, where the first
-    line has neither, ``file_name``, as Hugging Face's ImageFolder names its pictures."""
+class _Files(Table):
+    """Rows of several files, one file after the other. Paths are below ``root``, by default the
+    folder of the first file."""
 
     def __init__(self, files: Sequence[Path], root: Path | None) -> None:
         self._files = files
         self.root = files[0].parent if root is None else root
+
+    def _begin(self, position: Position) -> Iterator[tuple[int, Path, int]]:
+        """Number and path of each file from ``position`` on, and where in it to begin."""
+        for number, path in list(enumerate(self._files))[position[0] :]:
+            yield number, path, position[1] if number == position[0] else 0
+
+
+class JsonLines(_Files):
+    """One object a line. ``condition`` may be called ``condition_file_name``, or, where the first
+    line has neither, ``file_name``, as Hugging Face's ImageFolder names its pictures."""
+
+    def __init__(self, files: Sequence[Path], root: Path | None) -> None:
+        super().__init__(files, root)
         names = ("condition", "condition_file_name", "file_name")
         first = next((row for _, row in self._lines(_START)), {})
         self._condition = next((name for name in names if name in first), names[0])
 
     def _lines(self, position: Position) -> Iterator[tuple[Position, Row]]:
-        for number, path in list(enumerate(self._files))[position[0] :]:
-            offset = position[1] if number == position[0] else 0
+        for number, path, offset in self._begin(position):
             try:
                 with path.open("rb") as file:
                     file.seek(offset)
@@ -160,7 +172,7 @@ class JsonLines(Table):
             yield place, row
 
 
-class Parquet(Table):
+class Parquet(_Files):
     """Columns as `FIELDS`; ``condition`` a path, bytes, or Hugging Face's struct of both. A slice
     is read from the beginning of its row group on, so row groups should not be much larger than
     shards."""
@@ -173,8 +185,7 @@ class Parquet(Table):
                 "Parquet needs pyarrow, which the parquet extra installs: "
                 'pip install "hybrid-grained-cache[parquet]"'
             ) from None
-        self._files = files
-        self.root = files[0].parent if root is None else root
+        super().__init__(files, root)
 
     def rows(
         self, position: Position = _START, *, light: bool = False
@@ -182,8 +193,7 @@ class Parquet(Table):
         import pyarrow
         import pyarrow.parquet
 
-        for number, path in list(enumerate(self._files))[position[0] :]:
-            skip = position[1] if number == position[0] else 0
+        for number, path, skip in self._begin(position):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     schema = file.schema_arrow
@@ -222,20 +232,15 @@ def _is_text(schema: Any) -> bool:
     return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
-class Tars(Table):
+class Tars(_Files):
     """webdataset's shards: members of one name are a sample. ``x.json`` holds fields, ``x.txt`` the
     text, ``x.condition.png``, or else the one picture, the condition; the id is ``x`` unless the
     JSON has one."""
 
-    def __init__(self, files: Sequence[Path], root: Path | None) -> None:
-        self._files = files
-        self.root = files[0].parent if root is None else root
-
     def rows(
         self, position: Position = _START, *, light: bool = False
     ) -> Iterator[tuple[Position, Row]]:
-        for number, path in list(enumerate(self._files))[position[0] :]:
-            start = position[1] if number == position[0] else 0
+        for number, path, start in self._begin(position):
             try:
                 with path.open("rb") as file:
                     file.seek(start)
