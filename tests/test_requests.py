@@ -46,7 +46,7 @@ def live_bytes() -> int:
         found = {
             x.untyped_storage()._cdata: x.untyped_storage().nbytes()
             for x in gc.get_objects()
-            if issubclass(type(x), torch.Tensor) and not x.is_meta
+            if issubclass(type(x), torch.Tensor) and x.layout == torch.strided and not x.is_meta
         }
     return sum(found.values())
 
