@@ -29,7 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_OF_MACHINE = re.compile(r"/\S*/site-packages/|/tmp/hgc-site-\w+/")
+_HERE = "|".join(map(re.escape, (f"{ROOT}/", f"{sys.prefix}/bin/")))
+_OF_MACHINE = re.compile(rf"/\S*/site-packages/|/tmp/hgc-site-\w+/|{_HERE}")
 TAIL = 6000  # characters of a part's output that are kept
 CALL = "python scripts/gpu_suite.py --carried carry --results out --seconds 540"
 
@@ -137,7 +138,7 @@ class Running:
             "status": {None: "timed out", 0: "passed", 127: "skipped"}.get(code, "failed"),
             "seconds": round(seconds, 1),
             "command": " ".join(["python3" if c == sys.executable else c for c in self.command]),
-            "output": _OF_MACHINE.sub("", self._log.read().replace(f"{ROOT}/", ""))[-TAIL:],
+            "output": _OF_MACHINE.sub("", self._log.read())[-TAIL:],
         }
         if self._out.exists():  # of a part that was ended too: it writes as it goes
             found["data"] = json.loads(self._out.read_text())
@@ -180,8 +181,7 @@ def save(results: dict, folder: Path) -> None:
 def groups(of: list[Part]) -> Iterator[list[Part]]:
     """Neighbours that may run side by side, together; the others alone."""
     for beside, found in itertools.groupby(of, lambda part: part.beside):
-        group = list(found)
-        yield from [group] if beside else [[part] for part in group]
+        yield from [list(found)] if beside else ([part] for part in found)
 
 
 def run(group: list[Part], tiny: bool, work: Path, end: float) -> Iterator[tuple[Part, dict]]:
