@@ -173,15 +173,15 @@ def save(results: dict, folder: Path) -> None:
     name = re.sub(r"[^a-z0-9]+", "-", str(results["about"]["device"]).lower()).strip("-")
     texts = {".json": json.dumps(results, indent=1) + "\n", ".md": markdown(results)}
     for suffix, text in texts.items():
-        temporary = folder / f"{name}{suffix}.part"
-        temporary.write_text(text)
+        (temporary := folder / f"{name}{suffix}.part").write_text(text)
         temporary.replace(folder / f"{name}{suffix}")  # whole or not at all
 
 
 def groups(of: list[Part]) -> Iterator[list[Part]]:
     """Neighbours that may run side by side, together; the others alone."""
     for beside, found in itertools.groupby(of, lambda part: part.beside):
-        yield from [list(found)] if beside else ([part] for part in found)
+        group = list(found)
+        yield from [group] if beside else [[part] for part in group]
 
 
 def run(group: list[Part], tiny: bool, work: Path, end: float) -> Iterator[tuple[Part, dict]]:
