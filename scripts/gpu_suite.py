@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_HERE = "|".join(map(re.escape, (f"{ROOT}/", f"{sys.prefix}/bin/")))
-_OF_MACHINE = re.compile(rf"/\S*/site-packages/|/tmp/hgc-site-\w+/|{_HERE}")
+_HERE = "|".join(map(re.escape, (str(ROOT), f"{sys.prefix}/bin/")))
+_OF_MACHINE = re.compile(rf"/\S*/(?:site-packages|hgc-site-\w+)/|(?:{_HERE})/?")
 TAIL = 6000  # characters of a part's output that are kept
 CALL = "python scripts/gpu_suite.py --carried carry --results out --seconds 540"
 

@@ -48,7 +48,8 @@ FAULTS = [
         "gather_blocks",
         lambda: {"hidden": torch.zeros(1, 3, 4, 4, dtype=torch.float64)},
         TypeError,
-        "hidden: expected dtype torch.float32 or torch.float16 or torch.bfloat16, got torch.f",
+        "hidden: expected dtype torch.float32 or torch.float16 or torch.bfloat16, "
+        "got torch.float64",
     ),
     (
         "gather_blocks",
