@@ -261,11 +261,16 @@ def install(
                 "hgc.uninstall(unet, controlnet), or .uninstall() of the Installation, first. "
                 "What two pipelines share is to be copied for each (copy.deepcopy)"
             )
-    # a pipeline holds its UNet, which holds the installation
-    held = weakref.ref(pipe) if pipe is not None and scheduler is None else None
+    # a pipeline holds its UNet, which holds the installation; its scheduler holds neither, and
+    # stays where the pipeline goes and another takes over its models
+    held = weakref.ref(pipe) if pipe is not None and scheduler is None else lambda: None
+    known = [getattr(pipe, "scheduler", None) if scheduler is None else scheduler]
 
     def current() -> Any:
-        return scheduler if held is None else getattr(held(), "scheduler", None)
+        alive = held()
+        if alive is not None:
+            known[0] = getattr(alive, "scheduler", None)
+        return known[0]
 
     return Installation(Engine(unet, nets, config, scheduler=current, trust=trust))
 

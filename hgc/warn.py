@@ -8,8 +8,8 @@ __all__ = ["HgcWarning", "WarnOnce"]
 
 
 class HgcWarning(UserWarning):
-    """hgc computes something in full that its plan would have reused, or a calibrated plan is used
-    on something it was not measured on; the message says why."""
+    """What was asked of hgc is not done, or not as well: something is computed that the plan would
+    have reused, or forecast from less. The message says why, and what to do."""
 
 
 class WarnOnce:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The releases of torch and of diffusers that hgc supports: each at least once, and the four corners.
+# Releases of torch and of diffusers that hgc supports: the four corners, and two rows between them.
 #
 #     scripts/check_matrix.sh                  # all rows
 #     scripts/check_matrix.sh 2.11.0/0.38.0    # one: torch/diffusers

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import io
 import itertools
 import pickle
@@ -1259,18 +1260,79 @@ def test_inference_mode_and_back(sd15):
                 sd15.unet(sample, t, text)
 
 
-def test_an_abandoned_run_is_forgotten(sd15):
+@pytest.mark.parametrize(
+    ("changes", "arguments"),
+    [
+        ({}, {}),
+        ({}, {"guess_mode": True}),
+        ({"depth": 1, "control": "compute", "guidance": "reuse"}, {}),
+    ],
+)
+def test_an_abandoned_run_is_forgotten(sd15, changes, arguments):
+    """Also where views of its text were handed out."""
+
     def fail(pipe, i, t, kwargs):
         if i == 3:
             raise Stop
         return {}
 
-    with hgc.install(sd15.unet, sd15.controlnet, config=SOME) as installed:
+    config = SOME.replace(**changes)
+    with hgc.install(sd15.unet, sd15.controlnet, config=config) as installed:
         for seed in range(3):
             with contextlib.suppress(Stop):
-                models.draw(sd15, seed=seed, callback_on_step_end=fail)
-        models.draw(sd15)
+                models.draw(sd15, seed=seed, callback_on_step_end=fail, **arguments)
+            gc.collect()
+        models.draw(sd15, **arguments)
         assert sum(run.cache.bytes for run in installed._engine.registry.runs.values()) == 0
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_one_more_call_at_the_end_is_no_run(sd15, guess_mode):
+    """A second tile at the last timestep: computed by diffusers, and the report stays."""
+    pipe, seen = sd15, {}
+    forwards = pipe.controlnet.forward, pipe.unet.forward
+
+    def once_more(pipe, i, t, kwargs):
+        if i == 5:
+            for model, (args, given) in seen.items():
+                forward = forwards[model is pipe.unet]
+                made, expected = model(*args, **given)[0], forward(*args, **given)[0]
+                if model is pipe.unet:
+                    assert torch.equal(made, expected)
+        return {}
+
+    def note(model, args, kwargs):
+        seen.setdefault(model, (args, kwargs))
+        seen[model] = args, {**kwargs, "return_dict": False}
+
+    with hgc.install(pipe.unet, pipe.controlnet, config=SOME) as installed:
+        hooks = [
+            model.register_forward_pre_hook(note, with_kwargs=True)
+            for model in (pipe.controlnet, pipe.unet)
+        ]
+        models.draw(pipe, guess_mode=guess_mode, callback_on_step_end=once_more)
+        for hook in hooks:
+            hook.remove()
+        assert len(installed.report().rows) == 6
+
+
+def test_cross_attention_of_one_half_does_not_stand_for_both(sd15):
+    """What an evaluation cannot read it computes, says so, and keeps for the next."""
+    config = Config(
+        num_evaluations=8, key_steps=(0, 1, 2, 4, 6), depth=1, conditional_key_steps=(2,),
+        guidance="reuse", attention_gate=0.5, attention="reuse",
+    )  # fmt: skip
+    steps = hgc.plan(config, 8)
+    assert [step.guidance for step in steps[2:5]] == ["reuse", "reuse", "both"]
+    assert steps[4].attention == "reuse"
+    computed = (*steps[:4], dataclasses.replace(steps[4], attention="compute"), *steps[5:])
+    latents = {}
+    for each in (config, Config(num_evaluations=8, steps=computed)):
+        with hgc.install(sd15.unet, sd15.controlnet, config=each) as installed:
+            latents[each] = models.draw(sd15, steps=8)
+            rows = installed.report().rows
+        assert [row.attention for row in rows[3:6]] == ["reuse", "compute", "reuse"]
+    assert torch.equal(*latents.values())
 
 
 def test_t2i_adapter_residuals_at_every_depth(sdxl):

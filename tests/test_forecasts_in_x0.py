@@ -27,6 +27,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    RePaintScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     UniPCMultistepScheduler,
@@ -246,9 +247,9 @@ def test_without_guidance_the_batch_goes_by_the_first_damping():
 # -- gains -----------------------------------------------------------------------------------
 
 
-def shallow(gain, guidance_damping=None):
+def shallow(gain, guidance_damping=None, steps=6):
     return Config(
-        name="shallow", num_evaluations=6, key_steps=(0, 2, 4), guidance="reuse",
+        name="shallow", num_evaluations=steps, key_steps=(*range(0, steps, 2),), guidance="reuse",
         feature_damping=0.7, difference_damping=0.4,
         damping=0.6, guidance_damping=guidance_damping, gain=gain,
     )  # fmt: skip
@@ -275,6 +276,23 @@ def test_a_gain_is_a_share_of_the_way_from_the_forecast_to_the_layers():
     wanted = forecast[1] + 0.25 * (whole[1] - forecast[1])
     assert not torch.allclose(whole[1], forecast[1])
     assert (half - wanted).abs().max() <= 16 * 2**-23 * wanted.abs().max()
+
+
+def test_a_gain_counts_less_where_key_evaluations_are_near():
+    """As much less as a damping takes: by the median distance of neighbours, beside 0.6."""
+    pipe, steps = small(), 40
+    made = {
+        gain: outputs(pipe, shallow(gain, steps=steps), steps=steps)[1][1]
+        for gain in (0.0, 0.25, 1.0)
+    }
+    pipe.scheduler.set_timesteps(steps)
+    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
+    log_snr = 0.5 * (alphas / (1 - alphas)).log()
+    spacing = float(log_snr[::2].diff().quantile(0.5)) / 0.6
+    assert spacing < 0.8
+    wanted = made[0.0] + 0.25 * spacing * (made[1.0] - made[0.0])
+    assert not torch.allclose(made[1.0], made[0.0])
+    assert (made[0.25] - wanted).abs().max() <= 16 * 2**-23 * wanted.abs().max()
 
 
 def test_plans_that_forecast_nothing_are_refused():
@@ -529,6 +547,16 @@ def test_levels_of_noise_are_those_of_trained_timesteps():
             sigma = float(1 - scheduler.alphas_cumprod[t].double()) ** 0.5
             assert abs(alphas[i] * sigma - 1) < 4 * torch.finfo(torch.float32).eps
     assert alphas[1] > alphas[2] > 0.999 * alphas[1]
+
+
+def test_a_scheduler_that_names_no_prediction_type_predicts_noise():
+    scheduler = RePaintScheduler()
+    assert "prediction_type" not in scheduler.config and NoiseLevels.fits(scheduler)
+    levels = NoiseLevels(scheduler, torch.tensor([500]), [0], is_own=False)
+    alpha = scheduler.alphas_cumprod[500].double()
+    one = torch.ones(1, 1, 1, 1)
+    expected = (1 - (1 - alpha).sqrt()) / alpha.sqrt()
+    assert abs(levels.x0(one, one, 0).item() - expected) < 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(

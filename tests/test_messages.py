@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import threading
 import types
@@ -86,6 +87,11 @@ def test_a_unet_that_is_called_twice_a_step(made):
         (message,), out = said(loop(unet, net, looks=True))
         assert len(installed.report().rows) == 2 * STEPS - 1
     assert message.startswith("one timestep was evaluated more than once")
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(out, right, strict=True))
+    # nothing was to be reused
+    with hgc.install(unet, net, config=Config(max_cache_bytes=100)):
+        messages, out = said(loop(unet, net, looks=True))
+    assert messages == []
     assert all(torch.equal(a, b) for (a,), (b,) in zip(out, right, strict=True))
 
 
@@ -390,11 +396,12 @@ def with_weights(unet, cls):
     unet.set_attn_processor(made)
 
 
+@pytest.mark.parametrize("change", [{"attention": "reuse"}, {"attention_gate": 0.5}], ids=str)
 @pytest.mark.parametrize("weights", [True, False])
-def test_processors_with_weights(weights):
+def test_processors_with_weights(weights, change):
     pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
     with_weights(pipe.unet, IPAdapterAttnProcessor2_0 if weights else None)
-    config = SHALLOW.replace(attention="reuse")
+    config = SHALLOW.replace(**change)
     messages, installed = heard(lambda: hgc.install(pipe, config=config))
     with installed:
         models.draw(pipe, steps=STEPS)
@@ -677,10 +684,47 @@ def test_a_number_of_graphs_that_is_none(made):
         installed.capture(graphs="x")
 
 
-def test_processors_with_weights_where_no_cross_attention_is_reused():
+@pytest.mark.parametrize("config", [SHALLOW, Config(attention="reuse")], ids=["shallow", "full"])
+def test_processors_with_weights_where_no_cross_attention_is_reused(config):
     pipe = pipeline()
     with_weights(pipe.unet, IPAdapterAttnProcessor2_0)
-    assert heard(lambda: hgc.install(pipe, config=SHALLOW).uninstall())[0] == []
+    assert heard(lambda: hgc.install(pipe, config=config).uninstall())[0] == []
+
+
+@pytest.mark.parametrize("fresh_values", [True, False])
+def test_fresh_values_is_not_advised_where_it_is_set(fresh_values):
+    pipe = pipeline()
+    config = SHALLOW.replace(attention="reuse", fresh_values=fresh_values)
+    with hgc.install(pipe, config=config) as installed:
+        with_weights(pipe.unet, IPAdapterAttnProcessor2_0 if fresh_values else None)
+        messages, _ = heard(lambda: models.draw(pipe, steps=STEPS, **models.change_text(4)))
+        assert installed.report().rows[4].why == "the text changed"
+    assert ["Config(fresh_values=True) keeps" in m for m in messages].count(True) == (
+        not fresh_values
+    )
+
+
+def test_a_reset_forgets_what_was_left_to_diffusers():
+    pipe = pipeline()
+    with hgc.install(pipe) as installed:
+        models.draw(pipe, steps=1)
+        models.draw(pipe, steps=4)
+        installed.reset()
+        with pytest.raises(RuntimeError, match="call the pipeline first"):
+            installed.report()
+
+
+def test_a_scheduler_is_known_when_its_pipeline_is_gone():
+    pipe = pipeline()
+    config = Config(num_evaluations=STEPS, key_steps=(0, 2, 4), depth=0)
+    with hgc.install(pipe, config=config):
+        expected = models.draw(pipe, steps=STEPS)
+        other = type(pipe)(**pipe.components)
+        del pipe
+        gc.collect()
+        messages, out = heard(lambda: models.draw(other, steps=STEPS))
+    assert messages == []
+    assert torch.equal(out, expected)
 
 
 def test_a_report_says_what_was_done_with_the_text_of_another_length():

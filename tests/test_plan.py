@@ -114,6 +114,16 @@ def test_impossible_plans_are_refused(steps, message):
         check_plan(steps)
 
 
+def test_residuals_of_a_shallow_evaluation_may_be_read():
+    check_plan(
+        [
+            StepPlan(control="off"),
+            StepPlan(depth=1, control="compute"),
+            StepPlan(depth=1, control="reuse"),
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

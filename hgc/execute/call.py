@@ -18,19 +18,6 @@ __all__ = ["ControlCall", "UNetCall", "UnionCall", "cut"]
 
 Tensor = torch.Tensor
 
-# Arguments of the networks of which none was given; not to be written to.
-NOTHING_GIVEN: dict[str, Any] = dict.fromkeys(
-    (
-        "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
-        "added_cond_kwargs", "encoder_attention_mask",
-    )
-)  # fmt: skip
-_NOTHING_GIVEN_TO_CONTROL: dict[str, Any] = dict.fromkeys(
-    (
-        "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
-        "cross_attention_kwargs",
-    )
-)  # fmt: skip
 _KNOWN_BATCHED = {"text_embeds", "time_ids", "image_embeds"}
 _SETTINGS = (bool, int, float, str, type(None))
 
@@ -86,20 +73,14 @@ class UNetCall:
         return_dict: bool = True,
     ) -> UNetCall:
         """The call with the arguments of diffusers' forward."""
-        if (
-            class_labels is timestep_cond is attention_mask is cross_attention_kwargs
-            is added_cond_kwargs is encoder_attention_mask is None
-        ):  # fmt: skip
-            arguments = NOTHING_GIVEN
-        else:
-            arguments = {
-                "class_labels": class_labels,
-                "timestep_cond": timestep_cond,
-                "attention_mask": attention_mask,
-                "cross_attention_kwargs": cross_attention_kwargs,
-                "added_cond_kwargs": added_cond_kwargs,
-                "encoder_attention_mask": encoder_attention_mask,
-            }
+        arguments = {
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "added_cond_kwargs": added_cond_kwargs,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
         return cls(
             unet, sample, timestep, encoder_hidden_states, arguments,
             down_block_additional_residuals, mid_block_additional_residual,
@@ -113,7 +94,7 @@ class UNetCall:
 
     def settings(self) -> tuple[Any, ...]:
         """All that the output depends on beside the sample, the timestep and the text."""
-        return () if self.arguments is NOTHING_GIVEN else (*self.arguments.values(),)
+        return (*self.arguments.values(),)
 
     def can_be_halved(self) -> bool:
         """Whether every batched argument is one whose rows are known to be samples."""
@@ -178,19 +159,13 @@ class ControlCall:
         return_dict: bool = True,
     ) -> ControlCall:
         """The call with the arguments of diffusers' forward."""
-        if (
-            class_labels is timestep_cond is attention_mask is added_cond_kwargs
-            is cross_attention_kwargs is None
-        ):  # fmt: skip
-            arguments = _NOTHING_GIVEN_TO_CONTROL
-        else:
-            arguments = {
-                "class_labels": class_labels,
-                "timestep_cond": timestep_cond,
-                "attention_mask": attention_mask,
-                "added_cond_kwargs": added_cond_kwargs,
-                "cross_attention_kwargs": cross_attention_kwargs,
-            }
+        arguments = {
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "added_cond_kwargs": added_cond_kwargs,
+            "cross_attention_kwargs": cross_attention_kwargs,
+        }
         return cls(
             net, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale,
             guess_mode, arguments, return_dict,
@@ -238,8 +213,6 @@ class ControlCall:
 
     def settings(self) -> tuple[Any, ...]:
         """All that residuals depend on beside the sample, the timestep, text and condition."""
-        if self.arguments is _NOTHING_GIVEN_TO_CONTROL:
-            return self.scale, self.guess_mode
         return (*self.asked.values(), *self.arguments.values())
 
     def by(self, forward: Callable[..., Any], *, return_dict: bool | None = None) -> Any:

@@ -100,7 +100,8 @@ class ControlExecutor:
             hints.append(hint)
         if half:
             batch = sample.shape[0]
-            sample, text = conditional_half(sample), conditional_half(text)
+            sample = conditional_half(sample)
+            text = run.text.half() if run.text.value is text else conditional_half(text).detach()
             hints = [conditional_half(hint) for hint in hints]
             arguments = cut(arguments, batch)
         lora_scale = 1.0
@@ -140,6 +141,7 @@ class _Residuals:
             self.slot.promises = [each for each in self.slot.promises if each.source is not self]
             self.held.extend(self.compute_fresh(self.call))
             self.now.control[self.slot.index] = "computed"
+            self.now.fresh[self.slot.index] = bool(self.values)
         return self.held[j]
 
     def planned(self, j: int, half: bool) -> Terms | None:

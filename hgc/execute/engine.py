@@ -16,7 +16,7 @@ from hgc.execute.controlnet import ControlExecutor
 from hgc.execute.fitted import FittedSteps
 from hgc.execute.functions import Functions
 from hgc.execute.patch import PatchedModels
-from hgc.execute.prompt import PromptGrain
+from hgc.execute.prompt import PromptGrain, may_be_kept
 from hgc.execute.unet import UNetExecutor
 from hgc.models.structure import UNetStructure
 from hgc.models.supported import untested
@@ -104,7 +104,7 @@ class Engine:
 
     def attach(self, owner: Any) -> None:
         """Take the calls of the models from now on."""
-        if self._fitted.of_another_model(self.unet) and self._by_rule is not None:
+        if self._fitted.warn_of_another_model(self.unet) and self._by_rule is not None:
             self._schedules = self._by_rule
         for name, what in self.untested.items():
             self.warn(name, what)
@@ -174,13 +174,11 @@ class Engine:
             if run is not None and known and not registry.short and run.continues(position):
                 run.begin(position)
             else:
-                if run is None or not known or not run.is_next(position):
-                    run, known = registry.find(text, position, cond), False
-                run = self._begin(registry, run, text, position)
+                run = self._begin(registry, registry.find(text, position, cond), text, position)
                 # the run that was found may be one with another text
-                known = known or run.text.is_(text) or is_conditional_half(text, run.text)
+                known = run.text.is_(text) or is_conditional_half(text, run.text)
         self._decide(run, self.watch.look_at_processors(run))
-        if run.broken is not None and not run.by_diffusers:
+        if run.broken is not None and not run.by_diffusers and not self.config.is_exact:
             self.warn(run.broken, f"{run.broken}: the rest of this run is computed in full")
         if not known:
             # a ControlNet may have a text of its own
@@ -291,7 +289,7 @@ class Engine:
         if run.maps is not None:
             run.maps.close()
         run.decide(Verdict("the text changed", Cost.FEATURES, keep_maps=keeps))
-        if reuses and not applies:
+        if reuses and not self.config.fresh_values:
             self.warn(
                 "fresh_values",
                 "the text changed within a run: its cross-attention is computed; "
@@ -306,7 +304,7 @@ class Engine:
         call = kind.of(net, *args, **kwargs)
         registry = self._of_thread.registry
         position = self._position(registry, call.timestep, call.text)
-        if position is None:
+        if position is None or registry.is_past_end(call.text, position):
             registry.passed = True
             return call.by(self._original(net))
         start = time.perf_counter()
@@ -317,6 +315,7 @@ class Engine:
             slot = run.slot(net, call.cond)
             self._observe_control(run, now, slot, call)
             if run.by_diffusers:
+                now.fresh[slot.index] = False
                 out = call.by(self._original(net))
             else:
                 out = call.output(self._residuals(run, now, slot, call))
@@ -340,7 +339,11 @@ class Engine:
         if again:
             run.decide(Verdict("a ControlNet was called twice in one evaluation", Cost.RUN))
         # that of the run was compared by `_enter`
-        slot.text = run.text if run.text.value is call.text else TensorSnapshot(call.text)
+        if run.text.value is call.text:
+            slot.text = run.text
+        else:  # detached: a view holds what it is a view of, see `Run.is_abandoned`
+            is_view = call.text._base is not None
+            slot.text = TensorSnapshot(call.text.detach() if is_view else call.text)
         found = (
             *call.settings(), sample.shape, sample.dtype, sample.device,
             *self.watch.settings(slot.net, sample.device),
@@ -403,16 +406,18 @@ class Engine:
         try:
             halves = self._observe_unet(run, run.now, call)
             if run.by_diffusers:
+                run.now.by_diffusers = True
                 out = call.by(self._original(unet))
             elif run.now.plan.depth == 0:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
-                run.now.attention = self._unet.attention(run)
+                run.now.attention = self._unet.attention(run, run.now)
+                run.now.keeps = may_be_kept(call.text)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
                     run.record(captured, call.sample, whole)
                 out = call.output(out)
-            if run.cache.refused:
+            if run.cache.refused and not self.config.is_exact:
                 self.warn(
                     "max_cache_bytes",
                     f"Config.max_cache_bytes={self.config.max_cache_bytes} is too small for this "

@@ -14,7 +14,8 @@ __all__ = ["FittedSteps"]
 
 
 class FittedSteps:
-    """What a configuration was calibrated on, beside what is run.
+    """Compares a run with what its configuration was calibrated on: the model, the scheduler, the
+    timesteps, their number. Where they differ it warns, and the fitted steps do not apply.
 
     scheduler: That of the pipeline, as it is now; None where it is not known.
     """
@@ -24,8 +25,8 @@ class FittedSteps:
         self._known = config.calibration
         self._has_rule = config.steps is not None and config.key_steps is not None
 
-    def of_another_model(self, unet: Any) -> bool:
-        """Whether the configuration was calibrated on another model than ``unet``; says so."""
+    def warn_of_another_model(self, unet: Any) -> bool:
+        """Whether the configuration was calibrated on another model than ``unet``; warns if so."""
         known = self._known
         if known is None or model_name(unet) == known.model:
             return False
@@ -37,7 +38,8 @@ class FittedSteps:
         return True
 
     def begin_run(self, run: Run) -> list[Verdict]:
-        """Whether a run has another length, or goes by another scheduler."""
+        """What follows where a run has another length, or goes by another scheduler; where neither
+        is so, its timesteps are asked for, to be compared once they are on the host."""
         config, known, total = self._config, self._known, run.position.total
         if total == config.num_evaluations:
             if known is None:

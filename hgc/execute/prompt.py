@@ -35,16 +35,18 @@ class PromptGrain:
         self._names = tuple(prompt_grain.cross_attentions(unet))
         self._layers: dict[int, frozenset[str]] = {}
 
-    def mode(self, run: Run, prefix: str) -> str:
+    def mode(self, run: Run, prefix: str, half: bool) -> str:
         """What the evaluation of ``run`` under way does for the outputs of cross-attentions in the
         network whose cache entries begin with ``prefix``: ``"output"``, cached ones are reused;
-        ``"map"``, cached maps are applied to the values; ``"compute"``."""
+        ``"map"``, cached maps are applied to the values; ``"compute"``. ``half``: of the
+        conditional half of the batch alone."""
         if run.now is None or run.now.plan.attention != "reuse" or not self._processors.wraps:
             return "compute"
-        held = run.cache.names()
-        if any(n.startswith(f"{prefix}attention/") for n in held):
-            return "output"
-        return "map" if any(n.startswith(f"{prefix}map/") for n in held) else "compute"
+        for kind, mode in (("attention/", "output"), ("map/", "map")):
+            held = (name for name in run.cache.names() if name.startswith(prefix + kind))
+            if any(run.cache.has(name, half=half) for name in held):
+                return mode
+        return "compute"
 
     def wrapper(self, run: Run, prefix: str, half: bool) -> Callable[[Any], Any] | None:
         """What wraps the text of the network whose cache entries begin with ``prefix``, in the
@@ -58,7 +60,7 @@ class PromptGrain:
             if plain is None:
                 plain = run.plain_text[prefix] = _PlainText(run.cache, prefix)
             return plain
-        mode, store, map_format = self.mode(run, prefix), None, None
+        mode, store, map_format = self.mode(run, prefix, half), None, None
         schedule = run.schedule
         reads_attention = step.is_key and "attention" in schedule.will_read(after=now.index)[0]
         if mode != "output" and reads_attention:

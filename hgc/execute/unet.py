@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from hgc.execute.call import NOTHING_GIVEN, UNetCall, cut
+from hgc.execute.call import UNetCall, cut
 from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals
 from hgc.run.cache import conditional_half
+from hgc.run.evaluation import Evaluation
 from hgc.run.residuals import Promise, Terms
 from hgc.run.run import Run
 from hgc.watch.adapters import lora_scaled, take_lora_scale
@@ -49,9 +50,9 @@ class UNetExecutor:
         )  # fmt: skip
         return run.noise.output(sample, x0, now.index)
 
-    def attention(self, run: Run) -> str:
-        """Whether the evaluation under way reuses cross-attention: ``"compute"`` or ``"reuse"``."""
-        return "compute" if self._prompt.mode(run, "unet/") == "compute" else "reuse"
+    def attention(self, run: Run, now: Evaluation) -> str:
+        """Whether ``now`` reuses cross-attention: ``"compute"`` or ``"reuse"``."""
+        return "compute" if self._prompt.mode(run, "unet/", now.half) == "compute" else "reuse"
 
     def compute(
         self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None
@@ -70,9 +71,7 @@ class UNetExecutor:
         residuals = None
         if down is not None:
             residuals = Residuals(
-                [_terms(down[0], half)]
-                if count == 1 and len(down)
-                else [_terms(value, half) for value in down[:count]],
+                [_terms(value, half) for value in down[:count]],
                 _terms(call.mid, half) if depth is None else [],
             )
         hidden = skips = None
@@ -96,8 +95,6 @@ class UNetExecutor:
                 intrablock = cut(intrablock, batch)
         if not plain:
             arguments, lora_scale = take_lora_scale(arguments)
-        elif arguments is NOTHING_GIVEN and self._functions.networks is None:
-            arguments = {}
         layers = self._functions.undivided(call.unet, depth, encodes=skips is None)
         with lora_scaled(call.unet, lora_scale), layers:
             out, captured = self._functions.of(call.unet, half)(
@@ -117,15 +114,17 @@ class UNetExecutor:
         else:
             blend = run.cache.blend(whole, "output", step.output_forecast)
         if step.gain != 1.0:
+            assert run.noise is not None
             forecast = self._forecast_in_x0(run, call.sample)
-            blend = forecast.lerp_(blend.to(forecast.dtype), step.gain).to(whole.dtype)
+            gain = step.gain * run.noise.spacing
+            blend = forecast.lerp_(blend.to(forecast.dtype), gain).to(whole.dtype)
         return blend, whole, captured
 
 
 def _terms(value: Any, half: bool) -> Terms:
     """What to add to a skip for the residual ``value``."""
     if isinstance(value, Promise):
-        terms = value._planned(half) if value._value is None else value.planned(half)
+        terms = value.planned(half)
         if terms is not None:
             return terms
         value = value.fresh()

@@ -52,7 +52,8 @@ class Text:
         keep_projections: Keys and values may be kept for the run (the text does not change).
         mode: ``"compute"``, ``"output"`` (reuse the projected output) or ``"map"`` (apply the
             cached map to fresh values).
-        store: Layer names whose output a later evaluation reads; None means all of them.
+        store: Whether the output of the layer of a name is kept for later evaluations; None: of
+            none.
         map_format: Where given, maps are stored in that format.
         watch: Called with query [B, S_q, C], key [B, S_kv, C] and the number of heads, where a
             map is computed.

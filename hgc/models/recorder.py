@@ -242,7 +242,7 @@ class Recording:
         self._written = [v != _version(x) for v, x in zip(before, self._inputs, strict=True)]
         self._groups, self._out_groups = _by_dtype(self._inputs), _by_dtype(self._outputs)
         # what was copied in last: by weak references, since a run's tensors are to go with it
-        self._sources: list[Any] = [_nothing] * len(tensors)
+        self._sources: list[Any] = [lambda: None] * len(tensors)
         self._states: list[Any] = [None] * len(tensors)
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
@@ -267,7 +267,3 @@ class Recording:
         for group in self._out_groups:
             torch._foreach_copy_([outputs[i] for i in group], [self._outputs[i] for i in group])
         return _unflatten(iter(self._made), iter(outputs))
-
-
-def _nothing() -> None:
-    return None

@@ -118,7 +118,8 @@ class Config:
             features, which ``feature_damping`` is of.
         guidance_damping: The same for the guidance difference of x0. ``None``: as ``damping``.
         gain: How much of what evaluations of a ``depth`` above 0 say beyond the forecast of x0
-            counts. 1.0: x0 is not forecast.
+            counts; less in a run whose key evaluations are nearer than those of 7 of 20 steps, as
+            the dampings take less. 1.0: x0 is not forecast.
         adaptive: Each run places its key evaluations itself. At every key evaluation it measures
             how far the cached feature's forecast was from what was computed, in relative L2 (that
             of the row of the batch where it is largest), and sets the distance to the next one so
@@ -293,8 +294,9 @@ class Config:
     @property
     def reuses_attention(self) -> bool:
         """Whether evaluations reuse cross-attention, or maps of it."""
-        steps = self.steps or ()
-        return "reuse" in (self.attention, *(s.attention for s in steps)) or self.fresh_values
+        between = self.key_steps is not None and self.depth > 0 and self.attention == "reuse"
+        planned = any(step.attention == "reuse" for step in self.steps or ())
+        return between or planned or self.attention_gate < 1.0 or self.fresh_values
 
     def check_depth(self, num_layers: int) -> None:
         """Raise :class:`ConfigError` where evaluations reuse more decoder layers than there are."""

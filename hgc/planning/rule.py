@@ -311,9 +311,9 @@ def check_plan(steps: Sequence[StepPlan]) -> None:
             raise ConfigError(f"evaluation {i}: encoder='reuse' needs an integer depth")
         if step.is_key:
             keys, full = keys + 1, True
-            residuals = residuals or step.control == "compute"
             difference = difference or step.guidance == "both"
             both_rows = step.guidance == "both"
+        residuals = residuals or step.control == "compute"
 
 
 @functools.lru_cache(maxsize=4096)

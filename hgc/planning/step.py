@@ -52,7 +52,9 @@ class StepPlan:
         x0_correction: Added to that forecast: ``sum_i x0_correction[i] * x0[i]`` over the x0 of the
             last key evaluations, newest first; nothing where fewer are held.
         gain: Where ``depth`` is an integer above 0, the output is the x0 forecast plus so much of
-            what the computed layers say beyond it: 1.0 is what they say, 0.0 the forecast.
+            what the computed layers say beyond it: 1.0 is what they say, 0.0 the forecast. Others
+            count less in a run whose key evaluations are nearer to each other than those of 7 of 20
+            steps: times ``NoiseLevels.spacing``.
     """
 
     control: str = "compute"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ControlNetUnionModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hgc_kernels  # noqa: F401  defines torch.ops.hgc
@@ -24,9 +24,19 @@ from hgc.models.structure import UNetStructure
 from hgc.models.supported import check_unet, controlnets
 from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
+from hgc.report.inputs import Inputs, Shapes
 from hgc.run.pair import PairCheck
 
-__all__ = ["MacCount", "Macs", "count_macs", "flop_counter", "pixels_a_latent"]
+__all__ = [
+    "MacCount",
+    "Macs",
+    "Parts",
+    "count_macs",
+    "count_performed",
+    "flop_counter",
+    "macs_of",
+    "pixels_a_latent",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,34 +151,24 @@ def _meta(described: _Described, copy: int = 0) -> Any:
     """The model on the meta device; models of equal shape in one run are different copies."""
     kind, config = described
     with torch.device("meta"):
-        return kind.from_config(json.loads(config)).eval()
+        # no weight wants a gradient: an evaluation that records gradients would change the plan
+        return kind.from_config(_as_given(json.loads(config))).eval().requires_grad_(False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """What a pipeline hands to the models, without the values.
-
-    Attributes:
-        batch: Rows of the batch: twice the images under classifier-free guidance.
-        height: Of the latents.
-        width: Of the latents.
-        tokens: Length of the text.
-        condition: Pixels of the condition a latent pixel, along a side.
-        dtype: Of everything.
-    """
-
-    batch: int
-    height: int
-    width: int
-    tokens: int = 77
-    condition: int = 8
-    dtype: torch.dtype = torch.float32
+def _as_given(value: Any) -> Any:
+    """``value`` with tuples for lists: diffusers refuses some lists of lists that it takes as
+    tuples."""
+    if isinstance(value, dict):
+        return {k: _as_given(v) for k, v in value.items()}
+    return tuple(map(_as_given, value)) if isinstance(value, list) else value
 
 
 _Models = tuple[_Described, tuple[_Described, ...]]
-# A step without its coefficients, since what is forecast, and how, costs nothing; and which of the
-# ControlNets are off by their scale.
-_Kind = tuple[StepPlan, tuple[bool, ...]]
+# MACs of an evaluation: of each ControlNet, and the UNet's last.
+Parts = tuple[Macs, ...]
+# A step without its coefficients, since what is forecast, and how, costs nothing; which of the
+# ControlNets are off by their scale; and whether the evaluation keeps what it makes for the run.
+_Kind = tuple[StepPlan, tuple[bool, ...], bool]
 _FULL, _IDLE = "full", "idle"
 
 # The meta models are kept between counts, and a count installs hgc on them.
@@ -176,11 +176,11 @@ _lock = threading.Lock()
 
 
 @functools.lru_cache(maxsize=64)
-def _known(models: _Models, shapes: Shapes, pair: bool) -> dict[Any, Macs]:
+def _known(models: _Models, shapes: Shapes, pair: bool) -> dict[Any, Parts]:
     """What was counted so far, by the evaluation's case; `_FULL`: without hgc."""
     (full,) = _run(models, None, shapes, pair)
     # where nothing is run, nothing is counted
-    return {_FULL: full, _IDLE: Macs()}
+    return {_FULL: full, _IDLE: (Macs(),) * len(full)}
 
 
 def _count(
@@ -189,7 +189,8 @@ def _count(
     shapes: Shapes,
     pair: bool,
     off: Sequence[Sequence[bool]] | None = None,
-) -> tuple[list[Macs], Macs]:
+    keeps: Sequence[bool] | None = None,
+) -> tuple[list[Parts], Parts]:
     """MACs of each evaluation of a run that follows ``steps``, and of one without hgc.
 
     What an evaluation costs depends on what it computes, on whether it may halve a guidance pair,
@@ -199,6 +200,8 @@ def _count(
     for the others, and of the cases that were not counted yet.
 
     off: of each evaluation, the ControlNets that are off by their scale; None: none is.
+    keeps: whether each evaluation keeps the projected text and the embedded conditions for the
+        run; None: all do.
     """
     on = (False,) * len(models[1])
     kinds = [
@@ -208,6 +211,7 @@ def _count(
                 output_forecast=(1.0,),
             ),
             on if off is None else tuple(off[i]),
+            keeps is None or keeps[i],
         )
         for i, step in enumerate(steps)
     ]  # fmt: skip
@@ -215,15 +219,15 @@ def _count(
         known = _known(models, shapes, pair)
         cases: list[Any] = []
         chosen: list[int] = []
-        made: set[_Kind] = set()
-        for i, (step, without) in enumerate(kinds):
+        made: set[Any] = set()
+        for i, (step, without, keep) in enumerate(kinds):
             early = i < PairCheck.EVALUATIONS
             unsure = early and step.guidance != "both"
             kind = (dataclasses.replace(step, guidance="both") if unsure else step), without
             before = None if kind in made else frozenset(made)
-            case: Any = _IDLE if step.depth == 0 else (unsure, step, without, before)
+            case: Any = _IDLE if step.depth == 0 else (unsure, step, without, keep, before)
             # once everything was computed, both halves have nothing more to make
-            makes = case != _IDLE and before is not None
+            makes = keep and case != _IDLE and before is not None
             makes &= kind[0].guidance != "both" or (StepPlan(), on) not in made
             if early or makes or not (case in known or case in cases):
                 chosen.append(i)
@@ -244,84 +248,56 @@ def _count(
         return [known[case] for case in cases], known[_FULL]
 
 
-def _run(models: _Models, kinds: Sequence[_Kind] | None, shapes: Shapes, pair: bool) -> list[Macs]:
+def _run(models: _Models, kinds: Sequence[_Kind] | None, shapes: Shapes, pair: bool) -> list[Parts]:
     """Run meta models through ``kinds``, or once without hgc where there are none."""
     described, all_nets = models
     unet = _meta(described)
     nets = [_meta(net, all_nets[:i].count(net)) for i, net in enumerate(all_nets)]
-    with torch.device("meta"), torch.no_grad():
-        text = torch.empty(shapes.batch, shapes.tokens, unet.config.cross_attention_dim)
-        sample = torch.empty(shapes.batch, unet.config.in_channels, shapes.height, shapes.width)
-        side = shapes.condition
-        # made once a run, as pipelines make it
-        conds = [
-            _condition_arguments(
-                net,
-                torch.empty(shapes.batch, 3, shapes.height * side, shapes.width * side),
-            )
-            for net in nets
-        ]
-        added = None
-        if unet.config.addition_embed_type == "text_time":
-            pooled = (
-                unet.config.projection_class_embeddings_input_dim
-                - 6 * unet.config.addition_time_embed_dim
-            )
-            added = {
-                "text_embeds": torch.empty(shapes.batch, pooled),
-                "time_ids": torch.empty(shapes.batch, 6),
-            }
-        timestep_cond = None
-        if unet.config.time_cond_proj_dim is not None:
-            timestep_cond = torch.empty(shapes.batch, unet.config.time_cond_proj_dim)
+    inputs = Inputs(unet, nets, shapes)
     count = 1 if kinds is None else len(kinds)
     schedule = torch.arange(max(count, 2))
     engine = None
     if kinds is not None:
-        padded = (*(step for step, _ in kinds), *([StepPlan()] * (len(schedule) - count)))
+        padded = (*(step for step, *_ in kinds), *([StepPlan()] * (len(schedule) - count)))
         config = Config(name="counted", num_evaluations=len(padded), steps=padded)
         engine = Engine(unet, tuple(nets), config, assume_pair=pair)
         engine.attach(engine)
     counted = []
     try:
-        with torch.no_grad():
-            for i in range(count):
+        for i in range(count):
+            _, off, keep = (StepPlan(), (False,) * len(nets), True) if kinds is None else kinds[i]
+            parts: list[Macs] = []
+            down, mid = None, None
+            # hgc keeps nothing that a graph of autograd may hang on
+            with torch.set_grad_enabled(not keep):
+                for j, net in enumerate(nets):
+                    sample, arguments = inputs.controlnet(j)
+                    counter = flop_counter()
+                    with counter:
+                        outputs = net(
+                            sample, schedule[i], conditioning_scale=0.0 if off[j] else 1.0,
+                            return_dict=False, **arguments,
+                        )  # fmt: skip
+                    parts.append(macs_of(counter))
+                    if down is None:
+                        down, mid = outputs
+                    else:
+                        down = [a + b for a, b in zip(down, outputs[0], strict=True)]
+                        mid = mid + outputs[1]
+                sample, arguments = inputs.unet()
                 counter = flop_counter()
                 with counter:
-                    down, mid = None, None
-                    for j, (net, cond) in enumerate(zip(nets, conds, strict=True)):
-                        # inpainting UNets have more channels than their ControlNet
-                        scale = 0.0 if kinds is not None and kinds[i][1][j] else 1.0
-                        outputs = net(
-                            sample[:, : net.config.in_channels], schedule[i],
-                            encoder_hidden_states=text, conditioning_scale=scale,
-                            added_cond_kwargs=added, return_dict=False,
-                            **cond,
-                        )  # fmt: skip
-                        if down is None:
-                            down, mid = outputs
-                        else:
-                            down = [a + b for a, b in zip(down, outputs[0], strict=True)]
-                            mid = mid + outputs[1]
                     unet(
-                        sample, schedule[i], encoder_hidden_states=text,
-                        added_cond_kwargs=added, timestep_cond=timestep_cond,
+                        sample, schedule[i], return_dict=False,
                         down_block_additional_residuals=down, mid_block_additional_residual=mid,
-                        return_dict=False,
+                        **arguments,
                     )  # fmt: skip
-                counted.append(macs_of(counter))
+                parts.append(macs_of(counter))
+            counted.append(tuple(parts))
     finally:
         if engine is not None:
             engine.detach()
     return counted
-
-
-def _condition_arguments(net: Any, cond: torch.Tensor) -> dict[str, Any]:
-    """The condition as ``net`` takes it: one kind of control for a ControlNet-Union."""
-    if not isinstance(net, ControlNetUnionModel):
-        return {"controlnet_cond": cond}
-    kinds = torch.empty(cond.shape[0], net.config.num_control_type)
-    return {"controlnet_cond": [cond], "control_type": kinds, "control_type_idx": [0]}
 
 
 def pixels_a_latent(nets: Sequence[Any]) -> int:
@@ -384,7 +360,8 @@ def count_macs(
     )
     models = _describe(unet), tuple(_describe(net) for net in nets)
     done, full = _count(models, steps, shapes, guidance)
-    return MacCount(config.name, tuple(done), tuple(steps), full, count)
+    each = tuple(sum(parts, Macs()) for parts in done)
+    return MacCount(config.name, each, tuple(steps), sum(full, Macs()), count)
 
 
 def count_performed(
@@ -393,7 +370,21 @@ def count_performed(
     steps: Sequence[StepPlan],
     shapes: Shapes,
     off: Sequence[Sequence[bool]],
-) -> tuple[list[Macs], Macs]:
-    """MACs of evaluations that were performed, and of one made in full, for the report."""
+    keeps: Sequence[bool],
+) -> tuple[list[Parts], Parts]:
+    """MACs of evaluations that were performed, and of one without hgc, for the report.
+
+    Args:
+        nets: The ControlNets.
+        unet: The UNet.
+        steps: What each evaluation did.
+        shapes: Of what the models were given.
+        off: Of each evaluation, the ControlNets that were off by their scale.
+        keeps: Whether each evaluation kept the projected text and the embedded conditions.
+
+    Returns:
+        Of each evaluation, and of the one without hgc: the MACs of each ControlNet, and the UNet's
+        last.
+    """
     models = _describe(unet), tuple(_describe(net) for net in nets)
-    return _count(models, steps, shapes, True, off)
+    return _count(models, steps, shapes, True, off, keeps)

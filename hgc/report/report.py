@@ -6,10 +6,12 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from hgc.report.macs import Macs, Shapes, count_performed
+from hgc.report.inputs import Shapes
+from hgc.report.macs import Macs, Parts, count_performed
 
 if TYPE_CHECKING:
     from hgc.planning.config import Config
+    from hgc.run.evaluation import Evaluation
     from hgc.run.run import Run
 
 __all__ = ["Report", "Row"]
@@ -74,8 +76,7 @@ class Report:
     def full_macs(self) -> Macs:
         """MACs of the same run without hgc."""
         share = sum(row.batch for row in self.rows) / self.rows[0].batch
-        full = self.full_evaluation
-        return Macs(round(full.total * share), round(full.paper * share))
+        return _scaled(self.full_evaluation, share)
 
     @property
     def milliseconds(self) -> float:
@@ -127,11 +128,12 @@ class Report:
             for row in run.report
         ]
         nets = [slot.net for slot in run.slots]
-        macs, full = count_performed(nets, unet, steps, shapes, off)
-        # all work is done row by row of the batch, which may shrink within a run
-        batches = [row.batch / first.batch for row in run.report]
+        keeps = [row.keeps for row in run.report]
+        planned, full = count_performed(nets, unet, steps, shapes, off, keeps)
         macs = [
-            Macs(round(m.total * b), round(m.paper * b)) for m, b in zip(macs, batches, strict=True)
+            # all work is done row by row of the batch, which may shrink within a run
+            _scaled(_done(row, parts, full), row.batch / first.batch)
+            for row, parts in zip(run.report, planned, strict=True)
         ]
         rows = tuple(
             Row(
@@ -150,9 +152,30 @@ class Report:
             for row, counted in zip(run.report, macs, strict=True)
         )
         return cls(
-            config.name, rows, full, run.cache.peak_bytes,
+            config.name, rows, sum(full, Macs()), run.cache.peak_bytes,
             meant_for=None if config.is_exact else config.num_evaluations,
         )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Report(config={self.config!r}, evaluations={len(self.rows)})"
+
+
+def _done(row: Evaluation, planned: Parts, full: Parts) -> Macs:
+    """MACs of ``row``, of the whole batch.
+
+    Args:
+        row: What was done.
+        planned: What its plan costs: each ControlNet, and the UNet last.
+        full: The same without hgc.
+    """
+    done = full[-1] if row.by_diffusers else planned[-1]
+    for j, (by_plan, in_full) in enumerate(zip(planned[:-1], full[:-1], strict=True)):
+        if j in row.fresh:
+            done += in_full
+        if row.fresh.get(j, True):
+            done += by_plan
+    return done
+
+
+def _scaled(macs: Macs, share: float) -> Macs:
+    return Macs(round(macs.total * share), round(macs.paper * share))

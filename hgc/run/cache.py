@@ -10,7 +10,6 @@ import torch
 __all__ = ["Cache", "conditional_half"]
 
 Tensor = torch.Tensor
-_lerp = torch.lerp
 
 
 def conditional_half(x: Tensor) -> Tensor:
@@ -48,19 +47,15 @@ class Cache:
         self.peak_bytes = 0
         self.refused = False
 
-    def _grow(self, count: int) -> bool:
-        """Account for ``count`` more bytes; False, and remembered, where they do not fit."""
+    def reserve(self, count: int) -> bool:
+        """Count ``count`` more bytes, of the cache or of who holds them until the run ends; False,
+        and remembered, where they do not fit."""
         if self._max_bytes is not None and self.bytes + count > self._max_bytes:
             self.refused = True
             return False
         self.bytes += count
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return True
-
-    def reserve(self, count: int) -> bool:
-        """Count ``count`` bytes that somebody else holds until the run ends; False where they do
-        not fit."""
-        return self._grow(count)
 
     def write(
         self, name: str, tensor: Tensor, *, evaluation: int, history: int, half: bool
@@ -76,7 +71,7 @@ class Cache:
             else:
                 self.bytes -= old.nbytes
         if buffer is None:
-            if not self._grow(tensor.nbytes):
+            if not self.reserve(tensor.nbytes):
                 self.drop([name])
                 return
             buffer = torch.empty_like(tensor.detach())
@@ -106,7 +101,7 @@ class Cache:
             return newest
         if count == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-6:
             # one rounding, in float32 inside the kernel
-            return _lerp(newest, values[1].rows(half), coefficients[1])
+            return torch.lerp(newest, values[1].rows(half), coefficients[1])
         total = newest.float() * coefficients[0]
         for value, coefficient in zip(values[1:], coefficients[1:], strict=False):
             total = torch.add(total, value.rows(half).float(), alpha=coefficient)
@@ -139,7 +134,7 @@ class Cache:
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Hold ``tensor`` itself for the rest of the run, where the byte limit allows it."""
-        if name not in self._kept and self._grow(tensor.nbytes):
+        if name not in self._kept and self.reserve(tensor.nbytes):
             self._kept[name] = tensor
         return tensor
 
@@ -150,7 +145,7 @@ class Cache:
     def put_buffer(self, name: str, buffer: Tensor, *, evaluation: int, half: bool) -> bool:
         """Hand a buffer over to the cache as the only value of ``name``; False if it is refused."""
         self.drop([name])
-        if not self._grow(buffer.nbytes):
+        if not self.reserve(buffer.nbytes):
             return False
         self._entries[name] = [_Value(buffer, half, evaluation)]
         return True

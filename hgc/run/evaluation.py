@@ -63,6 +63,11 @@ class Evaluation:
             cannot have its way with where they are left to diffusers.
         is_pair: Whether the batch is known to be a guidance pair, where the plan asks for it.
         held_bytes: What the run held when it ended.
+        by_diffusers: Whether the UNet was left to diffusers.
+        keeps: Whether the text that it projected, and the conditions that it embedded, may stand
+            for the run.
+        fresh: ControlNets that diffusers computed, the whole batch, by the index of their slot:
+            whether hgc had computed the conditional half before.
     """
 
     index: int
@@ -75,3 +80,6 @@ class Evaluation:
     attention: str = "compute"
     is_pair: bool = False
     held_bytes: int = 0
+    by_diffusers: bool = False
+    keeps: bool = True
+    fresh: dict[int, bool] = dataclasses.field(default_factory=dict)

@@ -33,8 +33,9 @@ _FORMS = {
     "sample": lambda alpha, sigma: (0.0, 1.0),
 }
 # The distance in log-SNR between key evaluations, a little below those of 7 of 20 steps, from which
-# on dampings are as they were given. With nearer ones x0 is nearer to a line: docs/decisions/008.
-_FULLY_DAMPED = 0.6
+# on dampings and gains are as they were given. With nearer ones x0 is nearer to a line, and shallow
+# layers have less to say: docs/decisions/008.
+_FAR_APART = 0.6
 # Evaluations of one timestep, as second-order schedulers make them, are nearer than this.
 _NO_GAP = 1e-6
 # Schedules that end in pure noise have an alpha of zero there: as diffusers bounds it.
@@ -75,7 +76,7 @@ class NoiseLevels:
     def __init__(
         self, scheduler: Any, timesteps: Tensor, keys: Sequence[int], *, is_own: bool
     ) -> None:
-        self._form = _FORMS[scheduler.config.prediction_type]
+        self._form = _FORMS[scheduler.config.get("prediction_type", "epsilon")]
         sigmas = getattr(scheduler, "sigmas", None) if is_own else None
         given = [timesteps, scheduler.alphas_cumprod]
         if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
@@ -84,7 +85,7 @@ class NoiseLevels:
         self._levels: list[tuple[float, float]] = []  # of_sample, of_output at each evaluation
         self._log_snr: list[float] = []
         self._keys = list(keys)
-        self._left = 1.0  # of what a damping takes away, as the key evaluations are apart
+        self._spacing = 1.0
 
     @staticmethod
     def fits(scheduler: Any) -> bool:
@@ -127,7 +128,7 @@ class NoiseLevels:
         gaps = np.abs(np.diff([found[key] for key in self._keys]))
         gaps = gaps[gaps > _NO_GAP]
         if len(gaps):
-            self._left = min(1.0, float(np.median(gaps)) / _FULLY_DAMPED)
+            self._spacing = min(1.0, float(np.median(gaps)) / _FAR_APART)
 
     def _at(self, evaluation: int) -> tuple[float, float]:
         if self._under_way:
@@ -152,14 +153,21 @@ class NoiseLevels:
             out.add_(sample[:, : x0.shape[1]], alpha=-of_sample / of_output)
         return out
 
+    @property
+    def spacing(self) -> float:
+        """How far key evaluations are apart: 1 where as far as those of 7 of 20 steps or farther,
+        else their share of that."""
+        if self._under_way:
+            self._read()
+        return self._spacing
+
     def slope(self, damping: float, evaluation: int, newest: int, previous: int) -> float:
         """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped; less
         so in a run whose key evaluations are nearer to each other than 7 of 20 steps are. No slope
         (a damping of 0) stays none."""
-        if self._under_way:
-            self._read()
+        spacing = self.spacing
         if damping != 0.0:
-            damping = 1.0 - (1.0 - damping) * self._left
+            damping = 1.0 - (1.0 - damping) * spacing
         found = self._log_snr
         behind, ahead = found[newest] - found[previous], found[evaluation] - found[newest]
         return damping * ahead / behind if abs(behind) > _NO_GAP else 0.0

@@ -12,7 +12,6 @@ from hgc.run.noise import to_host
 __all__ = ["PairCheck"]
 
 Tensor = torch.Tensor
-_equal = torch.equal
 
 
 class PairCheck:
@@ -56,7 +55,7 @@ class PairCheck:
             # slices: a host comes to them sooner than to `chunk`
             first, second = halves = sample[: batch // 2], sample[batch // 2 :]
             if sample.is_cpu:
-                if not self._differs(text) or not _equal(first, second):
+                if not self._differs(text) or not torch.equal(first, second):
                     self._refuted = True
                 elif batch == 2 or not self._all_alike(sample):
                     self._agreed += 1
@@ -78,9 +77,9 @@ class PairCheck:
 
     @staticmethod
     def _all_alike(sample: Tensor) -> bool:
-        """One sample more than twice: several edits of one image, or images made from one noise.
+        """One sample four times or more: several edits of one image, or images made from one noise.
         Such an evaluation says nothing."""
-        return sample.shape[0] > 2 and torch.equal(sample[1:], sample[:1].expand_as(sample[1:]))
+        return torch.equal(sample[1:], sample[:1].expand_as(sample[1:]))
 
     def confirmed(self) -> bool:
         """Whether enough evaluations agreed. Waits for a copy started an evaluation ago."""

@@ -17,7 +17,7 @@ import torch
 
 from hgc.run.position import Position
 from hgc.run.run import Run
-from hgc.run.snapshot import is_conditional_half
+from hgc.run.snapshot import TensorSnapshot, is_conditional_half
 
 __all__ = ["RunRegistry"]
 
@@ -55,7 +55,7 @@ class RunRegistry:
             last is not None
             and position.index == last.completed == position.total - 1
             and last.finished
-            and last.ended() is text
+            and (last.ended() is text or is_conditional_half(text, TensorSnapshot(last.ended())))
         )
 
     def add(self, run: Run) -> Run:
@@ -95,6 +95,7 @@ class RunRegistry:
         for run in list(self.runs.values()):
             self.forget(run)
         self.last = None
+        self.passed = False
 
     def _usable(self, position: Position) -> list[Run]:
         """Unfinished runs on the same timesteps, newest first."""

@@ -26,10 +26,6 @@ __all__ = ["LastSeen", "Run"]
 Tensor = torch.Tensor
 
 
-def _nobody() -> None:
-    return None
-
-
 @dataclasses.dataclass(slots=True)
 class LastSeen:
     """What a run knows of the models: as they were when its evaluations last looked.
@@ -100,7 +96,7 @@ class Run:
         self._changed_at = -1
         self.by_diffusers = False  # what is left of it, untouched
         self.finished = False
-        self.ended: Any = _nobody  # of a run that ended: its text, where that is still held
+        self.ended: Any = lambda: None  # of a run that ended: its text, where that is still held
         # for the report, which is asked for when the tensors are gone
         self.latent_size = (0, 0)
         self.tokens = text.shape[1]
@@ -177,7 +173,8 @@ class Run:
         return None
 
     def decide(self, verdict: Verdict) -> None:
-        """Give up what ``verdict`` costs: the only place where a plan is departed from."""
+        """Give up what ``verdict`` costs: the only place where a plan is departed from, but for a
+        half that cannot be had (`_settle`)."""
         why, cost, now = verdict.why, verdict.cost, self.now
         if cost is Cost.STEPS:
             self._schedules = self._by_rule or self._schedules
@@ -390,15 +387,6 @@ class Run:
             slot.promises = [found for found in slot.promises if found.is_held]
         holders = {id(h) for h in (self.text, *(s.text for s in self.slots)) if _holds(h, text)}
         return sys.getrefcount(text) <= len(holders) + 2  # `text`, and the argument
-
-    def is_next(self, position: Position) -> bool:
-        """Whether ``position`` is that of the evaluation after the last one, which ended."""
-        return (
-            position.index == self.completed + 1
-            and self.now is None
-            and not self.finished
-            and self.position.same_schedule(position)
-        )
 
     # -- ControlNets ------------------------------------------------------------------------
 
