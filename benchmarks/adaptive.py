@@ -80,7 +80,7 @@ def performed(report):
     """What the evaluations of a run did, without coefficients, which cost nothing."""
     return tuple(
         StepPlan(
-            control="compute" if "computed" in row.control else "reuse",
+            control="off" if row.depth == 0 else "compute" if "computed" in row.control else "reuse",
             depth=row.depth,
             guidance=row.guidance,
         )
@@ -92,7 +92,7 @@ def run(config, first, count, together):
     """By picture: condition, distance, TMACs, key steps."""
     rows = []
     for pipe, scenes, condition, reference in sets(first, count, together):
-        with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
+        with hgc.install(pipe, config=config) as installed:
             pictures = draw(pipe, scenes, condition)
             steps = performed(installed.report())
         keys = tuple(i for i, step in enumerate(steps) if step.is_key)

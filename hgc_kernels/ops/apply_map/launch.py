@@ -21,12 +21,12 @@ E4M3_UNIT = 256.0 / 448.0
 def heuristic(dtype: torch.dtype, s_q: int, s_kv: int, size: int) -> LaunchConfig:
     """Tiles for a call. Raises Unsupported for a head size above 256."""
     block_d = head_block(size)
+    wide = block_d > 128
     if dtype == torch.float32:
         block_m = 32 if block_d <= 64 else 16
-        return LaunchConfig(block_m, 16, block_d, num_warps=4, num_stages=1)
+        return LaunchConfig(block_m, 16, block_d, num_warps=8 if wide else 4, num_stages=1)
     # Steps of 64 keys take more registers than a thread has on sm_120, and of a prompt's 77 tokens
     # they would load more of nothing.
-    wide = block_d > 128
     block_n = min(next_power_of_two(s_kv), 32)
     block_m = 64 if s_q > 32 else 32
     return LaunchConfig(block_m, block_n, block_d, num_warps=8 if wide else 4, num_stages=2)
