@@ -80,7 +80,9 @@ def performed(report):
     """What the evaluations of a run did, without coefficients, which cost nothing."""
     return tuple(
         StepPlan(
-            control="off" if row.depth == 0 else "compute" if "computed" in row.control else "reuse",
+            control=(
+                "off" if row.depth == 0 else "compute" if "computed" in row.control else "reuse"
+            ),
             depth=row.depth,
             guidance=row.guidance,
         )

@@ -62,8 +62,9 @@ def test_evaluations_cost_what_they_do_in_a_run_of_them_all(monkeypatch):
     for config in (mixed, hgc.Config.preset("paper"), hgc.Config.preset("turbo")):
         count = hgc.count_macs(unet, net, config, num_evaluations=8, height=32)
         shapes = macs.Shapes(2, 16, 16, condition=2)
-        kinds = [(step.in_output, (False,)) for step in hgc.plan(config, 8)]
-        assert list(count.evaluations) == plain(described, kinds, shapes, True), config.name
+        kinds = [(step.in_output, (False,), True) for step in hgc.plan(config, 8)]
+        parts = plain(described, kinds, shapes, True)
+        assert list(count.evaluations) == [sum(each, macs.Macs()) for each in parts], config.name
         again = config.replace(name="again", damping=0.3, feature_damping=0.2)
         assert hgc.count_macs(unet, net, again, num_evaluations=8, height=32).done == count.done
     # without hgc, of `mixed`, and the shallow evaluations of `paper`
@@ -75,3 +76,121 @@ def test_wrong_sizes_are_refused(sd15_meta):
         hgc.count_macs(*sd15_meta, "paper", height=100)
     with pytest.raises(TypeError, match="got str"):
         hgc.count_macs("sd15")
+
+
+# what UNets may take beside the sample, the time and the text: changes of the UNet's config and of
+# the ControlNet's (None: no ControlNet), the width of the text, what each of them is handed
+_LABELS, _PROJECTED = torch.tensor([3, 4]), torch.ones(2, 12)
+_PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+_HIDDEN = {"encoder_hid_dim": 24}
+CONFIGS = {
+    "class labels": (
+        {"num_class_embeds": 10}, {"num_class_embeds": 10}, models.TEXT,
+        {"class_labels": _LABELS}, {"class_labels": _LABELS},
+    ),
+    "projected labels": (
+        _PROJECTION, _PROJECTION, models.TEXT,
+        {"class_labels": _PROJECTED}, {"class_labels": _PROJECTED},
+    ),
+    "simple projection": (
+        {**_PROJECTION, "class_embed_type": "simple_projection"}, None, models.TEXT,
+        {"class_labels": _PROJECTED}, {},
+    ),
+    "projected text": ({**_HIDDEN, "encoder_hid_dim_type": "text_proj"}, None, 24, {}, {}),
+    "projected image": (
+        {**_HIDDEN, "encoder_hid_dim_type": "image_proj"}, None, 24,
+        {"added_cond_kwargs": {"image_embeds": torch.ones(2, 24)}}, {},
+    ),
+    "added text": (
+        {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+        {}, models.TEXT, {}, {},
+    ),
+    "a width a block": (
+        {"cross_attention_dim": (models.TEXT, 24), "mid_block_type": None}, None, models.TEXT,
+        {}, {},
+    ),
+    "the same widths": ({"cross_attention_dim": (models.TEXT,) * 2}, {}, models.TEXT, {}, {}),
+    "guidance embedded": (
+        {"time_cond_proj_dim": 8}, {}, models.TEXT, {"timestep_cond": torch.ones(2, 8)}, {},
+    ),
+    "a condition of five channels": ({}, {"conditioning_channels": 5}, models.TEXT, {}, {}),
+}  # fmt: skip
+
+
+def counted(unet, net, evaluations, text=models.TEXT, unet_takes=None, net_takes=None):
+    """MACs of a loop over two rows, by torch's counter."""
+    counter = macs.flop_counter()
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, unet.config.in_channels, 16, 16, generator=generator)
+    text = torch.randn(2, 7, text, generator=generator)
+    with torch.no_grad(), counter:
+        condition = net and torch.ones(2, net.config.conditioning_channels, 32, 32)
+        for t in torch.arange(evaluations) + 5:
+            down, mid = None, None
+            if net is not None:
+                down, mid = net(sample, t, text, condition, return_dict=False, **(net_takes or {}))
+            unet(
+                sample, t, text, down_block_additional_residuals=down,
+                mid_block_additional_residual=mid, return_dict=False, **(unet_takes or {}),
+            )  # fmt: skip
+    return macs.macs_of(counter)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_else_a_unet_takes_is_counted(name):
+    """Counts and reports, with hgc and without, are those of the calls themselves."""
+    changes, net_changes, text, unet_takes, net_takes = CONFIGS[name]
+    unet = models.small_unet(**changes)
+    net = None if net_changes is None else models.small_controlnet(**net_changes)
+    given = (3, text, unet_takes, net_takes)
+    full = counted(unet, net, *given)
+    count = hgc.count_macs(
+        unet, net, "exact", num_evaluations=3, height=32 if net else 128, tokens=7
+    )
+    with hgc.install(unet, net, config="exact") as installed:
+        done = counted(unet, net, *given)
+        report = installed.report()
+    assert count.full == report.full_macs == full
+    assert count.done == report.macs == done
+
+
+def test_evaluations_that_are_left_to_diffusers_are_counted_as_what_they_are():
+    """diffusers projects the text and embeds the condition at each of them."""
+    unet, net = models.small_unet(), models.small_controlnet()
+    unet.mid_block.register_forward_hook(lambda module, args, out: out)
+    with hgc.install(unet, net, config="exact") as installed:
+        with pytest.warns(hgc.HgcWarning, match="leaves runs to diffusers"):
+            done = counted(unet, net, 3)
+        report = installed.report()
+    assert {row.macs for row in report.rows} == {report.full_evaluation}
+    assert report.macs == report.full_macs == done
+
+
+@pytest.mark.parametrize("nets", [1, 2])
+def test_a_controlnet_that_a_promise_computed_is_counted(nets):
+    """Of two, whose promises are read of the first alone."""
+    unet, made = models.small_unet(), [models.small_controlnet(seed) for seed in range(1, nets + 1)]
+    config = hgc.Config(num_evaluations=4, key_steps=(0, 2), depth=1)
+    sample, text, condition = torch.ones(2, 4, 16, 16), models.text(0, 2), torch.ones(2, 3, 32, 32)
+    reports = {}
+    with torch.no_grad():
+        alone = macs.flop_counter()
+        with alone:
+            made[0](sample, torch.tensor(5), text, condition)
+        for reads in (False, True):
+            with hgc.install(unet, made, config=config) as installed:
+                for i, t in enumerate(torch.arange(4) + 5):
+                    down = [net(sample, t, text, condition, return_dict=False) for net in made]
+                    if reads and i == 1:
+                        down[0][0][0].sum()
+                    first, mid = down[0]
+                    for more, at in down[1:]:
+                        first, mid = [a + b for a, b in zip(first, more, strict=True)], mid + at
+                    unet(
+                        sample, t, text, down_block_additional_residuals=first,
+                        mid_block_additional_residual=mid,
+                    )  # fmt: skip
+                reports[reads] = installed.report().rows
+    assert reports[True][1].control == ("computed", *["reused"] * (nets - 1))
+    extra = reports[True][1].macs.total - reports[False][1].macs.total
+    assert extra == macs.macs_of(alone).total

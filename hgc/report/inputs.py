@@ -9,7 +9,7 @@ import torch
 from diffusers import ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-__all__ = ["Inputs", "Shapes"]
+__all__ = ["Inputs", "Shapes", "text_width"]
 
 Tensor = torch.Tensor
 
@@ -68,10 +68,8 @@ class Inputs:
         condition = None
         if config.time_cond_proj_dim is not None:
             condition = torch.empty(batch, config.time_cond_proj_dim)
-        # what is projected; or an image is, from that width, and the text is not looked at
-        width = config.encoder_hid_dim
         return {
-            "encoder_hidden_states": self._text(_text_width(unet) if width is None else width),
+            "encoder_hidden_states": self._text(text_width(unet)),
             "timestep_cond": condition,
             **self._embedded(unet),
         }
@@ -83,7 +81,7 @@ class Inputs:
             shapes.batch, config.conditioning_channels, shapes.height * side, shapes.width * side
         )
         arguments = {
-            "encoder_hidden_states": self._text(_text_width(net)),
+            "encoder_hidden_states": self._text(text_width(net)),
             **self._embedded(net),
         }
         if isinstance(net, ControlNetUnionModel):  # one kind of control
@@ -112,8 +110,11 @@ class Inputs:
         return {"class_labels": labels, "added_cond_kwargs": added or None}
 
 
-def _text_width(model: Any) -> int:
-    """The width of the text that the cross-attentions take."""
+def text_width(model: Any) -> int:
+    """The width of the text that a UNet or a ControlNet takes."""
+    if isinstance(model, UNet2DConditionModel) and model.config.encoder_hid_dim is not None:
+        # the text is projected from it; or an image is, and the text is not looked at
+        return int(model.config.encoder_hid_dim)
     width = model.config.cross_attention_dim
     if isinstance(width, int):
         return width

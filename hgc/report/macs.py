@@ -24,7 +24,7 @@ from hgc.models.structure import UNetStructure
 from hgc.models.supported import check_unet, controlnets
 from hgc.planning.config import Config, ConfigError, StepPlan
 from hgc.planning.rule import plan
-from hgc.report.inputs import Inputs, Shapes
+from hgc.report.inputs import Inputs, Shapes, text_width
 from hgc.run.pair import PairCheck
 
 __all__ = [
@@ -219,6 +219,7 @@ def _count(
         cases: list[Any] = []
         chosen: list[int] = []
         made: set[Any] = set()
+        own_texts = len({text_width(_meta(model)) for model in (models[0], *models[1])}) > 1
         for i, (step, without, keep) in enumerate(kinds):
             early = i < PairCheck.EVALUATIONS
             unsure = early and step.guidance != "both"
@@ -232,7 +233,8 @@ def _count(
                 chosen.append(i)
             cases.append(case)
             if makes:
-                made.add(kind)
+                # the UNet's text is a change from a ControlNet's own, and undoes what that made
+                made.add("the UNet's text" if i == 0 and own_texts else kind)
         missing = [i for i, case in enumerate(cases) if case not in known]
         if missing:
             chosen = [i for i in chosen if i <= missing[-1]]
