@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import hgc
 from hgc.report import macs
@@ -83,6 +84,7 @@ def test_wrong_sizes_are_refused(sd15_meta):
 _LABELS, _PROJECTED = torch.tensor([3, 4]), torch.ones(2, 12)
 _PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
 _HIDDEN = {"encoder_hid_dim": 24}
+_OF_BOTH = ("text_embeds", "image_embeds")
 CONFIGS = {
     "class labels": (
         {"num_class_embeds": 10}, {"num_class_embeds": 10}, models.TEXT,
@@ -95,6 +97,25 @@ CONFIGS = {
     "simple projection": (
         {**_PROJECTION, "class_embed_type": "simple_projection"}, None, models.TEXT,
         {"class_labels": _PROJECTED}, {},
+    ),
+    "labels like timesteps": (
+        {"class_embed_type": "timestep"}, {"class_embed_type": "timestep"}, models.TEXT,
+        {"class_labels": torch.ones(2)}, {"class_labels": torch.ones(2)},
+    ),
+    "embedded labels": (
+        {"class_embed_type": "identity"}, None, models.TEXT,
+        {"class_labels": torch.ones(2, 32)}, {},
+    ),
+    "text and image": (
+        {
+            **_HIDDEN, "encoder_hid_dim_type": "text_image_proj",
+            "addition_embed_type": "text_image",
+        },
+        None, 24,
+        {"added_cond_kwargs": {k: torch.ones(2, models.TEXT) for k in _OF_BOTH}}, {},
+    ),
+    "layers of tuples": (
+        {"transformer_layers_per_block": ((1, 1), (1, 1))}, None, models.TEXT, {}, {},
     ),
     "projected text": ({**_HIDDEN, "encoder_hid_dim_type": "text_proj"}, None, 24, {}, {}),
     "projected image": (
@@ -194,3 +215,88 @@ def test_a_controlnet_that_a_promise_computed_is_counted(nets):
     assert reports[True][1].control == ("computed", *["reused"] * (nets - 1))
     extra = reports[True][1].macs.total - reports[False][1].macs.total
     assert extra == macs.macs_of(alone).total
+
+
+@pytest.mark.parametrize(
+    "config", ["exact", hgc.Config(num_evaluations=4, depth=1)], ids=["exact", "shallow"]
+)
+def test_a_controlnet_with_a_text_of_another_width_is_counted(config):
+    """The text of the UNet is a change at the first evaluation, and not at the others."""
+    unet, net = models.small_unet(encoder_hid_dim=24), models.small_controlnet()
+    sample, condition = torch.ones(2, 4, 16, 16), torch.ones(2, 3, 32, 32)
+    texts, done = (models.text(0, 2), torch.ones(2, 7, 24)), []
+    with hgc.install(unet, net, config=config) as installed, torch.no_grad():
+        for t in torch.arange(4) + 5:
+            counter = macs.flop_counter()
+            with counter:
+                down, mid = net(sample, t, texts[0], condition, return_dict=False)
+                unet(
+                    sample, t, texts[1], down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                )  # fmt: skip
+            done.append(macs.macs_of(counter))
+        report = installed.report()
+    assert [row.macs for row in report.rows] == done
+
+
+def loop(unet, net, config, before=lambda i: None, mode=torch.no_grad, reads=()):
+    """MACs of each of six evaluations of a guidance pair, by torch's counter, and the report."""
+    done = []
+    with hgc.install(unet, net, config=config) as installed, mode():
+        sample = torch.ones(2, 4, 16, 16)
+        text, condition = models.text(0, 2).clone(), torch.ones(2, 3, 32, 32)
+        for i, t in enumerate(torch.arange(6) + 5):
+            before(i)
+            counter = macs.flop_counter()
+            with counter:
+                down, mid = net(sample, t, text, condition, return_dict=False)
+                if i in reads:
+                    mid.sum()
+                unet(
+                    sample, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                )  # fmt: skip
+            done.append(macs.macs_of(counter))
+        return done, installed.report()
+
+
+HALVES = hgc.Config(
+    num_evaluations=6, key_steps=(0, 2, 4), conditional_key_steps=(4,), guidance="reuse", depth=1
+)
+
+
+def test_what_diffusers_is_left_with_in_the_middle_of_a_run_is_counted():
+    """The ControlNet is computed by hgc yet in the evaluation in which the UNet is found changed,
+    and by diffusers in those after it."""
+
+    class Own(AttnProcessor2_0):
+        pass
+
+    unet, net = models.small_unet(), models.small_controlnet()
+
+    def change(i):
+        if i == 2:
+            unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = Own()
+
+    with pytest.warns(hgc.HgcWarning, match="leaves runs to diffusers"):
+        done, report = loop(unet, net, HALVES, change)
+    assert [row.macs for row in report.rows] == done
+    assert done[1].total < done[2].total < done[3].total == report.full_evaluation.total
+
+
+def test_a_half_that_is_computed_in_full_once_more_is_counted():
+    done, report = loop(models.small_unet(), models.small_controlnet(), HALVES, reads=(3, 4))
+    assert [row.macs for row in report.rows] == done
+    assert [row.guidance for row in report.rows[3:]] == ["reuse"] * 3
+
+
+@pytest.mark.filterwarnings("ignore:gradients are recorded")
+@pytest.mark.parametrize("config", ["exact", HALVES], ids=["exact", "halves"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_evaluations_that_keep_nothing_are_counted(mode, config):
+    """Where gradients are recorded, and of tensors of inference mode, the text is projected and the
+    condition embedded at each."""
+    done, report = loop(models.small_unet(), models.small_controlnet(), config, mode=mode)
+    assert [row.macs for row in report.rows] == done
+    if config == "exact":
+        assert set(done) == {report.full_evaluation}
