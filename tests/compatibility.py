@@ -406,7 +406,8 @@ deprecated("StableDiffusionGLIGENPipeline", special.gligen, call=special.gligen_
 deprecated("StableDiffusionDiffEditPipeline", special.diff_edit, call=special.diff_edit_call,
            distance=0.6, note=INVERSION)  # fmt: skip
 deprecated("StableDiffusionPanoramaPipeline", special.panorama, call=special.panorama_call,
-           same_in_full=True, note="it builds its text anew for every window")  # fmt: skip
+           in_full="runs end at once",
+           note="it builds its text anew for every window: a warning says so")  # fmt: skip
 deprecated("TextToVideoZeroPipeline", call=special.video_zero_call, changes_models=True)
 deprecated("SemanticStableDiffusionPipeline", call=special.semantic_call,
            note="four prompts of one image: both halves are always computed")  # fmt: skip

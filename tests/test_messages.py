@@ -570,6 +570,23 @@ def test_requests_that_were_called_off_are_not_texts_built_anew():
         assert heard(draw)[0] == []
 
 
+@pytest.mark.parametrize("in_a_loop", [True, False])
+def test_two_windows_a_step_whose_texts_are_built_anew(made, in_a_loop):
+    """One loop; and beside it requests that begin in the middle of their schedule and are called
+    off at once."""
+    schedule, sample = torch.arange(900, 900 - 100 * STEPS, -100).clone(), torch.ones(1, 4, 16, 16)
+    steps = range(STEPS) if in_a_loop else [2] * STEPS
+
+    def evaluate():
+        for i in steps:
+            for window in range(1 + in_a_loop):
+                made[0](sample, schedule[i], models.text(window))
+
+    with hgc.install(made[0], config=SHALLOW), torch.no_grad():
+        messages, _ = heard(evaluate)
+    assert ["runs end at once" in message for message in messages] == [True] * in_a_loop
+
+
 def test_one_loop_is_not_said_to_be_many_runs(made):
     """Its timesteps are built anew for each evaluation, its text once."""
     schedule, text = torch.arange(900, 900 - 100 * STEPS, -100).clone(), models.text(0)

@@ -63,9 +63,10 @@ class RunRegistry:
         for old in list(self.runs.values()):
             if old.finished:
                 continue
-            # what an earlier run leaves off at, this one begins at: one loop, whose text or
+            # this one begins where an earlier one is, or one further: one loop, whose text or
             # timesteps are built anew
-            goes_on = run.position.index == old.completed + 1 > 0
+            begun = old.report[0].index if old.report else -1
+            goes_on = 0 <= begun < run.position.index <= old.completed + 1
             if old.is_abandoned() or (goes_on and old.text.value is run.text.value):
                 self.short += goes_on and len(old.report) < 3
                 self.forget(old)
