@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import queue
+import sys
 import threading
 from collections.abc import Generator, Sequence
 
@@ -12,11 +15,28 @@ from hgc.generation.store import Record
 
 __all__ = ["Local"]
 
+# of glibc's malloc.h: how many heaps, and how many free bytes are kept at the end of one
+_M_ARENA_MAX, _M_TRIM_THRESHOLD = -8, -1
+_KEPT_BYTES = 2**30
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what was freed, in the whole process. In a thread beside the main one it gives
+    the end of its heap back to the system again and again, and gets it anew page by page: a tenth
+    of the time of a small pipeline on a CPU."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another libc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_ARENA_MAX, 1)
+            libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
 
 class Local:
     """devices: as torch names them; one may be named twice."""
 
     def __init__(self, job: Job, devices: Sequence[str]) -> None:
+        if "cpu" in devices:
+            _keep_freed_memory()
         self._makers = [ShardMaker(job, device) for device in devices]
         self.workers = len(devices)
 
