@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -482,10 +483,13 @@ def test_thirty_runs_killed_at_random_lose_nothing(tmp_path):
     data, expected = _undisturbed(tmp_path, 200, images=1, batch=4, shard=8)
     fork = multiprocessing.get_context("fork")
     chance = random.Random(20)
-    kills = 0
+    begun, child = time.monotonic(), fork.Process(target=_child, args=(data, tmp_path / "own", 0))
+    child.start()
+    child.join()
+    took, kills = time.monotonic() - begun, 0
     for trial in range(30):
         out = tmp_path / f"out-{trial}"
-        longest = 0.4  # more after each kill, so that a slow machine comes to an end
+        longest = 0.8 * took  # more after each kill, so that it comes to an end
         for attempt in range(100):
             child = fork.Process(target=_child, args=(data, out, attempt))
             child.start()
