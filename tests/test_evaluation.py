@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -668,6 +669,30 @@ def test_a_timing_says_when_another_process_had_the_core():
         os.sched_setaffinity(0, allowed)
     assert value == "done" and found.seconds >= 0.5
     assert timing.MOST_WAITED < found.waited <= 1.0
+
+
+def test_an_idle_thread_that_waits_is_none_of_the_timing(tmp_path, monkeypatch):
+    own = threading.get_native_id()
+    worker, idle = own + 1, own + 2
+
+    def write(milliseconds: dict[int, tuple[float, float]]) -> None:
+        for thread, (ran, waited) in milliseconds.items():
+            (tmp_path / str(thread)).mkdir(exist_ok=True)
+            text = f"{ran * 1e6:.0f} {waited * 1e6:.0f} 7\n"
+            (tmp_path / str(thread) / "schedstat").write_text(text)
+
+    def after(milliseconds: dict[int, tuple[float, float]]) -> float | None:
+        def call() -> None:
+            time.sleep(0.1)
+            write(milliseconds)
+
+        write({own: (0, 0), worker: (0, 0), idle: (0, 0)})
+        return timing.timed(call)[1].waited
+
+    monkeypatch.setattr(timing, "_THREADS", tmp_path)
+    assert after({own: (90, 1), worker: (90, 2), idle: (1, 60)}) < 0.03
+    assert after({own: (90, 1), worker: (40, 50), idle: (1, 0)}) > 0.3
+    assert after({own: (1, 50), worker: (90, 0), idle: (0, 0)}) > 0.3
 
 
 def test_timings_in_which_another_process_had_the_cores_are_left_out(tmp_path):
