@@ -1,7 +1,7 @@
 """Refine the coefficients of the rivals that cache nothing, as those of the calibrated plans are.
 
     python benchmarks/calibrate_rivals.py
-    python benchmarks/calibrate_rivals.py --testbed benchmarks/other_model --device cuda
+    python benchmarks/calibrate_rivals.py --testbed benchmarks/other_model --guidance 5
 
 Writes the rows "skip-x0-calibrated" and "fewer-steps-calibrated" of `hgc eval`: a file a row, into
 hgc/testbed/plans, or beside the other model's folder into FOLDER-plans. One that is there is kept,
@@ -19,6 +19,7 @@ from search_presets import CHECKED, SEARCHED, Reseeded, calibration_of, items
 
 from hgc.evaluation.peers import refined_rows, unrefined
 from hgc.evaluation.subject import Testbed, make_scheduler
+from hgc.testbed import GUIDANCE_SCALE
 from hgc.tune.refine import coefficients, refine
 
 ROWS = ("skip-x0-calibrated", "fewer-steps-calibrated")
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--testbed", type=Path, help="another model's folder")
     parser.add_argument("--steps", type=int, default=20, help="of the uncached run")
     parser.add_argument("--scenes", type=int, default=16, help="a condition")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE_SCALE, help="scale")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     subject, since = Testbed(options.testbed), time.monotonic()
@@ -44,8 +46,9 @@ def main() -> None:
 
     def trial(first):
         made = items(
-            subject.conditions, options.scenes, first, lambda c: subject.load(c, options.device)
-        )
+            subject.conditions, options.scenes, first,
+            lambda c: subject.load(c, options.device), options.guidance,
+        )  # fmt: skip
         return Reseeded(made, options.steps, output="pt")
 
     trials = [trial(SEARCHED), trial(CHECKED)]

@@ -60,7 +60,7 @@ class Budget:
         return max(cost.of(rule) for cost in self.costs)
 
 
-def items(conditions, scenes, first, load=testbed.load_pipeline):
+def items(conditions, scenes, first, load=testbed.load_pipeline, guidance=testbed.GUIDANCE_SCALE):
     """A pipeline, by ``load`` of its condition, and the arguments of one call, for each condition.
     Each has scenes of its own: one that is left out is not among the others under another
     condition."""
@@ -75,7 +75,7 @@ def items(conditions, scenes, first, load=testbed.load_pipeline):
                 {
                     "prompt": [scene.caption for scene in found],
                     "image": [testbed.condition_image(scene, condition) for scene in found],
-                    "guidance_scale": testbed.GUIDANCE_SCALE,
+                    "guidance_scale": guidance,
                     "generator": [torch.Generator().manual_seed(scene.seed) for scene in found],
                 },
             )
