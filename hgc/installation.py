@@ -192,10 +192,12 @@ class Installation:
     def report(self) -> Report:
         """What the calling thread's last run did.
 
-        Raises RuntimeError where this thread has made no run yet.
+        Raises RuntimeError where this thread has made no run yet, and where its last evaluations
+        were left to diffusers.
         """
-        run = self._engine.registry.last
-        if run is None or not run.report:
+        registry = self._engine.registry
+        run = registry.last
+        if run is None or not run.report or registry.passed:
             raise RuntimeError(f"no run to report on: {self._without_run()}")
         return Report.of(self.unet, self.config, run)
 

@@ -288,6 +288,98 @@ def test_adapters_of_other_kinds_switched_within_a_run(kind):
         assert torch.equal(request(pipe), reference)
 
 
+def _with_lora(**settings):
+    import peft
+
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        targets = ["to_q", "to_k", "to_v"]
+        config = peft.LoraConfig(
+            r=4, init_lora_weights=False, target_modules=targets, **settings
+        )  # fmt: skip
+        pipe.unet.add_adapter(config)
+    return pipe
+
+
+def _text_projected():
+    unet = models.small_unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
+    return models.sd15_pipeline(unet, models.small_controlnet())
+
+
+def _biased():
+    pipe = models.sd15_pipeline(models.small_unet(), models.small_controlnet())
+    for name, module in pipe.unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            bias = torch.linspace(-1, 1, module.out_features)
+            module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return pipe
+
+
+def _write(*names):
+    def write(pipe):
+        with torch.no_grad():
+            for name, weight in pipe.unet.named_parameters():
+                if any(each in name for each in names):
+                    weight.mul_(3)
+
+    return write
+
+
+def _load_adapter(pipe):
+    import peft
+
+    found = peft.get_peft_model_state_dict(pipe.unet)
+    peft.set_peft_model_state_dict(pipe.unet, {name: 3 * value for name, value in found.items()})
+
+
+def _replace_projection(pipe):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        pipe.unet.encoder_hid_proj = torch.nn.Linear(16, 16).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (_with_lora, _write("lora_B")),
+        (_with_lora, _load_adapter),
+        (_text_projected, _write("encoder_hid_proj")),
+        (_text_projected, _replace_projection),
+        (_biased, _write("to_k.bias")),
+    ],
+    ids=["adapter written", "adapter loaded", "projection written", "projection replaced", "bias"],
+)
+def test_what_keys_and_values_are_made_by_changes_within_a_run(make, change):
+    reference = models.draw(make(), **at_step(2, change))
+    pipe = make()
+    with hgc.install(pipe, config="exact"):
+        assert torch.equal(models.draw(pipe, **at_step(2, change)), reference)
+    assert not torch.equal(models.draw(make()), reference)
+    pipe = make()
+    with hgc.install(pipe, config=Config(name="some", num_evaluations=6, key_steps=(0, 4))) as some:
+        models.draw(pipe, **at_step(2, change))
+        assert "the weights changed" in [row.why for row in some.report().rows]
+
+
+def test_an_adapter_with_dropout_draws_at_every_evaluation():
+    def draw(pipe):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return models.draw(pipe)
+
+    reference = draw(_training())
+    pipe = _training()
+    with hgc.install(pipe, config="exact"):
+        assert torch.equal(draw(pipe), reference)
+
+
+def _training():
+    pipe = _with_lora(lora_dropout=0.5)
+    pipe.unet.train()
+    return pipe
+
+
 def test_an_ip_adapter_exchanged_within_a_run():
     def other(pipe):
         pipe.unload_ip_adapter()

@@ -246,6 +246,16 @@ def test_guidance_off_copies_the_conditional_half(sd15):
     assert close(second, outputs[0].chunk(2)[1])
 
 
+@pytest.mark.parametrize("control", ["compute", "reuse"])
+def test_a_scale_for_each_row_of_the_batch(sd15, control):
+    """An evaluation of the conditional half takes that half's scales."""
+    steps = [StepPlan(), StepPlan(), StepPlan(control=control, depth=2, guidance="off")]
+    rows = torch.tensor([0.3, 0.8]).view(2, 1, 1, 1)
+    by_rows, _ = loop(sd15, Config(), steps, scale=rows)
+    alike, _ = loop(sd15, Config(), steps, scale=0.8)
+    assert close(by_rows[2], alike[2]) and not close(by_rows[1], alike[1])
+
+
 def test_forecast_is_the_linear_combination(sd15):
     """At depth 0 the output itself is forecast: out = 1.5 * newest - 0.5 * one before."""
     steps = [StepPlan()] * 3 + [StepPlan(control="off", depth=0, forecast=(1.5, -0.5))]
@@ -688,7 +698,7 @@ def test_timesteps_of_unknown_origin_are_computed_in_full(sd15):
         expected = [sd15.unet(sample, t, text).sample for t in (900, 800, 700)]
         with (
             hgc.install(sd15.unet, sd15.controlnet, config=SOME),
-            pytest.warns(HgcWarning, match="not an element of a tensor of timesteps"),
+            pytest.warns(HgcWarning, match="not one of several in a tensor of timesteps"),
         ):
             for t, out in zip((900, 800, 700), expected, strict=True):
                 assert torch.equal(sd15.unet(sample, torch.tensor(t), text).sample, out)

@@ -31,7 +31,7 @@ from hgc.evaluation.metrics import Summary
 from hgc.evaluation.models import sd15_macs
 from hgc.evaluation.rows import FIGURES, Row
 from hgc.evaluation.settings import COMPUTING, MEASURING, Settings, key
-from hgc.planning.config import Calibration, Config, ConfigError, StepPlan
+from hgc.planning.config import PRESETS, Calibration, Config, ConfigError, StepPlan
 from hgc.report.macs import Macs
 
 for name in ("transformers", "PIL", "skimage", "torchmetrics"):
@@ -436,13 +436,13 @@ def test_rivals_with_refined_coefficients_are_files_beside_the_model(tmp_path):
             peers.unrefined(row, 20).to_json(tmp_path / f"{row}.json")
     rows = all_candidates(["skip-x0-calibrated", "fewer-steps-6-calibrated"], subject=other)[1:]
     assert [(r.name, r.steps, r.scheduler) for r in rows] == [
-        *((f"skip-x0-{n}-calibrated", 20, None) for n in (8, 7, 6, 5, 4)),
+        *((f"skip-x0-{n}-calibrated", 20, None) for n in (7, 6, 5, 4)),
         ("fewer-steps-6-calibrated", 6, "dpm++2m-grid"),
     ]  # fmt: skip
     assert {r.method for r in rows} == {
         "skipped, x0 forecast, calibrated", "fewer steps, calibrated",
     }  # fmt: skip
-    assert rows[0].config.key_steps == (0, 2, 4, 7, 10, 13, 16, 19) and rows[0].config.depth == 0
+    assert rows[0].config.key_steps == PRESETS["paper"].key_steps and rows[0].config.depth == 0
     # for 50 steps there are other files
     assert peers.refined_rows("skip-x0-8-calibrated", 50) == [("skip-x0-8-calibrated-50", None)]
     assert len(peers.unrefined("skip-x0-8-calibrated-50", 50).key_steps) == 20

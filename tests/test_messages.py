@@ -11,8 +11,15 @@ import warnings
 
 import models
 import pytest
+import special_pipelines
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    MarigoldNormalsPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0
 
 import hgc
@@ -134,11 +141,100 @@ def test_a_report_after_the_block():
 def test_a_report_where_no_run_was_made():
     unet = models.small_unet()
     with hgc.install(unet, config=SHALLOW) as installed, torch.no_grad():
-        with pytest.warns(HgcWarning, match="not an element of a tensor of timesteps"):
+        with pytest.warns(HgcWarning, match="not one of several in a tensor of timesteps"):
             for t in (900, 800):
                 unet(torch.ones(2, 4, 16, 16), torch.full((2,), t), models.text(0, 2))
         with pytest.raises(RuntimeError, match="what this thread evaluated was left to diffusers"):
             installed.report()
+
+
+def test_a_report_after_one_evaluation_that_is_no_run(made):
+    unet, net = made
+    with hgc.install(unet, net, config=SHALLOW) as installed, torch.no_grad():
+        said(loop(unet, net))
+        unet(torch.ones(1, 4, 16, 16), torch.tensor([500]), models.text(5))
+        with pytest.raises(RuntimeError, match="was one evaluation alone"):
+            installed.report()
+        said(loop(unet, net))
+        assert len(installed.report().rows) == STEPS
+
+
+def test_a_picture_of_one_step_within_a_run_does_not_end_it(made):
+    pipe, other = models.sd15_pipeline(*made), models.sd15_pipeline(*made)
+
+    def preview(pipe, i, t, tensors):
+        if i in (1, 4):
+            models.draw(other, seed=7, steps=1)
+        return {}
+
+    with hgc.install(pipe, config=SHALLOW) as installed:
+        alone = models.draw(pipe, steps=STEPS)
+        assert torch.equal(models.draw(pipe, steps=STEPS, callback_on_step_end=preview), alone)
+        assert [row.why for row in installed.report().rows] == ["plan"] * STEPS
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (lambda t: [t[len(t) - 1 - i] for i in range(len(t))], "are not taken in their order"),
+        (lambda t: t.repeat_interleave(3)[::3], "evaluations were left out, before 3"),
+        (lambda t: t, None),
+        (lambda t: t.flip(0), None),
+    ],
+    ids=["backwards", "strided", "forwards", "flipped"],
+)
+def test_timesteps_that_are_not_taken_in_their_order(made, order, words):
+    unet, net = made
+    with hgc.install(unet, net, config=SHALLOW), torch.no_grad():
+        sample, text, cond = torch.ones(1, 4, 16, 16), models.text(0), models.picture(0)
+
+        def evaluate():
+            for t in order(torch.arange(STEPS * 100, 0, -100)):
+                down, mid = net(sample, t, text, cond, return_dict=False)
+                unet(
+                    sample, t, text, down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                )  # fmt: skip
+
+        messages, _ = heard(evaluate)
+    assert [words in message for message in messages] == [True] * (words is not None)
+
+
+@pytest.mark.parametrize(("steps", "is_said"), [(9, True), (10, False)])
+def test_a_solver_of_second_order_in_few_steps(made, steps, is_said):
+    pipe = models.sd15_pipeline(*made, scheduler_class=HeunDiscreteScheduler)
+    expected = models.draw(pipe, steps=steps)
+    with hgc.install(pipe, config="balanced") as installed:
+        messages, image = heard(lambda: models.draw(pipe, steps=steps))
+        depths = [row.depth for row in installed.report().rows]
+    assert ["HeunDiscreteScheduler takes differences" in m for m in messages] == [True] * is_said
+    assert torch.equal(image, expected) == is_said and (0 in depths) == (not is_said)
+
+
+def test_a_sample_that_does_not_begin_with_the_latents():
+    pipe = special_pipelines.marigold(MarigoldNormalsPipeline)
+    expected = special_pipelines.marigold_call(pipe, 0)
+    with hgc.install(pipe, config="balanced"):
+        messages, image = heard(lambda: special_pipelines.marigold_call(pipe, 0))
+    assert len(messages) == 1 and "first channels of the sample do not change" in messages[0]
+    assert torch.equal(image, expected)
+    unet = models.small_unet(in_channels=9)
+    pipe = models.pipeline(StableDiffusionInpaintPipeline, unet)
+    with hgc.install(pipe, config="balanced") as installed:
+        messages, _ = heard(lambda: pipe(**models.request(pipe, 0, strength=1.0)).images)
+        assert messages == [] and 0 in [row.depth for row in installed.report().rows]
+
+
+def test_a_model_that_predicts_variances_too():
+    unet = models.small_unet(out_channels=8)
+    pipe = models.pipeline(
+        StableDiffusionPipeline, unet,
+        scheduler=models.scheduler(DDPMScheduler, variance_type="learned_range"),
+    )  # fmt: skip
+    with hgc.install(pipe, config="balanced"):
+        messages, out = heard(lambda: pipe(**models.request(pipe, 0)).images)
+    assert len(messages) == 1 and "epsilon, v or x0 predicted, and nothing else" in messages[0]
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["paper", "balanced", "fast", "turbo"])

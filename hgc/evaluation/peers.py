@@ -71,10 +71,8 @@ PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gat
 
 # Where evaluations of a run of 20 do most, by how many are made, for a run that forecasts those
 # between them: the presets' key steps, and one more than theirs.
-_PLACES = {
-    8: (0, 2, 4, 7, 10, 13, 16, 19),
-    **{len(each.key_steps): each.key_steps for each in PRESETS.values() if each.key_steps},
-}
+_PRESETS = {len(each.key_steps): each.key_steps for each in PRESETS.values() if each.key_steps}
+_PLACES = {8: (0, 2, 4, 7, 10, 13, 16, 19), **_PRESETS}
 # The same for a plain run of DPM++ 2M at them, searched in the same way on the same models.
 _GRID_PLACES = {
     8: (0, 2, 4, 7, 10, 13, 16, 19),
@@ -195,7 +193,8 @@ def refined_rows(name: str, steps: int) -> list[tuple[str, str | None]]:
     """The rows that ``name`` stands for, each the stem of its file and its scheduler (None: that of
     the evaluation); none where it is no row with refined coefficients.
 
-    name: "skip-x0-calibrated", "fewer-steps-calibrated", or "skip-x0-8-calibrated": one of them.
+    name: "skip-x0-calibrated", "fewer-steps-calibrated": of as many evaluations as the presets'
+        key steps; or one of them, "skip-x0-8-calibrated".
     steps: of the uncached run, which they are refined for.
     """
     asked = _REFINED.fullmatch(name)
@@ -203,7 +202,7 @@ def refined_rows(name: str, steps: int) -> list[tuple[str, str | None]]:
         return []
     kind, count = asked.groups()
     ending = "" if steps == 20 else f"-{steps}"
-    counts = _PLACES if count is None else (int(count),)
+    counts = _PRESETS if count is None else (int(count),)
     return [(f"{kind}-{n}-calibrated{ending}", _REFINED_WITH[kind]) for n in counts]
 
 

@@ -176,6 +176,10 @@ class ControlCall:
         """All that diffusers' forward was given beside the first four and ``arguments``."""
         return {"conditioning_scale": self.scale, "guess_mode": self.guess_mode}
 
+    def scale_of(self, half: bool) -> float | Tensor:
+        """The scale, or where each row has its own and ``half`` asks for it, that half's."""
+        return cut(self.scale, self.sample.shape[0]) if half else self.scale
+
     @property
     def is_off(self) -> bool:
         """Whether its residuals are zeros, by its scale."""

@@ -18,7 +18,7 @@ from hgc.run.residuals import PromiseSet, Terms, Zeros
 from hgc.run.run import Run
 from hgc.run.snapshot import Signature
 from hgc.watch.adapters import lora_scaled, scales_lora, take_lora_scale
-from hgc.watch.weights import module_state
+from hgc.watch.weights import draws, module_state
 
 __all__ = ["ControlExecutor"]
 
@@ -74,8 +74,8 @@ class ControlExecutor:
     ) -> Sequence[Tensor]:
         """What was computed, with its scale; of the conditional half promises of the whole batch.
         ``outputs`` may be written to."""
-        owned = self._functions.hands_over
-        scaled = scale_residuals(slot.net, outputs, call.scale, call.guess_mode, owned=owned)
+        owned, scale = self._functions.hands_over, call.scale_of(half)
+        scaled = scale_residuals(slot.net, outputs, scale, call.guess_mode, owned=owned)
         if not half:
             return scaled
         source = _Residuals(self._fresh, run, slot, now, call)
@@ -95,7 +95,7 @@ class ControlExecutor:
             hint = run.cache.kept(f"{slot.prefix}hint{i}")
             if hint is None:
                 hint = embed_condition(net, cond)
-                if may_be_kept(cond):
+                if may_be_kept(cond) and not draws(net.controlnet_cond_embedding):
                     hint = run.cache.keep(f"{slot.prefix}hint{i}", hint)
             hints.append(hint)
         if half:
@@ -107,7 +107,7 @@ class ControlExecutor:
         lora_scale = 1.0
         if scales_lora(net):
             arguments, lora_scale = take_lora_scale(arguments)
-        wrap = self._prompt.wrapper(run, slot.prefix, half)
+        wrap = self._prompt.wrapper(run, net, slot.prefix, half)
         with lora_scaled(net, lora_scale), self._functions.undivided(net):
             return self._functions.of(net, half)(
                 net, sample, call.timestep, text,
@@ -157,7 +157,7 @@ class _Residuals:
             return None
         value, call = cache.read(entry, plan.of_residuals, half=half), self.call
         count = len(slot.entries)
-        return [_scaled(slot.pooled, value, j, count, call.scale, call.guess_mode)]
+        return [_scaled(slot.pooled, value, j, count, call.scale_of(half), call.guess_mode)]
 
 
 def _scaled(

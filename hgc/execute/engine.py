@@ -15,19 +15,19 @@ from hgc.execute.call import ControlCall, UNetCall, UnionCall
 from hgc.execute.controlnet import ControlExecutor
 from hgc.execute.fitted import FittedSteps
 from hgc.execute.functions import Functions
+from hgc.execute.levels import Levels
 from hgc.execute.patch import PatchedModels
-from hgc.execute.prompt import PromptGrain, may_be_kept
+from hgc.execute.prompt import PromptGrain
 from hgc.execute.unet import UNetExecutor
 from hgc.models.structure import UNetStructure
 from hgc.models.supported import untested
 from hgc.planning.config import Config
 from hgc.run.evaluation import ControlSlot, Evaluation
-from hgc.run.noise import NoiseLevels
 from hgc.run.position import Position, position_of
 from hgc.run.registry import RunRegistry
 from hgc.run.run import Run
 from hgc.run.schedule import FULL_STEP, Schedules
-from hgc.run.snapshot import Signature, TensorSnapshot, is_conditional_half, storage_of
+from hgc.run.snapshot import Signature, TensorSnapshot, is_conditional_half
 from hgc.run.verdict import Cost, Verdict
 from hgc.warn import WarnOnce
 from hgc.watch.watch import Watch
@@ -81,7 +81,7 @@ class Engine:
             reuse_attention=config.reuses_attention,
         )  # fmt: skip
         self.functions = Functions(unet, structure)
-        prompt = PromptGrain(unet, structure, config, self.watch.processors)
+        prompt = PromptGrain(unet, structure, config, self.watch)
         self._unet = UNetExecutor(structure, self.functions, prompt)
         self._control = ControlExecutor(self.functions, prompt, self._fresh_residuals)
         self._fitted = FittedSteps(config, scheduler, self.warn)
@@ -90,7 +90,7 @@ class Engine:
         # of the rule, where the plan is one of fitted steps with a rule
         rule = None if config.steps is None else config.rule
         self._by_rule = None if rule is None else Schedules(rule, structure.num_layers)
-        self._scheduler = scheduler
+        self._levels = Levels(scheduler, self.warn)
         self._assume_pair = assume_pair
         self._of_thread = _OfThread()
         self.untested = untested()
@@ -130,8 +130,10 @@ class Engine:
         self.functions.clear()
 
     def _end_of_call(self) -> None:
-        if self.registry.last is not None:
-            self.registry.last.close()
+        registry = self.registry
+        # a call of which hgc evaluated nothing ends no run: another one's may be under way
+        if registry.last is not None and not registry.passed:
+            registry.last.close()
 
     def _original(self, module: Any) -> Callable[..., Any]:
         # uninstalled meanwhile by another thread: the model has it back
@@ -141,6 +143,8 @@ class Engine:
     # -- which run ----------------------------------------------------------------------------
 
     def _position(self, registry: RunRegistry, timestep: Any, text: Any) -> Position | None:
+        """Where an evaluation stands in its run; None where it is of no run, and diffusers'."""
+        registry.passed = True
         if not self.is_active:
             return None
         last, position = registry.last, None
@@ -152,7 +156,7 @@ class Engine:
             if not registry.is_one_step(timestep, text):
                 self.warn(
                     "timestep",
-                    "the timestep is not an element of a tensor of timesteps, so where an "
+                    "the timestep is not one of several in a tensor of timesteps, so where an "
                     "evaluation stands in its run is not known: evaluations are computed in full",
                 )
         elif not isinstance(text, Tensor):
@@ -162,6 +166,9 @@ class Engine:
                 "evaluations are computed in full",
             )
             return None
+        elif registry.is_past_end(text, position):
+            registry.passed = False  # the report is of the run that ended
+            return None
         return position
 
     def _enter(
@@ -169,6 +176,7 @@ class Engine:
     ) -> Run:
         """The run that a call of a model belongs to, with its evaluation begun."""
         run = registry.last
+        registry.passed = False
         known = run is not None and run.text.value is text and run.text.is_(text)
         if run is None or not known or run.now is None or run.position is not position:
             if run is not None and known and not registry.short and run.continues(position):
@@ -208,6 +216,13 @@ class Engine:
                 )
         self._decide(run, self._fitted.look_at_timesteps(run))
         run.begin(position)
+        if run.gaps_in_a_row > 2 and run.broken is None and not self.config.is_exact:
+            assert run.now is not None
+            self.warn(
+                "order",
+                f"{run.now.why}, before {run.gaps_in_a_row} evaluations in a row, which reuse "
+                "nothing: evaluate every timestep of one tensor, in their order, in one thread",
+            )
         return run
 
     def _new_run(self, registry: RunRegistry, text: Tensor, position: Position) -> Run:
@@ -215,7 +230,7 @@ class Engine:
         self.watch.adapters.collect()
         self.functions.begin_run()
         unknown = self.watch.look_for_unknown_code()
-        noise = None if unknown else self._noise_of(position)
+        noise = None if unknown else self._levels.of(self._schedules, position)
         run = registry.add(
             Run(self._schedules, text, position, self._assume_pair, noise, self._by_rule)
         )
@@ -225,11 +240,13 @@ class Engine:
             if run.by_diffusers:
                 return run
             self._decide(run, self._fitted.begin_run(run))
+            self._decide(run, self._levels.look_at_length(run))
             if registry.short >= RunRegistry.LIMIT and not self.config.is_exact:
                 self.warn(
                     "short",
-                    "runs end at once, so nothing is reused: the text or the timesteps "
-                    "are built anew for each. Build them once, before the loop",
+                    "runs end at once, so nothing is reused: the text or the timesteps are built "
+                    "anew for each, or timesteps are not taken in their order. Build them once, "
+                    "before the loop, in the order in which they are evaluated",
                 )
             if registry.crowded and not self.config.is_exact:
                 self.warn(
@@ -241,32 +258,6 @@ class Engine:
             registry.forget(run)
             raise
         return run
-
-    def _noise_of(self, position: Position) -> NoiseLevels | None:
-        """The levels of noise of a run whose plan forecasts x0; None where they are not known."""
-        if not self._schedules.forecast_x0(position.total):
-            return None
-        scheduler = self._scheduler()
-        if not NoiseLevels.fits(scheduler):
-            unknown = (
-                "the scheduler is not known: install on the pipeline, hgc.install(pipe), or pass "
-                "scheduler=pipe.scheduler"
-                if scheduler is None
-                else f"what {type(scheduler).__name__} hands a model is not known to be "
-                "alpha x0 + sigma noise with epsilon, v or x0 predicted"
-            )
-            self.warn(
-                "noise",
-                f"{unknown}. Outputs are forecast as the model gives them instead of in x0, and "
-                "images are much farther from the uncached ones",
-            )
-            return None
-        assert position.timestep is not None
-        timesteps = position.timestep.as_strided((position.total,), (1,), 0)
-        own = getattr(scheduler, "timesteps", None)
-        is_own = isinstance(own, Tensor) and storage_of(own) == position.storage
-        keys = self._schedules.key_evaluations(position.total)
-        return NoiseLevels(scheduler, timesteps, keys, is_own=is_own)
 
     # -- what is decided ----------------------------------------------------------------------
 
@@ -304,8 +295,7 @@ class Engine:
         call = kind.of(net, *args, **kwargs)
         registry = self._of_thread.registry
         position = self._position(registry, call.timestep, call.text)
-        if position is None or registry.is_past_end(call.text, position):
-            registry.passed = True
+        if position is None:
             return call.by(self._original(net))
         start = time.perf_counter()
         run = self._enter(registry, call.text, position, call.cond)
@@ -363,7 +353,7 @@ class Engine:
                 for name in run.schedule.residuals[now.index]
             ):
                 run.decide(Verdict("residuals are not cached"))
-        if now.plan.control == "compute" and not call.is_off:
+        if (now.plan.control == "compute" or now.plan.is_key) and not call.is_off:
             self._decide(run, self.watch.look_at_layers(run, slot.net))
 
     def _residuals(
@@ -397,8 +387,7 @@ class Engine:
         call = UNetCall.of(unet, *args, **kwargs)
         registry = self._of_thread.registry
         position = self._position(registry, call.timestep, call.text)
-        if position is None or call.is_t2i_adapter or registry.is_past_end(call.text, position):
-            registry.passed = True
+        if position is None or call.is_t2i_adapter:
             return call.by(self._original(unet))
         start = time.perf_counter()
         run = self._enter(registry, call.text, position)
@@ -412,7 +401,6 @@ class Engine:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
                 run.now.attention = self._unet.attention(run, run.now)
-                run.now.keeps = may_be_kept(call.text)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
                     run.record(captured, call.sample, whole)
@@ -440,10 +428,11 @@ class Engine:
         if with_residuals and not run.slots and not self.config.is_exact:
             self.warn(
                 "foreign",
-                "the UNet gets residuals for which no ControlNet of this installation was called: "
-                "what makes them runs at every step, and changes of its scale show at key steps "
-                "only. Pass it too: hgc.install(pipe.unet, pipe.controlnet). Where two UNets share "
-                "it, give each a copy of its own (copy.deepcopy)",
+                "the UNet gets residuals for which no ControlNet of this installation was called "
+                "in this thread's run: what makes them runs at every step, and changes of its "
+                "scale show at key steps only. Pass it too, hgc.install(pipe.unet, "
+                "pipe.controlnet), and call it in the same thread with the same timesteps. Where "
+                "two UNets share it, give each a copy of its own (copy.deepcopy)",
             )
         self._decide(run, self.watch.look_for_gradients(run, sample, call.text))
         found = (
@@ -452,6 +441,8 @@ class Engine:
             *self.watch.settings(call.unet, sample.device),
         )  # fmt: skip
         self._decide(run, run.look_at_arguments(found))
+        latents = self.unet.config.out_channels
+        self._decide(run, self._levels.look_at_channels(run, sample, latents))
         looked, halves = now.plan.depth, None
         self._decide(run, self.watch.look_at_layers(run, call.unet, looked))
         # an evaluation that computes nothing does not compare either

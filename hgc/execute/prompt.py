@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from hgc.models.structure import UNetStructure
 from hgc.planning.config import Config
 from hgc.run.cache import Cache
 from hgc.run.run import Run
-from hgc.watch.processors import Processors
+from hgc.watch.watch import Watch
 
 __all__ = ["PromptGrain", "may_be_kept"]
 
@@ -28,10 +29,9 @@ def may_be_kept(source: Tensor) -> bool:
 class PromptGrain:
     """Makes the text of a network carry what its cross-attentions read and write."""
 
-    def __init__(
-        self, unet: Any, structure: UNetStructure, config: Config, processors: Processors
-    ) -> None:
-        self._structure, self._config, self._processors = structure, config, processors
+    def __init__(self, unet: Any, structure: UNetStructure, config: Config, watch: Watch) -> None:
+        self._structure, self._config = structure, config
+        self._processors, self._watched = watch.processors, watch.layers
         self._names = tuple(prompt_grain.cross_attentions(unet))
         self._layers: dict[int, frozenset[str]] = {}
 
@@ -48,8 +48,14 @@ class PromptGrain:
                 return mode
         return "compute"
 
-    def wrapper(self, run: Run, prefix: str, half: bool) -> Callable[[Any], Any] | None:
-        """What wraps the text of the network whose cache entries begin with ``prefix``, in the
+    def keeps(self, net: torch.nn.Module, text: Tensor) -> bool:
+        """Whether keys and values that ``net`` makes of ``text`` may stand for the run."""
+        return may_be_kept(text) and not self._watched.draws(net)
+
+    def wrapper(
+        self, run: Run, net: torch.nn.Module, prefix: str, half: bool
+    ) -> Callable[[Any], Any] | None:
+        """What wraps the text of ``net``, whose cache entries begin with ``prefix``, in the
         evaluation of ``run`` under way; None where it is passed as it is."""
         now = run.now
         if not self._processors.wraps or now is None:
@@ -58,7 +64,8 @@ class PromptGrain:
         if half and not step.is_key and step.attention == "compute":
             plain = run.plain_text.get(prefix)
             if plain is None:
-                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix)
+                keeps = functools.partial(self.keeps, net)
+                plain = run.plain_text[prefix] = _PlainText(run.cache, prefix, keeps)
             return plain
         mode, store, map_format = self.mode(run, prefix, half), None, None
         schedule = run.schedule
@@ -80,7 +87,7 @@ class PromptGrain:
                 prefix=prefix,
                 evaluation=now.index,
                 half=half,
-                keep_projections=may_be_kept(text),
+                keep_projections=self.keeps(net, text),
                 mode=mode,
                 store=store,
                 map_format=map_format,
@@ -110,14 +117,14 @@ class _PlainText:
     """What makes the conditional half of a text carry the projections that a run keeps, and nothing
     else: the same for every evaluation that neither stores nor reuses cross-attention."""
 
-    def __init__(self, cache: Cache, prefix: str) -> None:
-        self._cache, self._prefix = cache, prefix
+    def __init__(self, cache: Cache, prefix: str, keeps: Callable[[Tensor], bool]) -> None:
+        self._cache, self._prefix, self._keeps = cache, prefix, keeps
         self._last: prompt_grain.Text | None = None
 
     def __call__(self, text: Any) -> Any:
         if not isinstance(text, Tensor):
             return text
-        keep, last = may_be_kept(text), self._last
+        keep, last = self._keeps(text), self._last
         if last is None or last.hidden is not text or last.keep_projections is not keep:
             last = self._last = prompt_grain.Text(
                 text, self._cache, self._prefix, evaluation=-1, half=True, keep_projections=keep

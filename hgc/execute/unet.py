@@ -64,6 +64,7 @@ class UNetExecutor:
         """
         now = run.now
         assert now is not None and run.unet_signature is not None
+        now.keeps = self._prompt.keeps(call.unet, call.text)
         step, half, sample, text = now.plan, now.half, call.sample, call.text
         down, arguments, intrablock = call.down, call.arguments, call.intrablock
         depth = step.depth if isinstance(step.depth, int) else None
@@ -99,7 +100,7 @@ class UNetExecutor:
         with lora_scaled(call.unet, lora_scale), layers:
             out, captured = self._functions.of(call.unet, half)(
                 call.unet, self._structure, sample, call.timestep, text,
-                self._prompt.wrapper(run, "unet/", half),
+                self._prompt.wrapper(run, call.unet, "unet/", half),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
                 intrablock_residuals=intrablock, **arguments,
             )  # fmt: skip

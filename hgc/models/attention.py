@@ -164,14 +164,16 @@ class Processor:
         """AttnProcessor2_0 with keys and values projected once, and maps kept or applied."""
         batch, length, _ = hidden_states.shape
         entry = f"{text.prefix}map/{self.name}"
+        applies_map = text.mode == "map" and text.cache.has(entry, half=text.half)
+        # before keys and values, as diffusers does: adapters with dropout draw in this order
+        query = None if applies_map else attn.to_q(hidden_states)
         key, value = text.projections(self.name, attn)
         head_dim = key.shape[-1] // attn.heads
-        if text.mode == "map" and text.cache.has(entry, half=text.half):
+        if query is None:
             stored = text.cache.read(entry, half=text.half)
             values = value.view(batch, -1, attn.heads, head_dim)
             out = hgc_kernels.apply_map(stored, values)
             return _project(attn, out.reshape(batch, length, -1))
-        query = attn.to_q(hidden_states)
         if text.watch is not None:
             text.watch(query, key, attn.heads)
         if text.map_format is not None:

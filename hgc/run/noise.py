@@ -86,17 +86,20 @@ class NoiseLevels:
         self._log_snr: list[float] = []
         self._keys = list(keys)
         self._spacing = 1.0
+        self.first_channels: Tensor | None = None  # of the run's first sample, to be compared
 
     @staticmethod
     def fits(scheduler: Any) -> bool:
         """Whether what the scheduler hands a model is of the form above, at timesteps of its
-        training."""
+        training, and all that the model hands back is its prediction."""
         config = getattr(scheduler, "config", {})
         return (
             isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
             and config.get("prediction_type", "epsilon") in _FORMS
             and config.get("timestep_type", "discrete") == "discrete"
             and not config.get("use_flow_sigmas", False)
+            # half of the channels would be no prediction
+            and not str(config.get("variance_type")).startswith("learned")
         )
 
     def _read(self) -> None:
@@ -164,13 +167,16 @@ class NoiseLevels:
     def slope(self, damping: float, evaluation: int, newest: int, previous: int) -> float:
         """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped; less
         so in a run whose key evaluations are nearer to each other than 7 of 20 steps are. No slope
-        (a damping of 0) stays none."""
+        (a damping of 0) stays none. At most 1: x0 moves no farther than between the two, also where
+        the last step leaps to almost no noise or the two are at almost one level."""
         spacing = self.spacing
         if damping != 0.0:
             damping = 1.0 - (1.0 - damping) * spacing
         found = self._log_snr
         behind, ahead = found[newest] - found[previous], found[evaluation] - found[newest]
-        return damping * ahead / behind if abs(behind) > _NO_GAP else 0.0
+        if abs(behind) <= _NO_GAP:
+            return 0.0
+        return max(-1.0, min(1.0, damping * ahead / behind))
 
     def forecast(
         self,

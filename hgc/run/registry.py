@@ -32,7 +32,7 @@ class RunRegistry:
     def __init__(self) -> None:
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self.last: Run | None = None
-        self.passed = False  # evaluations of no run were computed by diffusers
+        self.passed = False  # what came last was of no run, and computed by diffusers
         self.short = 0  # runs one after the other that ended after one or two evaluations
         self.crowded = False  # runs had to make room that were under way
         self._single: tuple[Any, ...] = ()
@@ -151,6 +151,8 @@ class RunRegistry:
         if position.index == at and run.now is None:
             return run  # called twice at one position: the caller marks it
         if position.index < at:
-            self.forget(run)  # the loop was started again with the same objects
+            # the loop was started again with the same objects, or goes backwards
+            self.short += position.index == at - 1 and len(run.report) < 3
+            self.forget(run)
             return None
         return run

@@ -53,9 +53,9 @@ class Run:
     __slots__ = (
         "__weakref__", "_assume", "_by_rule", "_called", "_changed_at", "_in_x0", "_schedules",
         "_timesteps", "broken", "by_diffusers", "cache", "changed", "changes_in_a_row", "completed",
-        "config", "ended", "factor", "finished", "last_seen", "latent_size", "maps", "mean_maps",
-        "noise", "now", "output_dtype", "pair", "plain_text", "position", "report", "schedule",
-        "slots", "text", "tokens", "unet_signature", "was_pair",
+        "config", "ended", "factor", "finished", "gaps_in_a_row", "last_seen", "latent_size",
+        "maps", "mean_maps", "noise", "now", "output_dtype", "pair", "plain_text", "position",
+        "report", "schedule", "slots", "text", "tokens", "unet_signature", "was_pair",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,7 @@ class Run:
         self.completed = -1  # last index whose UNet evaluation was finished
         self.now: Evaluation | None = None  # the evaluation under way
         self.changes_in_a_row = 0
+        self.gaps_in_a_row = 0  # before evaluations, of others that were left out
         self.changed = ""  # what did last
         self._changed_at = -1
         self.by_diffusers = False  # what is left of it, untouched
@@ -141,10 +142,11 @@ class Run:
         self.position = position
         why = self.schedule.place(index, self.report)
         now = self.now = Evaluation(index, self.schedule.plan[index], self.broken or why)
-        verdict = None
+        verdict, gaps, self.gaps_in_a_row = None, self.gaps_in_a_row, 0
         if previous is None:
             verdict = Verdict("first evaluation")
         elif index != previous + 1:
+            self.gaps_in_a_row = gaps + 1
             verdict = Verdict("evaluations were left out", Cost.HISTORY)
         elif self.completed != previous:
             # it never reached its UNet: an exception, or a ControlNet on its own

@@ -75,7 +75,8 @@ class Layers:
         known = self._weights.get(id(model))
         if known is None or not known.same(depth):
             computed = functools.partial(self._computed, model)
-            known = KeyValueWeights(self._cross_attentions[id(model)], computed, known)
+            text = model._modules, "encoder_hid_proj"
+            known = KeyValueWeights(self._cross_attentions[id(model)], text, computed, known)
             self._weights[id(model)] = known
             self.changed()
         value = (known.generation, known.total)
@@ -89,9 +90,14 @@ class Layers:
                 *known.places(depth),
                 *freeu,
             ]
-            self._seen[key] = Sighting(epoch, places, *known.versions(depth))
+            self._seen[key] = Sighting(epoch, places, *known.versions(places))
             last.looked[key] = epoch
         return found
+
+    def draws(self, model: torch.nn.Module) -> bool:
+        """Whether ``model`` makes keys and values at random, as it was last looked at."""
+        known = self._weights.get(id(model))
+        return known is not None and known.draws
 
     def _freeu_places(self, depth: Any) -> list[Place] | None:
         """Where FreeU is enabled in the up blocks that an evaluation of ``depth`` runs, and what

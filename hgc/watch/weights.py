@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["KeyValueWeights", "Sighting", "all_are", "module_state"]
+__all__ = ["KeyValueWeights", "Sighting", "all_are", "draws", "module_state"]
 
 Place = tuple[dict[str, Any], str, Any]
 
-# Looked up in every evaluation, without a step of the interpreter for each.
-_to_k, _to_v, _weight = map(operator.methodcaller, ("get",) * 3, ("to_k", "to_v", "weight"))
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
 
-def all_are(found: Iterable[Any], known: list[Any]) -> bool:
+def all_are(found: Iterable[Any], known: Iterable[Any]) -> bool:
     """Whether each of ``found`` is the very object in ``known``."""
     return all(map(operator.is_, found, known))
 
 
 class KeyValueWeights:
-    """The weights that make keys and values in a model, as they were when they were last looked at.
+    """The weights that make keys and values in a model, as they were when they were last looked at:
+    all parameters of ``to_k`` and ``to_v``, those of adapters around them too, and of what projects
+    the text before.
 
     They are looked at in every evaluation, and modules are slow to look things up in, so where the
-    weights are is kept too. ``to_k`` and ``to_v`` of a cross-attention are neighbours in all lists.
+    weights are is kept too.
 
     Attributes:
         generation: Goes up where other weights are found.
@@ -37,67 +37,71 @@ class KeyValueWeights:
     def __init__(
         self,
         attentions: list[tuple[Any, str]],
+        text: tuple[dict[str, Any], str],
         computed: Callable[[Any], Sequence[int]],
         before: KeyValueWeights | None,
     ) -> None:
         self._computed = computed
-        self._modules = [attn._modules for attn, _ in attentions]
-        self._layers = [get(parts) for parts in self._modules for get in (_to_k, _to_v)]
-        # `_parameters` of the layers, or of the layer inside where PEFT wrapped it
-        self._holders: list[dict[str, Any]] = []
-        for layer in self._layers:
-            while layer is not None and "base_layer" in layer._modules:
-                layer = layer._modules["base_layer"]
-            self._holders.append({} if layer is None else layer._parameters)
-        self._found = [*map(_weight, self._holders)]
-        # -1: of one whose writes are not counted
-        self._versions = [
-            -1 if w is None or w.is_meta or w.is_inference() else w._version for w in self._found
+        self._of_text = _places(*text)
+        self._of_attentions = [
+            [*_places(attn._modules, "to_k"), *_places(attn._modules, "to_v")]
+            for attn, _ in attentions
         ]
-        self.total = sum(version for version in self._versions if version >= 0)
+        places = self.places("full")
+        # those whose writes are counted, and how often each was written to
+        self._versions = {
+            id(w): w._version
+            for _, _, w in places
+            if isinstance(w, torch.Tensor) and not w.is_meta and not w.is_inference()
+        }
+        self.total = sum(self._versions.values())
         self.generation = 0
         # offloaded layer by layer, a weight is another object at every evaluation
-        self._here = [w for w in self._found if w is not None and not w.is_meta]
+        self._here = [w for _, _, w in places if isinstance(w, torch.Tensor) and not w.is_meta]
         if before is not None:
             same = len(self._here) == len(before._here) and all_are(self._here, before._here)
             self.generation = before.generation + (not same)
-        self._parts: dict[Any, tuple[list[Any], ...]] = {}
+        self._layers = [
+            layer
+            for _, _, layer in places
+            if isinstance(layer, torch.nn.Module)
+            and any(isinstance(module, _DropoutNd) for module in layer.modules())
+        ]
+        self._sightings: dict[Any, Sighting] = {}
 
     def same(self, depth: Any) -> bool:
         """Whether those in the layers that are computed at ``depth`` are what they were."""
-        modules, holders, known, counted, versions = self._at(depth)
-        found = itertools.chain(map(_to_k, modules), map(_to_v, modules), map(_weight, holders))
-        return all_are(found, known) and [*map(_version, counted)] == versions
+        if depth not in self._sightings:
+            places = self.places(depth)
+            self._sightings[depth] = Sighting(0, places, *self.versions(places))
+        return self._sightings[depth].is_same()
 
-    def places(self, depth: Any) -> Iterator[Place]:
+    def places(self, depth: Any) -> list[Place]:
         """Where they are: a dictionary and a key in it each, and what is there."""
-        modules, holders, known, _, _ = self._at(depth)
-        kinds = ["to_k"] * len(modules) + ["to_v"] * len(modules) + ["weight"] * len(holders)
-        return zip([*modules, *modules, *holders], kinds, known, strict=True)
+        found = list(self._of_text)
+        for i in self._computed(depth):
+            found += self._of_attentions[i]
+        return found
 
-    def versions(self, depth: Any) -> tuple[list[Any], list[int]]:
-        """Those whose writes are counted, and how often each was written to."""
-        return self._at(depth)[3:]  # type: ignore[return-value]
+    def versions(self, places: Iterable[Place]) -> tuple[list[Any], list[int]]:
+        """Of what is at ``places``: weights whose writes are counted, and how often each was
+        written to."""
+        counted = [w for _, _, w in places if id(w) in self._versions]
+        return counted, [self._versions[id(w)] for w in counted]
 
-    def _at(self, depth: Any) -> tuple[list[Any], ...]:
-        if depth not in self._parts:
-            self._parts[depth] = self._part(self._computed(depth))
-        return self._parts[depth]
+    @property
+    def draws(self) -> bool:
+        """Whether keys and values are made at random: of an adapter with dropout, in training."""
+        return any(map(draws, self._layers))
 
-    def _part(self, which: Sequence[int]) -> tuple[list[Any], ...]:
-        at = [j for i in which for j in (2 * i, 2 * i + 1)]
-        counted = [j for j in at if self._versions[j] >= 0]
-        return (
-            [self._modules[i] for i in which],
-            [self._holders[j] for j in at],
-            [
-                *(self._layers[2 * i] for i in which),
-                *(self._layers[2 * i + 1] for i in which),
-                *(self._found[j] for j in at),
-            ],
-            [self._found[j] for j in counted],
-            [self._versions[j] for j in counted],
-        )
+
+def _places(parts: dict[str, Any], name: str) -> list[Place]:
+    """The module ``name`` in ``parts``, and every parameter in it."""
+    layer = parts.get(name)
+    found: list[Place] = [(parts, name, layer)]
+    for module in () if layer is None else layer.modules():
+        found += [(module._parameters, key, value) for key, value in module._parameters.items()]
+    return found
 
 
 class Sighting:
@@ -110,11 +114,7 @@ class Sighting:
     __slots__ = ("_counted", "_dicts", "_keys", "_values", "_versions", "epoch")
 
     def __init__(
-        self,
-        epoch: int,
-        places: list[Place],
-        counted: list[Any],
-        versions: list[int],
+        self, epoch: int, places: Sequence[Place], counted: list[Any], versions: list[int]
     ) -> None:
         self.epoch = epoch
         self._dicts = [each for each, _, _ in places]
@@ -128,6 +128,13 @@ class Sighting:
             all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
             and [*map(_version, self._counted)] == self._versions
         )
+
+
+def draws(module: torch.nn.Module) -> bool:
+    """Whether the output of ``module`` is made at random: it has dropout and is in training."""
+    return any(
+        isinstance(each, _DropoutNd) and each.training and each.p > 0 for each in module.modules()
+    )
 
 
 def module_state(module: torch.nn.Module) -> tuple[Any, ...]:
