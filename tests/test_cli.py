@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import models
+import numpy as np
 import pytest
 from commands import refused, run
 
@@ -195,6 +196,9 @@ def test_demo_prints_the_table_and_writes_the_grid(extra, tmp_path):
         (["--presets", "trubo"], "Did you mean 'turbo'"),
         (["--conditions", "cany"], "no condition named 'cany'"),
         (["--out", "{tmp}/none/grid.png"], "cannot write to"),
+        (["--out", "{tmp}/grid"], "expected a picture's name"),
+        (["--out", "{tmp}/a.png", "--html", "{tmp}/a.png"], "is the file of --out"),
+        (["--presets", ","], "--presets names nothing"),
     ],
 )
 def test_demo_says_what_is_wrong(extra, tmp_path, arguments, message):
@@ -255,6 +259,7 @@ def test_eval_says_what_is_wrong(extra, tmp_path, monkeypatch):
     )
     (tmp_path / "file").touch()
     assert "cannot write to" in refused("eval", "--out", tmp_path / "file" / "out")
+    assert "--rows names nothing" in refused("eval", "--rows", ",", "--out", tmp_path / "out")
     assert "Did you mean 'paper'" in refused(
         "eval", "--rows", "papre", "--out", tmp_path / "out", "--quick"
     )
@@ -328,6 +333,8 @@ def test_calibrate_writes_a_plan_that_install_takes(tmp_path, extra):
 
 
 def test_wrong_calibrations_are_refused(tmp_path, tiny, extra):
+    from PIL import Image
+
     out = tmp_path / "plan.json"
     assert "one of the three" in refused("calibrate", "--out", out)
     both = ("--max-macs", 0.5, "--preset", "fast")
@@ -340,4 +347,14 @@ def test_wrong_calibrations_are_refused(tmp_path, tiny, extra):
     (tmp_path / "a.png").touch()
     assert "a.png has no prompt" in refused(*common, "--model", tiny, "--data", tmp_path)
     assert "max_macs" in refused("calibrate", "--out", out, "--max-macs", 2, "--inputs", 1)
+    assert "go with --model" in refused(*common, "--data", tmp_path)
+    assert "must be one condition; got 'all'" in refused(*common, "--condition", "all")
+    folder = (*common, "--model", tiny, "--data", tmp_path)
+    (tmp_path / "a.txt").write_text("a house")
+    assert "a.png is not a picture" in refused(*folder)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "a.png")
+    assert re.search(r"a.png has the mode I;?1?6?; expected 8 bits", refused(*folder))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    assert re.search(r"cannot read the prompt .*a.txt", refused(*folder))
     assert not out.exists()

@@ -176,6 +176,15 @@ def test_json_may_not_hold_nan_or_garbage():
         Config.from_json("{")
 
 
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xef\xbb\xbf" + Config.preset("fast").to_json().encode())
+    assert Config.from_json(path) == Config.preset("fast")
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match=r"plan\.json is not JSON: 'utf-8'"):
+        Config.from_json(path)
+
+
 def test_misspelt_preset_names_them_all():
     with pytest.raises(ValueError) as caught:
         Config.preset("balancd")

@@ -35,6 +35,8 @@ def run(
     """Search a plan and write it to ``out``."""
     if [max_macs, max_distance, preset].count(None) != 2:
         raise CliError("give --max-macs, --max-distance or --preset, one of the three")
+    if model == "testbed" and (controlnet or data is not None):
+        raise CliError("--controlnet and --data go with --model, the folder of a pipeline")
     needs("calibrate", "transformers", "PIL")
     quiet_libraries()
     writable(out)
@@ -74,7 +76,10 @@ def run(
 def _testbed(condition: str, count: int, guidance: float | None) -> tuple[Any, list[Any]]:
     from hgc import testbed
 
-    (name,) = chosen_conditions(condition)
+    names = chosen_conditions(condition)
+    if len(names) != 1:
+        raise CliError(f"--condition must be one condition; got {condition!r}")
+    (name,) = names
     with as_usage(FileNotFoundError):
         pipe = testbed.load_pipeline(name)
     scale = testbed.GUIDANCE_SCALE if guidance is None else guidance
@@ -93,8 +98,7 @@ def _local(
     folder: Path, nets: list[Path], data: Path | None, count: int, guidance: float | None
 ) -> tuple[Any, list[Any]]:
     """A pipeline from a folder, and the pictures of ``data`` with the prompts beside them."""
-    from PIL import Image
-
+    from hgc.evaluation.folder import rgb
     from hgc.evaluation.models import load_folder
 
     if not (folder / "model_index.json").exists():
@@ -114,10 +118,16 @@ def _local(
     single = len(nets) < 2
     inputs = []
     for path in found:
-        picture = Image.open(path).convert("RGB")
+        prompt = path.with_suffix(".txt")
+        with as_usage(ValueError):
+            picture = rgb(path)
+        try:
+            text = prompt.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CliError(f"cannot read the prompt {prompt}: {error}") from None
         inputs.append(
             {
-                "prompt": path.with_suffix(".txt").read_text().strip(),
+                "prompt": text,
                 "image": picture if single else [picture] * len(nets),
                 **more,
             }

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hgc.cli.console import as_usage, console, needs, progress, quiet_libraries, split, writable
+from hgc.cli.console import (
+    CliError,
+    as_usage,
+    console,
+    needs,
+    progress,
+    quiet_libraries,
+    split,
+    writable,
+)
 from hgc.cli.results import chosen_conditions, print_rows
 
 if TYPE_CHECKING:
@@ -32,9 +41,17 @@ def run(
     """Compare presets on the testbed; print the table and write the pictures, and the page."""
     needs("demo", "transformers", "PIL", "skimage", "torchmetrics", "matplotlib")
     quiet_libraries()
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise CliError(f"--out {out}: expected a picture's name, as demo.png")
+    if html is not None and html.resolve() == out.resolve():
+        raise CliError(f"--html {html} is the file of --out")
     for path in (out, html):
         if path is not None:
             writable(path)
+    if not split(presets):
+        raise CliError("--presets names nothing to compare with the uncached run")
     names = chosen_conditions(conditions)
 
     from hgc import testbed

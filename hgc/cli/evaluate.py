@@ -72,6 +72,8 @@ def run(
     from hgc.evaluation.pictures import pareto
     from hgc.evaluation.settings import own_scheduler
 
+    if not split(rows):
+        raise CliError("--rows names nothing to measure")
     names, subject = _subject(conditions, testbed, model, local, device)
     writable(out, folder=True)
     if subject.count is None:

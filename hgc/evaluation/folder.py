@@ -39,7 +39,7 @@ from hgc.evaluation.subject import (
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CONDITIONS", "DataError", "Folder", "Line", "read_metadata"]
+__all__ = ["CONDITIONS", "DataError", "Folder", "Line", "read_metadata", "rgb"]
 
 CONDITIONS = ("segmentation", "canny", "softedge", "depth")
 _METADATA = "metadata.jsonl"
@@ -146,11 +146,22 @@ def _opened(path: Path) -> Image.Image:
     return picture
 
 
+def rgb(path: Path) -> Image.Image:
+    """A picture of 8 bits a channel, as RGB.
+
+    Raises DataError naming the file where it is none: conversion would cut deeper ones off at 255.
+    """
+    picture = _opened(path)
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"{path} has the mode {picture.mode}; expected 8 bits a channel")
+    return picture.convert("RGB")
+
+
 def _pixels(path: Path, size: tuple[int, int], *, smooth: bool) -> np.ndarray:
     """uint8 [H, W, 3] at ``size`` (height, width)."""
     from PIL import Image
 
-    picture = _opened(path).convert("RGB")
+    picture = rgb(path)
     if picture.size != size[::-1]:
         kind = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
         picture = picture.resize(size[::-1], kind)

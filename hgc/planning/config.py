@@ -362,10 +362,10 @@ class Config:
         text is not JSON.
         """
         where = str(source) if isinstance(source, Path) else "config"
-        text = source.read_text() if isinstance(source, Path) else source
         try:
+            text = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError too
             raise ConfigError(f"{where} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{where} must hold an object of fields; got {type(data).__name__}")
