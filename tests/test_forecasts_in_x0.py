@@ -131,11 +131,10 @@ def expected(seen, keys, i, prediction, damping, guidance_damping, correction=()
     damping, guidance_damping = (1 - (1 - each) * near for each in (damping, guidance_damping))
     if len(past) == 2 and snr[1] != snr[0]:
         ahead = (snr[2] - snr[1]) / (snr[1] - snr[0])
-        # no farther than the two are apart
-        slope, apart = (max(-1.0, min(1.0, each * ahead)) for each in (damping, guidance_damping))
+        ahead = max(-1.7, min(1.7, ahead))
         (u0, c0), (u1, c1) = (each.chunk(2) for each in x0)
-        conditional = c1 + slope * (c1 - c0)
-        difference = (c1 - u1) + apart * ((c1 - u1) - (c0 - u0))
+        conditional = c1 + damping * ahead * (c1 - c0)
+        difference = (c1 - u1) + guidance_damping * ahead * ((c1 - u1) - (c0 - u0))
         forecast = torch.cat([conditional - difference, conditional])
     for coefficient, value in zip(correction, x0[::-1], strict=False):
         forecast = forecast + coefficient * value
@@ -585,7 +584,7 @@ def test_a_forecast_is_damped_less_where_key_evaluations_are_near(steps, keys, s
     assert levels.slope(0.0, 4, 3, 1) == 0.0
 
 
-def test_a_forecast_goes_no_farther_than_its_key_evaluations_are_apart():
+def test_a_forecast_follows_its_line_only_so_far():
     """Where the last step leaps to almost no noise, and where two evaluations are at almost one
     level of it, as when a loop goes back and adds noise again."""
     scheduler = models.scheduler(EulerDiscreteScheduler)
@@ -593,13 +592,13 @@ def test_a_forecast_goes_no_farther_than_its_key_evaluations_are_apart():
     levels = NoiseLevels(scheduler, scheduler.timesteps, [0], is_own=True)
     log_snr = -scheduler.sigmas[:30].double().log()
     assert (log_snr[29] - log_snr[27]) / (log_snr[27] - log_snr[24]) > 2
-    assert levels.slope(0.9, 29, 27, 24) == 1.0
-    assert 0.3 < levels.slope(0.6, 20, 18, 16) < 1.0
+    assert levels.slope(1.0, 29, 27, 24) == 1.7
+    assert 0.3 < levels.slope(1.0, 20, 18, 16) < 1.7
     again = torch.tensor([900, 700, 500, 800, 499, 300])
     for key, previous in ((4, 2), (2, 4)):
         scheduler = models.scheduler(DDIMScheduler)
         levels = NoiseLevels(scheduler, again, [0], is_own=False)
-        assert abs(levels.slope(0.6, 5, key, previous)) == 1.0
+        assert abs(levels.slope(0.6, 5, key, previous)) == 0.6 * 1.7
 
 
 def test_levels_are_waited_for_once_the_first_evaluation_is_launched(monkeypatch):

@@ -36,6 +36,9 @@ _FORMS = {
 # on dampings and gains are as they were given. With nearer ones x0 is nearer to a line, and shallow
 # layers have less to say: docs/decisions/008.
 _FAR_APART = 0.6
+# How far ahead a line is followed, in distances of its two key evaluations: x0 settles where the
+# last step leaps to almost no noise, and two of almost one level say nothing of a direction.
+_FARTHEST = 1.7
 # Evaluations of one timestep, as second-order schedulers make them, are nearer than this.
 _NO_GAP = 1e-6
 # Schedules that end in pure noise have an alpha of zero there: as diffusers bounds it.
@@ -167,8 +170,8 @@ class NoiseLevels:
     def slope(self, damping: float, evaluation: int, newest: int, previous: int) -> float:
         """``s`` of the forecast ``x0 + s (x0 - previous x0)``: a line in the log-SNR, damped; less
         so in a run whose key evaluations are nearer to each other than 7 of 20 steps are. No slope
-        (a damping of 0) stays none. At most 1: x0 moves no farther than between the two, also where
-        the last step leaps to almost no noise or the two are at almost one level."""
+        (a damping of 0) stays none. The line is followed no farther than 1.7 times the distance of
+        its two key evaluations."""
         spacing = self.spacing
         if damping != 0.0:
             damping = 1.0 - (1.0 - damping) * spacing
@@ -176,7 +179,7 @@ class NoiseLevels:
         behind, ahead = found[newest] - found[previous], found[evaluation] - found[newest]
         if abs(behind) <= _NO_GAP:
             return 0.0
-        return max(-1.0, min(1.0, damping * ahead / behind))
+        return damping * max(-_FARTHEST, min(_FARTHEST, ahead / behind))
 
     def forecast(
         self,
