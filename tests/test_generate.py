@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -40,9 +41,13 @@ from PIL import Image  # noqa: E402
 
 import hgc  # noqa: E402
 from hgc import GenerateError, testbed  # noqa: E402
-from hgc.generation.items import Item, noise_seed  # noqa: E402
+from hgc.evaluation.models import ModelError  # noqa: E402
+from hgc.evaluation.record import fingerprint  # noqa: E402
+from hgc.generation.items import Bad, Item, item_of, noise_seed  # noqa: E402
+from hgc.generation.job import Job, Model  # noqa: E402
 from hgc.generation.sinks import SINKS  # noqa: E402
-from hgc.generation.store import Store  # noqa: E402
+from hgc.generation.store import Record, Store, to_try_again  # noqa: E402
+from hgc.generation.tables import Scan, open_table  # noqa: E402
 
 FORMATS = [
     "webdataset",
@@ -203,8 +208,6 @@ def _as_parquet(folder: Path) -> Path:
 
 
 def _as_tars(folder: Path) -> str:
-    import tarfile
-
     table(folder, [])
     for n in range(2):
         with tarfile.open(folder / f"{n}.tar", "w") as tar:
@@ -338,6 +341,90 @@ def test_a_broken_table_is_refused_before_anything_is_written(tmp_path, text, sa
     with pytest.raises(GenerateError, match=said):
         make(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def _png(value: int) -> bytes:
+    file = io.BytesIO()
+    picture(value).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["json first", "json last"])
+def test_members_of_a_tar_go_before_its_json(tmp_path, order):
+    about = {"text": "of the JSON", "condition": "maps/0.png", "id": None, "seed": None}
+    sample = [("a.json", json.dumps(about).encode()), ("a.png", _png(7)), ("a.txt", b"its own")]
+    ((_, row),) = open_table(_tar(tmp_path / "1.tar", *sample[::order])).rows()
+    assert row == {"id": "a", "text": "its own", "condition": _png(7)}
+    nulls = {"text": "of the JSON", "condition": None, "id": None}
+    sample = [("a.json", json.dumps(nulls).encode()), ("a.png", _png(7))]
+    ((_, row),) = open_table(_tar(tmp_path / "2.tar", *sample[::order])).rows()
+    assert row == {"id": "a", "text": "of the JSON", "condition": _png(7)}
+
+
+def test_what_a_system_leaves_beside_the_data_is_no_item(tmp_path):
+    data = _tar(
+        tmp_path / "in" / "a.tar", ("README", b"none"), (".DS_Store", b"none"),
+        ("._a.png", b"none"), ("a.png", _png(1)), ("x/._a.json", b"{"), ("a.txt", b"a house"),
+    )  # fmt: skip
+    (data.parent / "._a.tar").write_bytes(b"none")
+    for given in (data.parent, data.parent / "*.tar"):
+        rows = [row for _, row in open_table(given).rows()]
+        assert rows == [{"id": "a", "text": "a house", "condition": _png(1)}]
+
+
+def test_the_id_is_the_path_beside_the_bytes():
+    row = {"text": "a house", "condition": {"bytes": _png(1), "path": "a.png"}}
+    item = item_of(0, row, Path())
+    assert isinstance(item, Item) and (item.id, item.condition) == ("a.png", _png(1))
+    for condition in (_png(1), {"bytes": _png(1), "path": None}, {"bytes": _png(1)}):
+        bad = item_of(0, {"text": "a house", "condition": condition}, Path())
+        assert isinstance(bad, Bad) and "the condition has no path" in bad.reason
+
+
+def test_ids_of_a_parquet_table_are_the_paths_in_it(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [
+        {"text": "a house", "condition": {"bytes": _png(n), "path": f"{n}.png"}} for n in range(5)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    assert make(tmp_path / "a.parquet", tmp_path / "out").failed == 0
+    assert {one.about["id"] for one in drawn(tmp_path / "out")} == {f"{n}.png" for n in range(5)}
+    rows[3]["condition"]["path"] = "0.png"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(GenerateError, match=r"'0\.png' is there twice, as item 0 and 3"):
+        make(tmp_path / "a.parquet", tmp_path / "twice")
+
+
+def test_a_condition_that_is_no_file_is_named_and_not_waited_for(tmp_path):
+    rows = lines(3)
+    data = table(tmp_path, rows)
+    os.mkfifo(tmp_path / "maps" / "pipe.png")
+    (tmp_path / "maps" / "text.png").write_text("no picture")
+    for row, name in zip(rows, ("pipe", "none", "text"), strict=True):
+        row["condition"] = f"maps/{name}.png"
+    table(tmp_path, rows)
+    child = multiprocessing.get_context("fork").Process(
+        target=make, args=(data, tmp_path / "out"), daemon=True
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, "it waits for a writer of the pipe"
+    reasons = [one["reason"] for one in failed(tmp_path / "out")]
+    assert "pipe.png': it is no regular file" in reasons[0]
+    assert "maps/none.png': No such file" in reasons[1]
+    assert reasons[2].endswith("is no readable picture: cannot identify image file")
 
 
 # Any table
@@ -530,6 +617,115 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
         make(data, tmp_path / "full")
 
 
+def test_what_conditions_are_taken_from_is_part_of_a_run(tmp_path):
+    data = table(tmp_path / "in", lines(2))
+    shutil.copytree(tmp_path / "in", tmp_path / "other")
+    more = {"size": [SIZE, SIZE], "images": 1, "steps": 1, "limit": 1}
+    net = testbed.path() / "controlnet_segmentation"
+
+    def again(data=data, out="rooted", **changes):
+        return hgc.generate(data, tmp_path / out, controlnet=net, **{**more, **changes})
+
+    assert again(root=tmp_path / "in").made == 1
+    assert again(root=os.path.relpath(tmp_path / "in")).made == 0
+    with pytest.raises(GenerateError, match=r"root is '.*/in' there and '.*/other' here"):
+        again(root=tmp_path / "other")
+    with pytest.raises(GenerateError, match="condition is 'segmentation' there and 'depth' here"):
+        again(root=tmp_path / "in", condition="depth")
+    given = json.loads((tmp_path / "rooted" / "manifest.json").read_text())["arguments"]
+    assert given["root"] == str(tmp_path / "in") and given["condition"] == "segmentation"
+    assert given["limit"] == 1
+    again(out="moved")
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    assert again(tmp_path / "elsewhere" / data.name, "moved").made == 0
+
+
+def _tar_of(path: Path, pictures: list[bytes]) -> Path:
+    return _tar(path, *(
+        (f"{n}.{end}", data) for n, png in enumerate(pictures)
+        for end, data in (("png", png), ("txt", b"a house"))
+    ))  # fmt: skip
+
+
+def _parquet_of(path: Path, pictures: list[bytes]) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"id": n, "text": "a house", "condition": png} for n, png in enumerate(pictures)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(("ending", "written"), [("tar", _tar_of), ("parquet", _parquet_of)])
+def test_pictures_of_another_size_in_a_table_are_other_data(tmp_path, ending, written):
+    data = written(tmp_path / f"a.{ending}", [_png(1), _png(2)])
+    make(data, tmp_path / "out")
+    written(data, [_png(1), _png(2)])
+    assert make(data, tmp_path / "out").made == 0
+    written(data, [_png(1), _png(2) + bytes(1)])
+    with pytest.raises(GenerateError, match="data is "):
+        make(data, tmp_path / "out")
+
+
+def test_failures_of_earlier_runs_are_said_and_can_be_made_again(tmp_path):
+    rows = lines(30)
+    for n in (1, 2, 9):
+        rows[n]["condition"] = f"late/{n}.png"
+    data = table(tmp_path, rows)
+    first = make(data, tmp_path / "out")
+    assert (first.failed, first.failed_before) == (3, 0) and "tried" not in str(first)
+    shutil.copytree(tmp_path / "maps", tmp_path / "late")
+    picture(9).save(tmp_path / "late" / "9.png")
+    again = make(data, tmp_path / "out")
+    said = "delete records/000000.json, records/000002.json, and the same command tries them again"
+    assert (again.made, again.failed, again.failed_before) == (0, 3, 3)
+    assert f"3 of those failed in earlier runs and were not tried again: {said}" in str(again)
+    with pytest.raises(GenerateError, match=f"3 failed in earlier runs, and --strict.*{said}"):
+        make(data, tmp_path / "out", strict=True)
+    (tmp_path / "out" / "records" / "000000.json").unlink()
+    (tmp_path / "out" / "records" / "000002.json").unlink()
+    last = make(data, tmp_path / "out", strict=True)
+    assert (last.pictures, last.failed, last.failed_before) == (60, 0, 0)
+    assert failed(tmp_path / "out") == []
+
+
+def test_many_records_of_failures_are_not_all_named():
+    records = [Record(n, failed=[{}] if n % 2 else []) for n in range(11)]
+    assert to_try_again(records) == (
+        "delete records/000001.json, records/000003.json, records/000005.json and the 2 others in "
+        "which something failed, and the same command tries them again"
+    )
+
+
+def test_pictures_beside_a_model_do_not_change_it(tmp_path):
+    (tmp_path / "unet" / "deep").mkdir(parents=True)
+    (tmp_path / "unet" / "deep" / "weights").write_text("1")
+    index = {"_class_name": "A", "unet": ["diffusers", "B"], "safety_checker": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model = Model(tmp_path, tmp_path / "unet", "fp32")
+    before = model.identity()
+    assert before["model"] == fingerprint(tmp_path, "**/*")
+    for place in (tmp_path / "pictures", tmp_path / "unet" / "pictures"):
+        place.mkdir()
+        (place / "manifest.json").touch()
+        if place.parent == tmp_path:
+            assert model.identity() == before
+    assert model.identity()["controlnet"] == before["controlnet"]
+    (tmp_path / "unet" / "deep" / "weights").write_text("2")
+    assert model.identity()["model"] != before["model"]
+    with pytest.raises(ModelError, match=r"cannot read .*model_index\.json"):
+        Model(tmp_path / "unet", None, "fp32").identity()
+
+
+@pytest.mark.parametrize("out", ["", ".", "../in"])
+def test_the_working_folder_may_be_that_of_another_run(tmp_path, monkeypatch, out):
+    data = table(tmp_path, lines(1))
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    make(data, out)
+    assert make(data, out, force=True, seed=1).folder.resolve() == tmp_path / "in-2"
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     data, _ = _undisturbed(tmp_path)
     store = Store(tmp_path / "whole", SINKS["webdataset"])
@@ -597,6 +793,15 @@ def test_the_distance_is_measured_on_the_share_that_was_asked_for(tmp_path):
     assert f"mean {summary.distance:.4f}" in str(summary)
 
 
+@pytest.mark.parametrize("check", [0.01, 0.3, 0.5, 0.7, 0.99, 1.0])
+def test_the_share_that_is_checked_is_not_rounded(tmp_path, check):
+    scanned = Scan(4000, ((0, 0),) * 1000, "")
+    data, config = open_table(table(tmp_path, lines(1))), hgc.Config.preset("fast")
+    job = Job(data, scanned, StubModel(), config, settings(check=check, batch=8), tmp_path, 1)
+    found = [job.is_checked(shard, 0) for shard in range(1000)]
+    assert found[0] and sum(found) == round(1000 * check)
+
+
 def test_past_the_largest_distance_it_stops(tmp_path):
     data = table(tmp_path, lines(60))
     more = {"check": 0.1, "model": StubModel(off=40)}
@@ -627,6 +832,24 @@ def test_other_shards_are_begun_while_the_device_is_busy(tmp_path):
         ({"check": 2.0}, "check must be a share"),
         ({"resize": "lanczos"}, "resize must be one of"),
         ({"data": "nowhere"}, "got nowhere, which holds none"),
+        ({"device": []}, r"device must be a name such as .* or a list of them; got \[\]"),
+        ({"device": ","}, "device must be .*; got ','"),
+        ({"device": ["cpu", 1]}, "device must be"),
+        ({"device": None}, "device must be .*; got None"),
+        ({"size": 64}, "size must be two multiples of 8 pixels, height and width; got 64"),
+        ({"size": (64,)}, r"size must be two .*; got \(64,\)"),
+        ({"size": (64, 64, 64)}, "size must be two"),
+        ({"size": (64.0, 64)}, "size must be two"),
+        ({"limit": 1.5}, "limit must be an integer of at least 1; got 1.5"),
+        ({"limit": 0}, "limit must be an integer of at least 1; got 0"),
+        ({"seed": "x"}, "seed must be an integer of at least 0; got 'x'"),
+        ({"check": "x"}, "check must be a finite number; got 'x'"),
+        ({"check": 1, "max_distance": float("nan")}, "max_distance must be a finite number; got n"),
+        ({"check": 1, "max_distance": -0.1}, "max_distance must be at least 0; got -0.1"),
+        ({"guidance": "x"}, "guidance must be a finite number; got 'x'"),
+        ({"data": [{"text": "a house"}]}, "data must be one path; got list"),
+        ({"root": 1}, "root must be one path; got int 1"),
+        ({"workers": 0, "engine": "ray"}, "workers must be an integer of at least 1; got 0"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, given, said):

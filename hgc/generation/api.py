@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hgc.generation import arguments
 from hgc.generation.cluster import Cluster
 from hgc.generation.items import GO_ON, BadItem, GenerateError, Item, opened
 from hgc.generation.job import Job, Model, Settings
 from hgc.generation.local import Local
 from hgc.generation.page import page
 from hgc.generation.sinks import SINKS, write_whole
-from hgc.generation.store import Record, Store, place
+from hgc.generation.store import Record, Store, place, to_try_again
 from hgc.generation.tables import Scenes, Table, open_table, scan
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ class Summary:
         uncached_pictures: Made without hgc too, for ``check``.
         uncached_seconds: Seconds of the pipeline calls for those.
         distances: Relative L2 of each of them to the cached one.
+        failed_before: Those of ``failed`` that failed in earlier runs and were not tried again.
+        to_try_again: What makes the same command try them again; empty where there are none.
     """
 
     folder: Path
@@ -92,12 +96,21 @@ class Summary:
     uncached_pictures: int
     uncached_seconds: float
     distances: tuple[float, ...]
+    failed_before: int = 0
+    to_try_again: str = ""
 
     @classmethod
     def of(
-        cls, folder: Path, records: Sequence[Record], made: int, seconds: float, waited: float
+        cls,
+        folder: Path,
+        records: Sequence[Record],
+        made: int,
+        seconds: float,
+        waited: float,
+        before: Sequence[Record] = (),
     ) -> Summary:
-        """Of all records."""
+        """Of all records; ``before``: those of earlier runs."""
+        failed_before = sum(len(one.failed) for one in before)
         return cls(
             folder=folder,
             pictures=sum(one.pictures for one in records),
@@ -111,6 +124,8 @@ class Summary:
             uncached_pictures=sum(one.uncached_pictures for one in records),
             uncached_seconds=sum(one.uncached_seconds for one in records),
             distances=tuple(d for one in records for d in one.distances),
+            failed_before=failed_before,
+            to_try_again=to_try_again(before) if failed_before else "",
         )
 
     @property
@@ -120,6 +135,11 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{self.pictures} pictures in {self.folder}, {self.failed} failed"]
+        if self.failed_before:
+            lines.append(
+                f"{self.failed_before} of those failed in earlier runs and were not tried again: "
+                f"{self.to_try_again}"
+            )
         if self.made and self.seconds:
             lines.append(
                 f"this run: {self.made} pictures in {self.seconds:.1f} s, "
@@ -211,7 +231,8 @@ def generate(
         address: Of a Ray cluster that runs; None: one is started here.
         check: Share of the batches that is made without hgc too, to know the distance.
         max_distance: Stop once the mean of those distances is above it.
-        strict: Stop at the first item that fails, in place of a line in ``failed.jsonl``.
+        strict: Stop at the first item that fails, in place of a line in ``failed.jsonl``; a folder
+            in which some failed in earlier runs is refused.
         force: Where ``out`` holds another run, start beside it, in ``out-2``.
         on_progress: Called after each batch.
 
@@ -226,20 +247,32 @@ def generate(
     from hgc.planning.config import Config
 
     config = Config.of(config)
-    devices = [device] if isinstance(device, str) else list(device)
+    devices = arguments.device_names(device)
+    paths = {"data": data, "out": out, "model": model, "controlnet": controlnet, "root": root}
+    for name, given in paths.items():
+        arguments.path(name, given)
+    for name, count in {"limit": limit, "workers": workers}.items():
+        if count is not None:
+            arguments.whole(name, count, 1)
+    check = arguments.number("check", check)
     if engine not in ENGINES:
         raise GenerateError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     if engine == "ray" and len(devices) != 1:
         raise GenerateError(f"device must be cpu or cuda for Ray; got {devices}")
     if engine == "local" and not (workers is None and address is None):
         raise GenerateError("workers and address are for engine='ray'")
-    if limit is not None and limit < 1:
-        raise GenerateError(f"limit must be at least 1; got {limit!r}")
+    if max_distance is not None:
+        max_distance = arguments.number("max_distance", max_distance)
+        if max_distance < 0.0:
+            raise GenerateError(f"max_distance must be at least 0; got {max_distance!r}")
     if max_distance is not None and not check:
         raise GenerateError("max_distance needs check, the share of pictures to measure it on")
     dtype = dtype or ("fp32" if devices[0] == "cpu" else "fp16")
     if dtype not in DTYPES:
         raise GenerateError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    own: dict[str, Any] = {}
+    if root is not None:  # left out, a folder of data that has moved is the same data
+        own["root"] = os.path.abspath(root)
     net = None if controlnet is None else Path(controlnet)
     is_testbed = str(model) == "testbed"
     table: Table
@@ -247,7 +280,7 @@ def generate(
         from hgc import testbed
 
         folder = testbed.path()
-        testbed.conditions.check_condition(condition)
+        own["condition"] = testbed.conditions.check_condition(condition)
         net = net or folder / f"controlnet_{condition}"
         guidance = testbed.GUIDANCE_SCALE if guidance is None else guidance
     else:
@@ -264,19 +297,20 @@ def generate(
         images=images,
         seed=seed,
         steps=config.num_evaluations if steps is None else steps,
-        guidance=7.5 if guidance is None else float(guidance),
+        guidance=7.5 if guidance is None else arguments.number("guidance", guidance),
         batch=batch,
-        size=size or (side, side),
+        size=(side, side) if size is None else arguments.size_in_pixels(size),
         resize=resize,
         shard=shard,
         format=format,
         keep_conditions=keep_conditions,
-        check=float(check),
+        check=check,
         strict=strict,
     )
     about = {
         "data": None if data is None else str(data), "model": str(model),
         "controlnet": None if controlnet is None else str(controlnet), "device": devices,
+        "root": None if root is None else str(root), "condition": condition, "limit": limit,
         "engine": engine, "check": check, "max_distance": max_distance, "strict": strict,
     }  # fmt: skip
     engines: dict[str, Callable[[Job], Local | Cluster]] = {
@@ -285,7 +319,7 @@ def generate(
     }
     return run(
         table, found, config, settings, Path(out), engines[engine], about,
-        limit=limit, force=force, max_distance=max_distance, on_progress=on_progress,
+        own=own, limit=limit, force=force, max_distance=max_distance, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -314,12 +348,14 @@ def run(
     engine: Callable[[Job], Local | Cluster],
     about: dict[str, Any],
     *,
+    own: dict[str, Any] | None = None,
     limit: int | None = None,
     force: bool = False,
     max_distance: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """:func:`generate`, with its arguments made into objects."""
+    """:func:`generate`, with its arguments made into objects. own: what else, as JSON, makes it
+    another run where it differs."""
     import torch
 
     sink = SINKS[settings.format]
@@ -328,6 +364,7 @@ def run(
     identity = {
         "data": found.digest,
         "items": found.count,
+        **(own or {}),
         **model.identity(),
         "config": json.loads(config.to_json()),
         **settings.pictures(),
@@ -356,7 +393,12 @@ def _run(
     records = {n: one for n in range(job.shards) if (one := store.record(n)) is not None}
     todo = [n for n in range(job.shards) if n not in records]
     _check_distance(list(records.values()), max_distance)
-    before = sum(one.pictures for one in records.values())
+    before = list(records.values())
+    if job.settings.strict and (count := sum(len(one.failed) for one in before)):
+        raise GenerateError(
+            f"{store.folder}: {count} failed in earlier runs, and --strict stops at the first one: "
+            f"{to_try_again(before)}"
+        )
     seconds = busy = 0.0
     workers = engine(job) if todo else None
     store.begin(
@@ -406,7 +448,8 @@ def _run(
     store.write_failed(ordered)
     pictures = sum(one.pictures for one in ordered)
     waited = max(0.0, 1 - busy / seconds) if seconds else 0.0
-    summary = Summary.of(store.folder, ordered, pictures - before, seconds, waited)
+    made = pictures - sum(one.pictures for one in before)
+    summary = Summary.of(store.folder, ordered, made, seconds, waited, before)
     if todo or not (store.folder / PAGE).exists():
         _write_page(job, store, records, summary)
     return summary

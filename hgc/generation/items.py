@@ -9,6 +9,7 @@ import io
 import math
 import os
 import reprlib
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ RESIZE = ("nearest", "bicubic")
 # What errors in the middle of a run end with.
 GO_ON = "What is finished is kept: the same command goes on"
 _LARGEST_SEED = 2**63 - 1
+_SAID = 200  # characters of what others wrote
 # Of one item; any other error of the system (a share that went away) is no item's fault.
 _NOT_THERE = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
@@ -121,10 +123,13 @@ def _said(value: Any) -> str:
 
 
 def id_of(row: Mapping[str, Any]) -> str | None:
-    """The id of a row: text or a whole number; left out, the condition's path. None: neither."""
+    """The id of a row: text or a whole number; left out, the condition's path, also where its
+    bytes are beside that. None: neither."""
     given = row.get("id")
     if given is None:
         given = row.get("condition")
+        if isinstance(given, Mapping):
+            given = given.get("path")
     elif isinstance(given, int) and not isinstance(given, bool):
         return str(given)
     return given if isinstance(given, str) and given else None
@@ -134,6 +139,8 @@ def item_of(number: int, row: Mapping[str, Any], root: Path) -> Item | Bad:
     """The item in row ``number``, whose condition lies under ``root`` where it is a path."""
     name = id_of(row)
     try:
+        if name is None and row.get("id") is None and _holds_bytes(row.get("condition")):
+            raise BadItem("id is missing, and the condition has no path that could stand for it")
         if name is None:
             raise BadItem(f"id must be text or a whole number; got {_said(row.get('id'))}")
         if not _is_unicode(name):
@@ -149,6 +156,12 @@ def item_of(number: int, row: Mapping[str, Any], root: Path) -> Item | Bad:
         )
     except BadItem as error:
         return Bad(number, name, str(error))
+
+
+def _holds_bytes(condition: Any) -> bool:
+    if isinstance(condition, Mapping):
+        condition = condition.get("bytes")
+    return isinstance(condition, bytes)
 
 
 def _text(given: Any) -> str:
@@ -217,14 +230,18 @@ def opened(condition: Path | bytes, size: tuple[int, int], resize: str | None) -
     from PIL import Image
 
     if isinstance(condition, Path):
+        named = f"cannot read the condition {str(condition)[-_SAID:]!r}"
         try:
+            if not stat.S_ISREG(condition.stat().st_mode):  # to open a pipe would wait for ever
+                raise BadItem(f"{named}: it is no regular file")
             condition = condition.read_bytes()
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
-            raise BadItem(f"cannot read the condition: {error.strerror}") from None
+            raise BadItem(f"{named}: {error.strerror}") from None
+    file = io.BytesIO(condition)
     try:
-        picture: Image.Image = Image.open(io.BytesIO(condition))
+        picture: Image.Image = Image.open(file)
         picture.load()
         if picture.mode in _DEEP_MODES:
             raise BadItem(f"the condition has the mode {picture.mode}; expected 8 bits a channel")
@@ -232,8 +249,8 @@ def opened(condition: Path | bytes, size: tuple[int, int], resize: str | None) -
     except (BadItem, MemoryError):
         raise
     except Exception as error:  # readers of a dozen formats, on bytes of any kind
-        said = " ".join(str(error).split())
-        raise BadItem(f"the condition is no readable picture: {said[:200]}") from None
+        said = " ".join(str(error).replace(f" {file!r}", "").split())
+        raise BadItem(f"the condition is no readable picture: {said[:_SAID]}") from None
     if picture.size != size[::-1]:
         if resize is None:
             found = f"{picture.height}x{picture.width}"

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hgc.generation.arguments import number, size_in_pixels, whole
 from hgc.generation.generator import Generator, Made
 from hgc.generation.items import (
     GO_ON,
@@ -83,19 +85,16 @@ class Settings:
     def __post_init__(self) -> None:
         lowest = {"images": 1, "seed": 0, "steps": 1, "batch": 1, "shard": 1}
         for name, low in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise GenerateError(f"{name} must be an integer of at least {low}; got {value!r}")
-        if not 0.0 <= self.guidance < 1000.0:
+            whole(name, getattr(self, name), low)
+        if not 0.0 <= number("guidance", self.guidance) < 1000.0:
             raise GenerateError(f"guidance must be 0 to 1000; got {self.guidance!r}")
-        if not 0.0 <= self.check <= 1.0:
+        if not 0.0 <= number("check", self.check) <= 1.0:
             raise GenerateError(f"check must be a share, 0 to 1; got {self.check!r}")
         if self.resize is not None and self.resize not in RESIZE:
             raise GenerateError(f"resize must be one of {', '.join(RESIZE)}; got {self.resize!r}")
         if self.format not in SINKS:
             raise GenerateError(f"format must be one of {', '.join(SINKS)}; got {self.format!r}")
-        if any(side < 8 or side % 8 for side in self.size):
-            raise GenerateError(f"size must be multiples of 8 pixels; got {self.size!r}")
+        size_in_pixels(self.size)
 
     def pictures(self) -> dict[str, Any]:
         """What the shards' bytes depend on, as JSON."""
@@ -135,13 +134,22 @@ class Model:
         return shapes.size
 
     def identity(self) -> dict[str, Any]:
-        """Hashes of its files, as JSON."""
+        """Hashes of the files that are loaded, as JSON: pictures may lie beside them.
+
+        Raises ModelError where the folder holds no pipeline.
+        """
+        from hgc.evaluation.models import ModelError
         from hgc.evaluation.record import fingerprint
 
-        net = self.controlnet
+        index, net = self.folder / "model_index.json", self.controlnet
+        try:
+            parts = dict(json.loads(index.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"cannot read {index}: {error}") from None
+        folders = [f"{name}/**/*" for name, kind in parts.items() if isinstance(kind, list)]
         return {
-            "model": fingerprint(self.folder, "**/*"),
-            "controlnet": None if net is None else fingerprint(net, "**/*"),
+            "model": fingerprint(self.folder, index.name, *folders),
+            "controlnet": None if net is None else fingerprint(net, "*"),
             "dtype": self.dtype,
         }
 
@@ -225,11 +233,12 @@ class Job:
         return found
 
     def is_checked(self, shard: int, batch: int) -> bool:
-        """Whether a batch is made without hgc too: the first one, and then every n-th."""
-        if self.settings.check == 0.0:
-            return False
+        """Whether a batch is made without hgc too: the first one, and of the others so many that
+        the share is what was asked for."""
+        share = Fraction(str(self.settings.check))  # 3/10 for 0.3
         a_shard = math.ceil(self.settings.shard * self.settings.images / self.settings.batch)
-        return (shard * a_shard + batch) % max(1, round(1 / self.settings.check)) == 0
+        before = shard * a_shard + batch
+        return math.ceil((before + 1) * share) > math.ceil(before * share)
 
 
 def _png(pixels: Any) -> bytes:

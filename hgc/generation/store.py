@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from hgc.generation.items import GenerateError
 from hgc.generation.sinks import Sink, aside, digest_of, remove, size_of, write_whole
 
-__all__ = ["Record", "Store", "place"]
+__all__ = ["Record", "Store", "place", "to_try_again"]
 
 MANIFEST, FAILED, LOCK = "manifest.json", "failed.jsonl", ".lock"
+_NAMED = 3
 
 
 @dataclasses.dataclass
@@ -62,6 +64,15 @@ class Record:
     device: str = ""
 
 
+def to_try_again(records: Iterable[Record]) -> str:
+    """What makes the same command try again what failed in ``records``."""
+    names = [f"records/{one.shard:06d}.json" for one in records if one.failed]
+    said = ", ".join(names[:_NAMED])
+    if len(names) > _NAMED:
+        said += f" and the {len(names) - _NAMED} others in which something failed"
+    return f"delete {said}, and the same command tries them again"
+
+
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
@@ -88,6 +99,8 @@ def place(out: Path, run: dict[str, Any], force: bool) -> Path:
 
     Raises GenerateError where ``out`` holds another run, and says what differs.
     """
+    if out.name in ("", ".."):  # of which no folder beside it can be named
+        out = Path(os.path.abspath(out))
     for number in itertools.count(1):
         folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
         there = _manifest(folder)

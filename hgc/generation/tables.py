@@ -42,7 +42,8 @@ class Table(abc.ABC):
     ) -> Iterator[tuple[Position, Row]]:
         """The rows from ``position`` on, each with its own.
 
-        light: without the bytes of pictures, which are ``b""`` instead.
+        light: without the bytes of pictures, but with a few that tell one from another as far as
+        that is cheap to know.
         """
 
     def items(self, number: int, position: Position, count: int) -> Iterator[Item | Bad]:
@@ -58,7 +59,8 @@ class Scan:
     Attributes:
         count: Items.
         starts: Position of each shard's first item.
-        digest: Of all rows but the bytes of pictures.
+        digest: Of all rows; of the bytes of pictures their size, in a Parquet file the sum of each
+            row group, and in a tar file the checksum of the member's header.
     """
 
     count: int
@@ -202,7 +204,11 @@ class Parquet(_Files):
                         raise GenerateError(
                             f"{path} has no column 'text'; its columns: {', '.join(schema.names)}"
                         )
-                    read = [n for n in names if n != "condition" or not light or _is_text(schema)]
+                    read, stand_in = list(names), None
+                    if light and "condition" in names and not _is_text(schema):
+                        read.remove("condition")
+                        read += _path_column(schema)
+                        stand_in = _sizes(file.metadata)
                     first = group = 0
                     while group < file.num_row_groups:
                         rows = file.metadata.row_group(group).num_rows
@@ -213,8 +219,9 @@ class Parquet(_Files):
                     for part in file.iter_batches(64, row_groups=groups, columns=read):
                         for row in part.to_pylist():
                             if first >= skip:
-                                if len(read) < len(names):
-                                    row["condition"] = b""
+                                if stand_in is not None:
+                                    path_of = (row.get("condition") or {}).get("path")
+                                    row["condition"] = {"bytes": stand_in, "path": path_of}
                                 yield (number, first), row
                             first += 1
             except GenerateError:
@@ -232,10 +239,30 @@ def _is_text(schema: Any) -> bool:
     return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
+def _path_column(schema: Any) -> list[str]:
+    """The column of paths, where conditions are structs that have one."""
+    import pyarrow
+
+    kind = schema.field("condition").type
+    has_path = pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
+    return ["condition.path"] if has_path else []
+
+
+def _sizes(metadata: Any) -> bytes:
+    """Of the conditions in each row group of a Parquet file: how many bytes are stored, and how
+    many they are without compression."""
+    found = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] == "condition":
+                found.append((column.total_compressed_size, column.total_uncompressed_size))
+    return hashlib.sha256(repr(found).encode()).digest()
+
+
 class Tars(_Files):
     """webdataset's shards: members of one name are a sample. ``x.json`` holds fields, ``x.txt`` the
     text, ``x.condition.png``, or else the one picture, the condition; the id is ``x`` unless the
-    JSON has one."""
+    JSON has one. What members hold goes before the JSON's fields, and a null there is none."""
 
     def rows(
         self, position: Position = _START, *, light: bool = False
@@ -247,41 +274,46 @@ class Tars(_Files):
                     with tarfile.open(fileobj=file, mode="r:") as tar:
                         samples = itertools.groupby(self._members(tar), lambda m: _key(m.name))
                         for key, members in samples:
-                            row: Row = {"id": key}
+                            fields: Row = {"id": key}
+                            own: Row = {}
                             offset = None
                             for member in members:
                                 offset = member.offset if offset is None else offset
-                                self._add(row, member, tar, light)
-                            yield (number, offset or 0), row
+                                self._add(fields, own, member, tar, light)
+                            yield (number, offset or 0), {**fields, **own}
             except (OSError, tarfile.TarError) as error:
                 raise GenerateError(f"cannot read {path}: {error}") from None
 
     @staticmethod
     def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         while (member := tar.next()) is not None:
-            if member.isfile():
+            last = member.name.rpartition("/")[2]
+            if member.isfile() and "." in last and last[0] != ".":
                 yield member
             tar.members = []  # type: ignore[attr-defined]  # it keeps all that it has seen
 
     @staticmethod
-    def _add(row: Row, member: tarfile.TarInfo, tar: tarfile.TarFile, light: bool) -> None:
+    def _add(
+        fields: Row, own: Row, member: tarfile.TarInfo, tar: tarfile.TarFile, light: bool
+    ) -> None:
+        """fields: takes those of the JSON. own: takes what another member holds."""
         ending = member.name[len(_key(member.name)) + 1 :].lower()
         is_condition = ending.removeprefix("condition.") in _PICTURES
         if not is_condition and ending not in ("json", "txt"):
             return
-        if is_condition and ending in _PICTURES and "condition" in row:
+        if is_condition and ending in _PICTURES and "condition" in own:
             return
         if is_condition and light:
-            row["condition"] = b""
+            own["condition"] = b"%d %d" % (member.size, member.chksum)
             return
         read = tar.extractfile(member)
         data = b"" if read is None else read.read()
         if len(data) < member.size:
             raise tarfile.ReadError(f"{member.name} is cut short")
         if is_condition:
-            row["condition"] = data
+            own["condition"] = data
         elif ending == "txt":
-            row["text"] = data.decode("utf-8", "surrogateescape")
+            own["text"] = data.decode("utf-8", "surrogateescape")
         else:
             try:
                 given = json.loads(data)
@@ -289,7 +321,7 @@ class Tars(_Files):
                 raise tarfile.ReadError(f"{member.name} is not JSON: {error}") from None
             if not isinstance(given, dict):
                 raise tarfile.ReadError(f"{member.name} is not an object of fields")
-            row.update((name, value) for name, value in given.items() if name in FIELDS)
+            fields.update((n, v) for n, v in given.items() if n in FIELDS and v is not None)
 
 
 def _key(name: str) -> str:
@@ -321,6 +353,12 @@ class Scenes(Table):
 _KINDS = {".jsonl": JsonLines, ".parquet": Parquet, ".tar": Tars}
 
 
+def _seen(folder: Path, *patterns: str) -> list[Path]:
+    """Files in the order of names, without those that a system hides, such as ``._a.tar``."""
+    found = (file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    return sorted(file for file in found if file.name[0] != ".")
+
+
 def open_table(data: str | Path, root: Path | None = None) -> Table:
     """The table in ``data``: a folder with a ``metadata.jsonl``, or with files of one kind (.jsonl,
     .parquet, .tar); one such file; or a pattern such as ``"data/*.tar"``.
@@ -334,11 +372,11 @@ def open_table(data: str | Path, root: Path | None = None) -> Table:
     if (path / "metadata.jsonl").is_file():
         files = [path / "metadata.jsonl"]
     elif path.is_dir():
-        files = sorted(file for end in _KINDS for file in path.glob(f"*{end}"))
+        files = _seen(path, *(f"*{end}" for end in _KINDS))
     elif path.is_file():
         files = [path]
     elif set("*?[") & set(path.name):
-        files = sorted(path.parent.glob(path.name))
+        files = _seen(path.parent, path.name)
     kinds = {file.suffix for file in files}
     if len(kinds) != 1 or not kinds <= set(_KINDS):
         raise GenerateError(
