@@ -424,7 +424,7 @@ deprecated(
         diffusers.StableDiffusionParadigmsPipeline, models.small_unet(),
         scheduler_class=diffusers.DDIMParallelScheduler,
     ),
-    call=special.parallel_steps_call, in_full="the timestep is not an element",
+    call=special.parallel_steps_call, in_full="the timestep is not one of several",
     note="several timesteps in one batch",
 )  # fmt: skip
 
