@@ -76,10 +76,9 @@ def run(
 def _testbed(condition: str, count: int, guidance: float | None) -> tuple[Any, list[Any]]:
     from hgc import testbed
 
-    names = chosen_conditions(condition)
-    if len(names) != 1:
+    name, *more = chosen_conditions(condition)
+    if more:
         raise CliError(f"--condition must be one condition; got {condition!r}")
-    (name,) = names
     with as_usage(FileNotFoundError):
         pipe = testbed.load_pipeline(name)
     scale = testbed.GUIDANCE_SCALE if guidance is None else guidance

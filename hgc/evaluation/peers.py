@@ -70,7 +70,7 @@ __all__ = [
 PEERS = ("deepcache-2", "deepcache-3", "deepcache-5", "faster-diffusion", "t-gate", "spectrum")
 
 # Where evaluations of a run of 20 do most, by how many are made, for a run that forecasts those
-# between them: the presets' key steps, and one more than theirs.
+# between them: the presets' key steps; and one more than theirs.
 _PRESETS = {len(each.key_steps): each.key_steps for each in PRESETS.values() if each.key_steps}
 _PLACES = {8: (0, 2, 4, 7, 10, 13, 16, 19), **_PRESETS}
 # The same for a plain run of DPM++ 2M at them, searched in the same way on the same models.
