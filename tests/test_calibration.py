@@ -7,6 +7,7 @@ import functools
 import models
 import pytest
 import torch
+from diffusers import StableDiffusionControlNetImg2ImgPipeline
 
 import hgc
 from hgc.planning.config import Calibration, ConfigError, model_name
@@ -144,11 +145,10 @@ def test_a_preset_that_is_nearer_is_returned_with_a_warning(monkeypatch):
 
     def worse(self, config, steps, which):
         found = distances(self, config, steps, which)
-        fitted = config is not None and (config.steps is not None or config.name == "calibrated")
-        return [10 * d for d in found] if fitted else found
+        own = config is not None and (config.steps is not None or config.name == "calibrated")
+        return [10 * d for d in found] if own else found
 
     monkeypatch.setattr(calibration.Trial, "distances", worse)
-    monkeypatch.setattr(calibration.Search, "measure", lambda self, config: 1.0)
     with pytest.warns(HgcWarning, match="the preset '.*' is nearer than any plan that was found"):
         config = hgc.calibrate(models.sd15_pipeline(), inputs(), max_macs=0.7, steps=8, trials=6)
     assert config.steps is None and config.calibration is not None
@@ -255,3 +255,13 @@ def test_a_record_is_checked():
         Calibration.from_dict({k: v for k, v in vars(good).items() if k != "distance"})
     with pytest.raises(ConfigError, match=r"Config\.calibration must be"):
         hgc.Config(calibration={"steps": 3})
+
+
+def test_a_part_of_a_run_is_not_calibrated():
+    pipe = models.sd15_pipeline(cls=StableDiffusionControlNetImg2ImgPipeline)
+    one = {
+        "prompt_embeds": models.text(1), "negative_prompt_embeds": models.text(2),
+        "image": models.picture(0), "control_image": models.picture(1), "strength": 0.6,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="6 evaluations of its 10 timesteps"):
+        hgc.calibrate(pipe, [one], max_macs=0.5, steps=10, trials=4)

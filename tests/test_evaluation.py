@@ -429,24 +429,23 @@ def test_rivals_with_refined_coefficients_are_files_beside_the_model(tmp_path):
     other = subject.Testbed()
     assert other.plans == next(iter(testbed.plans().values())).parent
     other.plans = tmp_path
-    with pytest.raises(ConfigError, match=r"calibrate_rivals\.py --steps 20 makes it"):
-        all_candidates(["skip-x0-8-calibrated"], subject=other)
-    for name in ("skip-x0-calibrated", "fewer-steps-calibrated"):
-        for row, _ in peers.refined_rows(name, 20):
-            peers.unrefined(row, 20).to_json(tmp_path / f"{row}.json")
-    rows = all_candidates(["skip-x0-calibrated", "fewer-steps-6-calibrated"], subject=other)[1:]
+    with pytest.raises(ConfigError, match=r"refine_plans\.py --steps 20 makes it"):
+        all_candidates(["fewer-steps-8-calibrated"], subject=other)
+    for name in ("calibrated", "fewer-steps-calibrated"):
+        for row, (rule, _) in peers.refined_rows(name, 20).items():
+            rule.to_json(tmp_path / f"{row}.json")
+    rows = all_candidates(["calibrated", "fewer-steps-6-calibrated"], subject=other)[1:]
     assert [(r.name, r.steps, r.scheduler) for r in rows] == [
-        *((f"skip-x0-{n}-calibrated", 20, None) for n in (7, 6, 5, 4)),
+        *((f"{name}-calibrated", 20, None) for name in ("paper", "balanced", "fast", "turbo")),
         ("fewer-steps-6-calibrated", 6, "dpm++2m-grid"),
     ]  # fmt: skip
-    assert {r.method for r in rows} == {
-        "skipped, x0 forecast, calibrated", "fewer steps, calibrated",
-    }  # fmt: skip
-    assert rows[0].config.key_steps == PRESETS["paper"].key_steps and rows[0].config.depth == 0
+    assert rows[-1].method == "fewer steps, calibrated"
+    assert rows[1].config == PRESETS["balanced"].replace(name="balanced-calibrated")
     # for 50 steps there are other files
-    assert peers.refined_rows("skip-x0-8-calibrated", 50) == [("skip-x0-8-calibrated-50", None)]
-    assert len(peers.unrefined("skip-x0-8-calibrated-50", 50).key_steps) == 20
-    assert peers.unrefined("fewer-steps-6-calibrated-50", 50).num_evaluations == 15
+    ((row, (rule, scheduler)),) = peers.refined_rows("paper-calibrated", 50).items()
+    assert (row, len(rule.key_steps), scheduler) == ("paper-calibrated-50", 18, None)
+    ((_, (rule, _)),) = peers.refined_rows("fewer-steps-6-calibrated", 50).items()
+    assert rule.num_evaluations == 15
 
 
 def test_plans_of_another_model_are_beside_its_folder(tmp_path):

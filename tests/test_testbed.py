@@ -22,6 +22,7 @@ import hgc  # noqa: E402
 from hgc import Config, testbed  # noqa: E402
 from hgc.evaluation.candidate import candidates, equal_steps  # noqa: E402
 from hgc.evaluation.models import sd15_macs  # noqa: E402
+from hgc.planning.config import ConfigError  # noqa: E402
 from hgc.testbed import judges  # noqa: E402
 from hgc.testbed.scenes import HELD_OUT_SEED, LIGHTS, SHAPES  # noqa: E402
 from hgc.warn import HgcWarning  # noqa: E402
@@ -458,52 +459,39 @@ def test_a_captured_step_trains_as_one_that_is_not():
     assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
 
 
-CALIBRATED = [(steps, name) for steps in (20, 50) for name in testbed.plans(steps)]
 # one is always run
-CALIBRATED_OR_SLOW = [
-    pytest.param(*one, marks=() if one[1] == "turbo-calibrated" else pytest.mark.slow)
-    for one in CALIBRATED
+CALIBRATED = [
+    pytest.param(name, marks=() if name == "turbo-calibrated" else pytest.mark.slow)
+    for name in testbed.plans()
 ]
 
 
-@pytest.mark.parametrize(("uncached", "name"), CALIBRATED_OR_SLOW)
-def test_a_calibrated_plan_keeps_to_the_budget_of_its_preset(uncached, name):
-    config = Config.of(testbed.plans(uncached)[name])
-    assert config.name == name
-    assert config.calibration.uncached_steps == uncached
-    preset = name.partition("-")[0]
-    most = {
-        20: {"paper": 7, "balanced": 6, "fast": 5, "turbo": 4},
-        50: {"paper": 18, "balanced": 15, "fast": 12, "turbo": 11},
-    }
-    assert equal_steps(config, config.num_evaluations) == most[uncached][preset]
-    # T MACs, SD1.5 at 512, of 18.20 for 20 uncached steps
-    limit = {"paper": 6.70, "balanced": 5.6, "fast": 4.6, "turbo": 4.0}[preset] * uncached / 20
-    assert sd15_macs(config, config.num_evaluations).paper <= limit * 1e12
+@pytest.mark.parametrize("name", testbed.plans())
+def test_a_calibrated_plan_costs_what_its_preset_does(name):
+    config, preset = Config.of(testbed.plans()[name]), Config.preset(name.partition("-")[0])
+    assert config.name == name and config.calibration.uncached_steps == 20
+    assert config.rule == preset.replace(name=name)
+    assert equal_steps(config, 20) == equal_steps(preset, 20)
+    assert sd15_macs(config, 20) == sd15_macs(preset, 20)
 
 
-def test_there_are_plans_for_20_and_50_uncached_steps():
-    assert len(CALIBRATED) == 8
-    assert testbed.plans(30) == {}
-
-
-@pytest.mark.parametrize(("uncached", "name"), CALIBRATED_OR_SLOW)
-def test_a_calibrated_plan_runs_as_it_was_measured(uncached, name, recwarn):
-    config = Config.of(testbed.plans(uncached)[name])
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
+    config = Config.of(testbed.plans()[name])
     pipe = testbed.load_pipeline("segmentation")
     pipe.set_progress_bar_config(disable=True)
     scene = testbed.held_out(1)[0]
 
-    def draw(steps):
+    def draw():
         return pipe(
             scene.caption, image=testbed.condition_image(scene, "segmentation"),
-            guidance_scale=testbed.GUIDANCE_SCALE, num_inference_steps=steps, output_type="pt",
+            guidance_scale=testbed.GUIDANCE_SCALE, num_inference_steps=20, output_type="pt",
             generator=torch.Generator().manual_seed(scene.seed),
         ).images  # fmt: skip
 
-    reference = draw(uncached)
-    with hgc.install(pipe.unet, pipe.controlnet, config=config) as installed:
-        found = draw(config.calibration.steps)
+    reference = draw()
+    with hgc.install(pipe, config=config) as installed:
+        found = draw()
         assert all(row.why == "plan" for row in installed.report().rows)
     assert not [w for w in recwarn if issubclass(w.category, HgcWarning)]
     assert (found - reference).norm() / reference.norm() < config.calibration.distance_worst
@@ -511,13 +499,5 @@ def test_a_calibrated_plan_runs_as_it_was_measured(uncached, name, recwarn):
 
 def test_calibrated_plans_are_rows_of_the_testbed_only():
     assert {c.name for c in candidates(["calibrated"])} == {"uncached", *testbed.plans()}
-    at_50 = {c.name: c.steps for c in candidates(["calibrated"], 50)}
-    assert set(at_50) == {"uncached", *testbed.plans(), *testbed.plans(50)}
-    # each at its own number of steps
-    assert (at_50["paper-calibrated"], at_50["paper-calibrated-50"]) == (16, 35)
-    rules = {c.name: c.config for c in candidates(["calibrated-rules"])}
-    for name, file in testbed.plans().items():
-        config, rule = Config.of(str(file)), rules[f"{name}-rule"]
-        assert rule.steps is None and rule.calibration is None
-        assert rule.key_steps == config.key_steps
-        assert rule.num_evaluations == config.num_evaluations
+    with pytest.raises(ConfigError, match=r"paper-calibrated-50\.json is not there; bench"):
+        candidates(["calibrated"], 50)

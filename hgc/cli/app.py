@@ -133,7 +133,7 @@ def evaluate(
         str,
         typer.Option(
             help="With commas between: presets, calibrated, peers, fewer-steps, a preset, "
-            "skip-x0, skip-x0-calibrated, fewer-steps-calibrated, spectrum-6, ays, deepcache-3, "
+            "skip-x0, fewer-steps-calibrated, spectrum-6, ays, deepcache-3, "
             "deepcache-pypi-3, 6-steps, a plan.json; with @dpm++2m another scheduler"
         ),
     ] = "presets,fewer-steps",

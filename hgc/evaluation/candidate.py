@@ -23,7 +23,6 @@ from hgc.evaluation.peers import (
 from hgc.evaluation.subject import Subject, Testbed, ays, check_scheduler
 from hgc.planning.config import PRESETS, Config, ConfigError, model_name
 from hgc.planning.rule import plan
-from hgc.testbed import plans as calibrated_plans
 
 __all__ = ["Candidate", "candidates", "equal_steps", "own_schedulers", "steps_of", "testbed"]
 
@@ -130,13 +129,12 @@ def candidates(
 ) -> list[Candidate]:
     """The rows that ``names`` stand for, the uncached run first.
 
-    names: "presets" (all of them), the name of a preset, "calibrated" (the plans calibrated on the
-    testbed, `hgc.testbed.plans`, against 20 steps and against ``steps``), "calibrated-rules" (the
-    rules they were fitted from, without a fitted coefficient), the path of a JSON file written by
+    names: "presets" (all of them), the name of a preset, "calibrated" and "fewer-steps-calibrated"
+    (presets, and uncached runs of fewer steps, whose coefficients were refined on the model) or one
+    of them ("fast-calibrated", "fewer-steps-6-calibrated"), the path of a JSON file written by
     ``Config.to_json``, "peers" (the schedules of other caches, see `hgc.evaluation.peers`) or one
-    of them ("deepcache-3"), "skip-x0" (both networks left out between key steps, at four numbers of
-    them) or one of them ("skip-x0-7"), "skip-x0-calibrated" and "fewer-steps-calibrated" (these
-    with refined coefficients) or one of them ("skip-x0-7-calibrated"), "ays" (the uncached pipeline
+    of them ("deepcache-3"), "skip-x0" (both networks left out between key steps, at five numbers of
+    them) or one of them ("skip-x0-7"), "ays" (the uncached pipeline
     at the 10 timesteps that diffusers ships), "deepcache-pypi-3" (the package DeepCache at that
     interval), "fewer-steps" (next to each plan the uncached pipeline at equal MACs), or "6-steps"
     (the uncached pipeline at 6 steps); each but "ays" and "fewer-steps" also with a scheduler of
@@ -169,17 +167,8 @@ def candidates(
                 schedule = peer(label, steps, layers)
                 assert schedule is not None
                 peers[_at(label, scheduler)] = _Planned(schedule, scheduler)
-        elif name == "calibrated":
-            for label, file in {**calibrated_plans(), **calibrated_plans(steps)}.items():
-                plans[_at(label, scheduler)] = _Planned(_config(str(file), subject), scheduler)
-        elif name == "calibrated-rules":
-            for label, file in {**calibrated_plans(), **calibrated_plans(steps)}.items():
-                rule = _config(str(file), subject).rule
-                assert rule is not None  # all were fitted from one
-                rule = rule.replace(name=f"{label}-rule")
-                plans[_at(rule.name, scheduler)] = _Planned(rule, scheduler)
         elif refined := refined_rows(name, steps):
-            for label, own in refined:
+            for label, (_, own) in refined.items():
                 config = _config(_refined_file(label, subject, steps), subject)
                 plans[_at(label, scheduler)] = _Planned(config, scheduler or own)
         elif name == "ays":
@@ -252,7 +241,7 @@ def _refined_file(label: str, subject: Subject, steps: int) -> str:
     file = subject.plans / f"{label}.json"
     if not file.is_file():
         raise ConfigError(
-            f"row {label!r}: {file} is not there; benchmarks/calibrate_rivals.py --steps {steps} "
+            f"row {label!r}: {file} is not there; benchmarks/refine_plans.py --steps {steps} "
             "makes it"
         )
     return str(file)
@@ -310,8 +299,7 @@ def _config(name: str, subject: Subject) -> Config:
         return Config.preset(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} A row is also 'presets', 'calibrated', 'calibrated-rules', 'peers', "
-            f"'skip-x0', {', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps', "
-            "'6-steps@grid', 'skip-x0-calibrated', 'fewer-steps-calibrated', 'ays', 'spectrum-6' "
-            "or a .json file."
+            f"{error} A row is also 'presets', 'calibrated', 'peers', 'skip-x0', "
+            f"{', '.join(map(repr, PACKAGES))}, 'fewer-steps', '6-steps', '6-steps@grid', "
+            "''fewer-steps-calibrated', 'ays', 'spectrum-6' or a .json file."
         ) from None

@@ -26,8 +26,8 @@ so what differs is the schedule.
 The same evaluations, made by a plain pipeline and nothing between them, are the rows "8-steps@grid"
 and so on: see :func:`grid`.
 
-"skip-x0-8-calibrated" and "fewer-steps-8-calibrated" are these two with coefficients refined as
-those of the calibrated plans are, by benchmarks/calibrate_rivals.py, and kept as files.
+"fewer-steps-6-calibrated" is so many of them by DPM++ 2M, with coefficients of their outputs
+refined as those of "balanced-calibrated" are: see :func:`refined_rows`.
 
 Of the packages DeepCache 0.1.1 runs with a ControlNet: the rows "deepcache-pypi-N", with the extra
 ``peers``. T-GATE 1.0.0 has no ControlNet pipeline: its row is refused with that reason.
@@ -63,7 +63,6 @@ __all__ = [
     "package_row",
     "peer",
     "refined_rows",
-    "unrefined",
 ]
 
 # The rows that "peers" stands for.
@@ -84,9 +83,9 @@ _GRID_PLACES = {
 # The rows that "skip-x0" stands for.
 SKIPS = tuple(f"skip-x0-{count}" for count in _PLACES)
 _SKIP = re.compile(r"skip-x0-(\d+)")
-# Rows with refined coefficients, and the scheduler of each.
-_REFINED = re.compile(r"(skip-x0|fewer-steps)(?:-(\d+))?-calibrated")
-_REFINED_WITH = {"skip-x0": None, "fewer-steps": "dpm++2m-grid"}
+# Rows with refined coefficients: so many plain steps with DPM++ 2M, or a preset.
+_REFINED_STEPS = re.compile(r"fewer-steps(?:-(\d+))?-calibrated")
+_REFINED_PRESETS = {f"{name}-calibrated": name for name, each in PRESETS.items() if each.key_steps}
 
 _DEEPCACHE = re.compile(r"deepcache-(\d+)")
 _ENCODER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -189,32 +188,30 @@ def _spectrum_forecast(keys: tuple[int, ...], at: int, steps: int) -> tuple[floa
     return tuple(round(float(c), 6) for c in found)
 
 
-def refined_rows(name: str, steps: int) -> list[tuple[str, str | None]]:
-    """The rows that ``name`` stands for, each the stem of its file and its scheduler (None: that of
-    the evaluation); none where it is no row with refined coefficients.
+def refined_rows(name: str, steps: int) -> dict[str, tuple[Config, str | None]]:
+    """The rows that ``name`` stands for, by the stems of their files: what their coefficients are
+    refined from, and their scheduler (None: that of the evaluation). Empty where it is no row with
+    refined coefficients. benchmarks/refine_plans.py makes them.
 
-    name: "skip-x0-calibrated", "fewer-steps-calibrated": of as many evaluations as the presets'
-        key steps; or one of them, "skip-x0-8-calibrated".
+    name: "calibrated": the presets that leave something out; "fewer-steps-calibrated": uncached
+        runs of as many evaluations as these have key steps; or one of them, "fast-calibrated",
+        "fewer-steps-6-calibrated".
     steps: of the uncached run, which they are refined for.
     """
-    asked = _REFINED.fullmatch(name)
-    if asked is None:
-        return []
-    kind, count = asked.groups()
     ending = "" if steps == 20 else f"-{steps}"
-    counts = _PRESETS if count is None else (int(count),)
-    return [(f"{kind}-{n}-calibrated{ending}", _REFINED_WITH[kind]) for n in counts]
-
-
-def unrefined(row: str, steps: int) -> Config:
-    """What the coefficients of ``row``, one of :func:`refined_rows`, are refined from."""
-    kind, count = re.findall(r"(skip-x0|fewer-steps)-(\d+)", row)[0]
-    if kind == "fewer-steps":
-        return Config(name=row, num_evaluations=round(int(count) * steps / 20))
-    rule = peer(f"skip-x0-{count}", steps)
-    assert rule is not None and rule.key_steps is not None
-    keys = scaled_key_steps(rule.key_steps, rule.num_evaluations, steps)
-    return rule.replace(name=row, num_evaluations=steps, key_steps=keys)
+    found: dict[str, tuple[Config, str | None]] = {}
+    for label, preset in _REFINED_PRESETS.items():
+        if name in ("calibrated", label):
+            rule = PRESETS[preset]
+            keys = scaled_key_steps(rule.key_steps or (), rule.num_evaluations, steps)
+            row = f"{label}{ending}"
+            found[row] = (rule.replace(name=row, num_evaluations=steps, key_steps=keys), None)
+    if asked := _REFINED_STEPS.fullmatch(name):
+        for count in _PRESETS if asked[1] is None else (int(asked[1]),):
+            row = f"fewer-steps-{count}-calibrated{ending}"
+            rule = Config(name=row, num_evaluations=max(1, round(count * steps / 20)))
+            found[row] = (rule, "dpm++2m-grid")
+    return found
 
 
 def grid(
@@ -248,8 +245,6 @@ def method_of(name: str) -> str | None:
         return "skipped, x0 forecast"
     if _SPECTRUM.fullmatch(name):
         return "Spectrum's rule"
-    if name.startswith("skip-x0-"):
-        return "skipped, x0 forecast, calibrated"
     if name.startswith("fewer-steps-"):
         return "fewer steps, calibrated"
     known = {"faster-diffusion": "Faster Diffusion's schedule", "t-gate": "T-GATE's schedule"}

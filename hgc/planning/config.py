@@ -37,7 +37,7 @@ class Calibration:
         fewer_steps: Uncached steps that cost at least as many MACs.
         fewer_steps_distance: Their distance.
         inputs: Number of inputs.
-        timesteps: Of the run, where they are known: what the features were fitted at.
+        timesteps: Of the run, where they are known: what the coefficients were refined at.
     """
 
     model: str
@@ -279,7 +279,7 @@ class Config:
 
     @property
     def rule(self) -> Config | None:
-        """The rule that ``steps`` were fitted from, without them and their calibration: what is
+        """The rule that ``steps`` were refined from, without them and their calibration: what is
         followed where they do not apply. None where there is none."""
         if self.key_steps is None:
             return None

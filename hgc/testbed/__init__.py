@@ -87,26 +87,16 @@ def conditions_in(folder: Path) -> tuple[str, ...]:
     return found
 
 
-_PLANS = {
-    steps: tuple(f"{name}-calibrated{ending}" for name in ("paper", "balanced", "fast", "turbo"))
-    for steps, ending in ((20, ""), (50, "-50"))
-}
+def plans() -> dict[str, Path]:
+    """The presets calibrated on the testbed for 20 steps, by name ("balanced-calibrated").
 
-
-def plans(uncached_steps: int = 20) -> dict[str, Path]:
-    """The presets calibrated on the testbed, by name; none where no plan has ``uncached_steps``.
-
-    ``"paper-calibrated"`` costs at most 7 of 20 uncached steps, ``"balanced-calibrated"`` 6,
-    ``"fast-calibrated"`` 5 and ``"turbo-calibrated"`` 4: on SD1.5 at 512 x 512 no more than 6.70T,
-    5.6T, 4.6T and 4.0T MACs in the paper's convention. Each is a file that
-    ``hgc.install(config=...)`` takes; none was calibrated on scenes of a table.
-
-    uncached_steps: those of the pictures that the plans come near to, 20 or 50. Those for 50 are
-        ``"paper-calibrated-50"`` and so on, and cost at most 18, 15, 12 and 11 of 50 steps: no more
-        of that run than 36.8%, 30.8%, 25.3% and 22%.
+    Each is a file that ``hgc.install(config=...)`` takes, and costs what its preset does. The
+    coefficients of its outputs were refined on scenes that no table uses
+    (benchmarks/refine_plans.py).
     """
     folder = Path(__file__).resolve().parent / "plans"
-    return {name: folder / f"{name}.json" for name in _PLANS.get(uncached_steps, ())}
+    names = (f"{name}-calibrated" for name in ("paper", "balanced", "fast", "turbo"))
+    return {name: folder / f"{name}.json" for name in names}
 
 
 def load_pipeline(

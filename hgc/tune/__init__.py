@@ -1,1 +1,1 @@
-"""Plans fitted to a model on its own pictures."""
+"""Plans calibrated on a model, on its own pictures."""

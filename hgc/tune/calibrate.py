@@ -50,15 +50,12 @@ def calibrate(
 
     Plans are tried on the pipeline itself: evenly spread key steps at several numbers of steps and
     depths first, then changes of one thing at a time (a key step moved, added, or made conditional
-    only; the depth) from the best so far. The coefficients of each evaluation's forecasts are
-    fitted by least squares to uncached runs on the same inputs; first, second and third order and
-    a damped extrapolation are tried, and the nearest is kept. Then coefficients of its outputs are
-    refined on whole runs (`hgc.tune.refine`), which takes one run for each of them. The
-    dearest presets within ``max_macs`` are tried first; of them, the plan that was found and the
-    refined one, the nearest on inputs the search did not see is returned, with a warning where it
-    is a preset. The distance is the relative
-    L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs or more the last
-    quarter is kept out of the search, and the distance that is reported is theirs.
+    only; the depth) from the best so far. Then coefficients of its outputs are refined on whole
+    runs (`hgc.tune.refine`), which takes one run for each of them. The dearest presets within
+    ``max_macs`` are tried first; of them, the plan that was found and the refined one, the nearest
+    on inputs the search did not see is returned, with a warning where it is a preset. The distance
+    is the relative L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs
+    or more the last quarter is kept out of the search, and the distance that is reported is theirs.
 
     Args:
         pipe: A pipeline with ``unet`` and, or not, ``controlnet``; hgc must not be installed on it.
@@ -80,7 +77,7 @@ def calibrate(
     Returns:
         A :class:`Config` whose ``calibration`` says what it was measured on. Installed on a model
         of another shape, or run for another number of evaluations, with another scheduler or at
-        other timesteps, it warns and follows the rule it was fitted from (``Config.rule``).
+        other timesteps, it warns and follows the rule it was refined from (``Config.rule``).
 
     Raises:
         TypeError: ``inputs`` is not a sequence of mappings.

@@ -3,10 +3,9 @@
 An output that is computed is combined with earlier ones; where nothing is run, x0 is
 (:attr:`hgc.StepPlan.x0_correction`).
 
-:func:`hgc.tune.fit.fit` makes each forecast right by itself, on features of uncached runs. What
-matters is the end of a run whose own errors go round, those of its scheduler too. An output that is
-combined with those of earlier key evaluations makes good for both, and such coefficients are few
-(tens). So the derivative of the error with respect to all of them is measured, one run a
+What matters is the end of a run whose own errors go round, those of its scheduler too. An output
+that is combined with those of earlier key evaluations makes good for both, and such coefficients
+are few (tens). So the derivative of the error with respect to all of them is measured, one run a
 coefficient, and a damped least-squares step is taken. Solvers are learned with the same aim (S4S,
 arXiv 2502.17423).
 """

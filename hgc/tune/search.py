@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from hgc.planning.config import PRESETS, Config
 from hgc.planning.rule import carried_over, scaled_key_steps
-from hgc.tune.fit import fit
-from hgc.tune.trial import DEPTHS, Trial
+from hgc.tune.trial import Trial
 
 __all__ = ["Costs", "Search", "hand_made"]
 
 # Distance to the uncached latents: the mean counts in full, the worst input a tenth, so that of two
 # plans that are equal on average the one without an outlier is taken.
 _WORST = 0.1
-_DAMPING, _GUIDANCE_DAMPING = 0.8, 0.35  # of the rule, for runs of other lengths
-_ORDERS = (2, 3, 1)
+# Layers between key evaluations that are tried.
+_DEPTHS = (1, 2, 3)
 
 
 class Costs:
@@ -32,12 +31,12 @@ class Costs:
         self._second: dict[int, float] = {}
         self._shallow: dict[int, float] = {}
         keys = (0, 3, 4, 5, 6) if guided else (0, 3, 4)
-        for depth in DEPTHS:
+        for depth in _DEPTHS:
             rule = Config(
-                num_evaluations=7, key_steps=keys, depth=depth,
+                num_evaluations=7, key_steps=keys,
                 control_key_steps=(0, 3, *keys[3:4]), conditional_key_steps=keys[3:],
-                guidance="reuse" if guided else "both",
             )  # fmt: skip
+            rule = _of_depth(rule, depth, guided)
             each = count(rule)
             self._first, self._second[depth], self._shallow[depth] = each[:3]
             # by whether the conditional half, and whether the ControlNets are computed
@@ -62,7 +61,7 @@ def _starts(
     limit: float, cost: Callable[[Config], float], lengths: Sequence[int], guided: bool
 ) -> Iterator[Config]:
     """Rules with evenly spread keys that use up the budget, the one with most keys of each kind."""
-    for count, depth in itertools.product(lengths, (0, *DEPTHS)):
+    for count, depth in itertools.product(lengths, (0, *_DEPTHS)):
         for keys in range(count - 1, 1, -1):
             spread = sorted({round(j * (count - 1) / (keys - 1)) for j in range(keys)})
             rule = Config(name="calibrated", num_evaluations=count, key_steps=tuple(spread))
@@ -73,12 +72,15 @@ def _starts(
 
 
 def _of_depth(rule: Config, depth: int, guided: bool) -> Config:
-    """``rule`` with so many layers between its keys, and what these forecast by default."""
+    """``rule`` with so many layers between its keys, which correct the forecast of x0 as those of
+    the preset "paper" do; 0: nothing is run there."""
     if depth == 0:
         return rule.replace(depth=0)
+    paper = PRESETS["paper"]
     return rule.replace(
-        depth=depth, guidance="reuse" if guided else "both", feature_damping=_DAMPING,
-        difference_damping=_GUIDANCE_DAMPING if guided else 0.0,
+        depth=depth, guidance=paper.guidance if guided else "both", attention=paper.attention,
+        feature_damping=paper.feature_damping, gain=paper.gain,
+        difference_damping=paper.difference_damping if guided else 0.0,
     )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def _neighbours(rule: Config, guided: bool) -> Iterator[Config]:
     for old in keys[1:]:
         # one key less: what it frees may go to another depth or key
         yield with_keys(*({*of} - {old} for of in (keys, halves, control)))
-    for depth in (0, *DEPTHS):
+    for depth in (0, *_DEPTHS):
         if 0 in (depth, rule.depth) and depth != rule.depth:
             yield _of_depth(rule, depth, guided)
         elif depth != rule.depth:
@@ -165,32 +167,21 @@ class Search:
         self._trial, self._cost, self._which = trial, cost, which
         self._lengths, self._rng, self._step = lengths, rng, step
         self._guided = trial.facts.guidance
-        self._tried: dict[Config, tuple[float, Config]] = {}
+        self._tried: dict[Config, float] = {}
         self.left = 0
 
-    def _fitted(self, rule: Config) -> Iterator[Config]:
-        """What stands for ``rule`` in a trial: its plan with fitted coefficients."""
-        products = self._trial.products(self._lengths[rule.num_evaluations], self._which)
-        for order in _ORDERS:
-            yield fit(rule, products, order=order)
-
-    def measure(self, config: Config) -> float:
-        """The distance to be made small."""
-        steps = self._lengths[config.num_evaluations]
-        found = self._trial.distances(config, steps, self._which)
-        return sum(found) / len(found) + _WORST * max(found)
-
     def score(self, rule: Config) -> float:
-        """:meth:`measure` of the fitted plan of ``rule``."""
+        """The distance to be made small."""
         if rule not in self._tried:
             self.left -= 1
-            config = next(self._fitted(rule))
-            self._tried[rule] = (self.measure(config), config)
-            self._step(f"distance {min(d for d, _ in self._tried.values()):.4f}")
-        return self._tried[rule][0]
+            steps = self._lengths[rule.num_evaluations]
+            found = self._trial.distances(rule, steps, self._which)
+            self._tried[rule] = sum(found) / len(found) + _WORST * max(found)
+            self._step(f"distance {min(self._tried.values()):.4f}")
+        return self._tried[rule]
 
     def best(self, limit: float, trials: int, start: Sequence[Config] = ()) -> Config | None:
-        """The best plan within ``limit`` that ``trials`` more runs find, from the rules ``start``
+        """The best rule within ``limit`` that ``trials`` more runs find, from the rules ``start``
         too."""
         self.left = trials
         pool = sorted(
@@ -212,12 +203,4 @@ class Search:
                     break
             else:
                 break
-        return None if best is None else self.settled(best)
-
-    def settled(self, rule: Config) -> Config:
-        """``rule`` itself, by damping, or with fitted coefficients of one of several orders: the
-        nearest."""
-        self.score(rule)
-        tried = [self._tried[rule], (self.measure(rule), rule)]
-        tried += [(self.measure(config), config) for config in self._fitted(rule)][1:]
-        return min(tried, key=lambda pair: pair[0])[1]
+        return best

@@ -10,12 +10,8 @@ import torch
 
 from hgc.installation import install
 from hgc.planning.config import Config
-from hgc.tune.fit import Products
 
-__all__ = ["DEPTHS", "Trial"]
-
-# Of evaluations between keys, which features are collected for.
-DEPTHS = (1, 2, 3)
+__all__ = ["Trial"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +24,6 @@ class _Facts:
     height: int
     width: int
     tokens: int
-
-    @property
-    def pair_rows(self) -> int | None:
-        """Rows of the batch of a guidance pair."""
-        return 2 * self.images if self.guidance else None
 
 
 class Trial:
@@ -54,7 +45,6 @@ class Trial:
     ) -> None:
         self.items, self.steps, self.seed, self.output = items, steps, seed, output
         self.facts = self._facts()
-        self._products: dict[int, Products] = {}
         self.references = [self._draw(i, steps) for i in range(len(items))]
 
     def _facts(self) -> _Facts:
@@ -109,15 +99,3 @@ class Trial:
     def distances(self, config: Config | None, steps: int, which: Sequence[int]) -> list[float]:
         """Relative L2 of each picture's latents: norms of :meth:`errors`."""
         return [float(error.norm()) for error in self.errors(config, steps, which)]
-
-    def products(self, steps: int, which: Sequence[int]) -> Products:
-        """Of uncached runs of ``steps`` steps on the inputs ``which``."""
-        if steps not in self._products:
-            products = self._products[steps] = Products(DEPTHS)
-            for i in which:
-                pipe = self.items[i][0]
-                nets = getattr(pipe, "controlnet", None)
-                rows = self.facts.pair_rows
-                with products.recording(pipe.unet, nets, pair_rows=rows):
-                    self._draw(i, steps)
-        return self._products[steps]
