@@ -266,6 +266,7 @@ def test_eval_says_what_is_wrong(extra, tmp_path, monkeypatch):
     assert "--device must be cpu or cuda" in refused(
         "eval", "--device", "tpu", "--out", tmp_path / "out"
     )
+    assert "--images goes with --model" in refused("eval", "--images", 2, "--out", tmp_path / "out")
 
 
 # bench
@@ -348,6 +349,7 @@ def test_wrong_calibrations_are_refused(tmp_path, tiny, extra):
     assert "a.png has no prompt" in refused(*common, "--model", tiny, "--data", tmp_path)
     assert "max_macs" in refused("calibrate", "--out", out, "--max-macs", 2, "--inputs", 1)
     assert "go with --model" in refused(*common, "--data", tmp_path)
+    assert "does not go with --model" in refused(*common, "--model", tiny, "--condition", "canny")
     assert "must be one condition; got 'all'" in refused(*common, "--condition", "all")
     folder = (*common, "--model", tiny, "--data", tmp_path)
     (tmp_path / "a.txt").write_text("a house")

@@ -868,6 +868,11 @@ def test_the_command(tmp_path):
         *command, "--format", "folder", "--steps", 2)  # fmt: skip
     assert "quick" in refused(*command, "--config", "quick")
     assert "only model='testbed' has items" in refused("generate", "--model", tmp_path)
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"text": "a house", "condition": "missing.png"}\n')
+    said = run("generate", "--data", table, "--out", tmp_path / "none", "--steps", 1, code=2)
+    assert "every item failed: there is no picture" in said
+    assert len(failed(tmp_path / "none")) == 1
     assert "sees no GPU" in refused(*command, "--device", "cuda") or torch.cuda.is_available()
 
 

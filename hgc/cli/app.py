@@ -177,7 +177,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder of a CLIPModel, for the agreement with the prompt")
     ] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: H or HxW; default: the model's")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures of each line of --data")] = 4,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each line of --data; default: 4")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: fp16 on cuda")
     ] = None,
@@ -258,7 +260,9 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder of condition images, each with its prompt in NAME.txt"),
     ] = None,
-    condition: Annotated[str, typer.Option(help="Of the testbed")] = "segmentation",
+    condition: Annotated[
+        str | None, typer.Option(help="Of the testbed; default: segmentation")
+    ] = None,
     max_macs: Annotated[
         float | None, typer.Option(help="Budget: share of the uncached run's MACs, 0 to 1")
     ] = None,

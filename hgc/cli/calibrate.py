@@ -20,7 +20,7 @@ def run(
     model: str,
     controlnet: list[Path],
     data: Path | None,
-    condition: str,
+    condition: str | None,
     max_macs: float | None,
     max_distance: float | None,
     preset: str | None,
@@ -37,6 +37,8 @@ def run(
         raise CliError("give --max-macs, --max-distance or --preset, one of the three")
     if model == "testbed" and (controlnet or data is not None):
         raise CliError("--controlnet and --data go with --model, the folder of a pipeline")
+    if model != "testbed" and condition is not None:
+        raise CliError("--condition is one of the testbed's; it does not go with --model")
     needs("calibrate", "transformers", "PIL")
     quiet_libraries()
     writable(out)
@@ -44,7 +46,7 @@ def run(
     import hgc
 
     pipe, inputs = (
-        _testbed(condition, count, guidance)
+        _testbed(condition or "segmentation", count, guidance)
         if model == "testbed"
         else _local(Path(model), controlnet, data, count, guidance)
     )

@@ -39,7 +39,7 @@ class Local:
     judge: Path | None
     clip: Path | None
     size: str | None
-    images: int
+    images: int | None
     dtype: str | None
 
 
@@ -124,7 +124,7 @@ def _subject(
     """The conditions and the subject that the options name."""
     if model == "testbed":
         for field in dataclasses.fields(Local):
-            if field.name != "images" and getattr(local, field.name) is not None:
+            if getattr(local, field.name) is not None:
                 raise CliError(f"--{field.name} goes with --model, the folder of a pipeline")
         from hgc import testbed
         from hgc.evaluation.candidate import testbed as shipped
@@ -155,7 +155,7 @@ def _subject(
             judge=local.judge,
             clip=local.clip,
             size=None if height is None or width is None else (height, width),
-            images=local.images,
+            images=4 if local.images is None else local.images,
             dtype=local.dtype or ("fp32" if device == "cpu" else "fp16"),
             device=device,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hgc.cli.console import (
+    CliError,
     as_usage,
     console,
     needs,
@@ -58,3 +59,5 @@ def run(data: str | None, out: Path, size: str | None, device: str, **given: Any
     page = summary.folder / "page.html"
     if page.exists():
         printer.print(f"the first pictures: {page.resolve()}", soft_wrap=True)
+    if summary.failed and not summary.pictures:
+        raise CliError("every item failed: there is no picture")
