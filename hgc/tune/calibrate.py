@@ -50,10 +50,11 @@ def calibrate(
 
     Plans are tried on the pipeline itself: evenly spread key steps at several numbers of steps and
     depths first, then changes of one thing at a time (a key step moved, added, or made conditional
-    only; the depth) from the best so far. Then coefficients of its outputs are refined on whole
-    runs (`hgc.tune.refine`), which takes one run for each of them. The dearest presets within
-    ``max_macs`` are tried first; of them, the plan that was found and the refined one, the nearest
-    on inputs the search did not see is returned, with a warning where it is a preset. The distance
+    only; the depth) from the best so far. The dearest presets within ``max_macs`` are tried first.
+    Then coefficients of the outputs of the plan that was found, and of the dearest preset's, are
+    refined on whole runs (`hgc.tune.refine`), which takes one run for each of them. Of presets,
+    plan and refined ones the nearest on inputs the search did not see is returned, with a warning
+    where it is a preset. The distance
     is the relative L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs
     or more the last quarter is kept out of the search, and the distance that is reported is theirs.
 
@@ -162,16 +163,21 @@ def calibrate(
         assert max_distance is not None
         presets = []
         best = _cheapest(search, full, max_distance, trials, measured)
-    candidates = [best, *presets]
-    if rounds:
-        number = lengths[best.num_evaluations]
-        tried = next(done) - 1
-        total = tried + rounds * (coefficients(best) + 1) + 1
-        refined = refine(
-            best, lambda config: trial.errors(config, number, which), rounds=rounds,
+
+    def refined(rule: Config) -> Config:
+        number = lengths[rule.num_evaluations]
+        return refine(
+            rule, lambda config: trial.errors(config, number, which), rounds=rounds,
             on_run=lambda distance: step(f"refining, distance {distance:.4f}"),
         )  # fmt: skip
-        candidates.append(refined)
+
+    candidates = [best, *presets]
+    if rounds:
+        # what the search found on few inputs may be farther on others than a preset
+        started = list(dict.fromkeys([best, *presets[:1]]))
+        tried = next(done) - 1
+        total = tried + sum(rounds * (coefficients(one) + 1) + 1 for one in started)
+        candidates += map(refined, started)
     means = {candidate: mean(candidate) for candidate in candidates}
     best = min(means, key=means.__getitem__)
     if best in presets:
