@@ -62,7 +62,7 @@ def test_evaluations_cost_what_they_do_in_a_run_of_them_all(monkeypatch):
     )  # fmt: skip
     for config in (mixed, hgc.Config.preset("paper"), hgc.Config.preset("turbo")):
         count = hgc.count_macs(unet, net, config, num_evaluations=8, height=32)
-        shapes = macs.Shapes(2, 16, 16, condition=2)
+        shapes = macs.Shapes(2, 16, 16, pixels_a_latent=2)
         kinds = [(step.in_output, (False,), True) for step in hgc.plan(config, 8)]
         parts = plain(described, kinds, shapes, True)
         assert list(count.evaluations) == [sum(each, macs.Macs()) for each in parts], config.name

@@ -28,7 +28,7 @@ from torch.utils._device import DeviceContext
 from hgc.models.attention import PLAIN_PROCESSORS, unwrapped
 from hgc.models.graphs import Function, GraphKey, Networks
 from hgc.models.recorder import CudaRecorder, Recorder, Recording, flatten, is_dense
-from hgc.models.structure import UNetStructure
+from hgc.models.structure import UNetStructure, adapter_state
 from hgc.models.supported import PACKAGES, has_compiled_parts
 from hgc.models.unet import freeu_of
 from hgc_kernels import get_backend
@@ -146,15 +146,7 @@ class _Layers:
     def settings(self) -> tuple[Any, ...]:
         """What layers do beside their weights that may be another at every evaluation."""
         return (
-            *(
-                (
-                    tuple(layer.active_adapters),
-                    tuple(getattr(layer, "scaling", {}).items()),
-                    bool(layer.merged),
-                    bool(layer.disable_adapters),
-                )
-                for layer in self._adapters
-            ),
+            *map(adapter_state, self._adapters),
             *(fuser.enabled for fuser in self._fusers),
             *map(freeu_of, self._up_blocks),
         )

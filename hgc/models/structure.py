@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-__all__ = ["UNetStructure", "modules_inside"]
+__all__ = ["UNetStructure", "adapter_state", "modules_inside"]
 
 
 def modules_inside(module: Any) -> list[Any]:
@@ -17,6 +17,17 @@ def modules_inside(module: Any) -> list[Any]:
         if part._modules:
             found += [inner for inner in part._modules.values() if inner is not None]
     return found
+
+
+def adapter_state(layer: Any) -> tuple[Any, ...]:
+    """What the adapters of a layer of peft's add now: which are active, their scales, whether they
+    are merged or switched off."""
+    return (
+        tuple(layer.active_adapters),
+        tuple(getattr(layer, "scaling", {}).items()),
+        bool(layer.merged),
+        bool(layer.disable_adapters),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -277,6 +277,11 @@ class Config:
         by_rule = self.key_steps is not None and (self.depth == 0 or self.gain != 1.0)
         return by_rule or any(step.damping is not None for step in self.steps or ())
 
+    def plans(self, total: int) -> bool:
+        """Whether there is a plan for a run of ``total`` evaluations: not where ``steps`` are
+        written for another number and no rule stands beside them."""
+        return self.steps is None or self.key_steps is not None or total == self.num_evaluations
+
     @property
     def rule(self) -> Config | None:
         """The rule that ``steps`` were refined from, without them and their calibration: what is

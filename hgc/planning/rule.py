@@ -87,14 +87,12 @@ def plan(config: Config | str, num_evaluations: int) -> list[StepPlan]:
             "Installation.report() says what one did; replace(adaptive=None) is the rule's plan, "
             "replace(adaptive=0.0) computes the most"
         )
-    if config.steps is not None and (
-        num_evaluations == config.num_evaluations or config.key_steps is None
-    ):
-        if num_evaluations != config.num_evaluations:
-            raise ConfigError(
-                f"the plan {config.name!r} is for {config.num_evaluations} evaluations; "
-                f"got num_evaluations={num_evaluations}"
-            )
+    if not config.plans(num_evaluations):
+        raise ConfigError(
+            f"the plan {config.name!r} is for {config.num_evaluations} evaluations; "
+            f"got num_evaluations={num_evaluations}"
+        )
+    if config.steps is not None and num_evaluations == config.num_evaluations:
         steps = list(config.steps)
     else:
         steps = _from_rule(config, num_evaluations)

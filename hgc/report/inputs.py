@@ -23,7 +23,7 @@ class Shapes:
         height: Of the latents.
         width: Of the latents.
         tokens: Length of the text.
-        condition: Pixels of the condition a latent pixel, along a side.
+        pixels_a_latent: Of the condition, along a side.
         dtype: Of everything.
     """
 
@@ -31,7 +31,7 @@ class Shapes:
     height: int
     width: int
     tokens: int = 77
-    condition: int = 8
+    pixels_a_latent: int = 8
     dtype: torch.dtype = torch.float32
 
 
@@ -76,10 +76,8 @@ class Inputs:
 
     def _for_controlnet(self, net: Any) -> tuple[Tensor, dict[str, Any]]:
         config, shapes = net.config, self._shapes
-        side = shapes.condition
-        condition = torch.empty(
-            shapes.batch, config.conditioning_channels, shapes.height * side, shapes.width * side
-        )
+        size = (shapes.height * shapes.pixels_a_latent, shapes.width * shapes.pixels_a_latent)
+        condition = torch.empty(shapes.batch, config.conditioning_channels, *size)
         arguments = {
             "encoder_hidden_states": self._text(text_width(net)),
             **self._embedded(net),

@@ -117,7 +117,9 @@ class Report:
     def of(cls, unet: Any, config: Config, run: Run) -> Report:
         """The report on ``run``."""
         first = run.report[0]
-        shapes = Shapes(first.batch, *run.latent_size, tokens=run.tokens, condition=run.factor)
+        shapes = Shapes(
+            first.batch, *run.latent_size, tokens=run.tokens, pixels_a_latent=run.pixels_a_latent
+        )
         steps = [dataclasses.replace(row.plan, attention=row.attention) for row in run.report]
         off = [
             # by its scale; one that the plan leaves out is not called with another

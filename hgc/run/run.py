@@ -52,10 +52,11 @@ class Run:
     # more attributes than Python looks up quickly in a dictionary
     __slots__ = (
         "__weakref__", "_assume", "_by_rule", "_called", "_changed_at", "_in_x0", "_schedules",
-        "_timesteps", "broken", "by_diffusers", "cache", "changed", "changes_in_a_row", "completed",
-        "config", "ended", "factor", "finished", "gaps_in_a_row", "last_seen", "latent_size",
-        "maps", "mean_maps", "noise", "now", "output_dtype", "pair", "plain_text", "position",
-        "report", "schedule", "slots", "text", "tokens", "unet_signature", "was_pair",
+        "_timesteps", "broken", "by_diffusers", "cache", "changed", "changes_in_a_row",
+        "completed", "config", "ended", "finished", "gaps_in_a_row", "last_seen", "latent_size",
+        "maps", "mean_maps", "noise", "now", "output_dtype", "pair", "pixels_a_latent",
+        "plain_text", "position", "report", "schedule", "slots", "text", "tokens",
+        "unet_signature", "was_pair",
     )  # fmt: skip
 
     def __init__(
@@ -101,13 +102,9 @@ class Run:
         # for the report, which is asked for when the tensors are gone
         self.latent_size = (0, 0)
         self.tokens = text.shape[1]
-        self.factor = 8
+        self.pixels_a_latent = 8
         self.schedule: Schedule | AdaptiveSchedule
-        if (
-            config.steps is not None
-            and config.key_steps is None
-            and config.num_evaluations != position.total
-        ):
+        if not config.plans(position.total):
             self.schedule = schedules.full(position.total)
             self.broken = (
                 f"the plan {config.name!r} is for {config.num_evaluations} evaluations and this "
@@ -223,7 +220,7 @@ class Run:
 
     def describe_condition(self, pixels_a_latent: int) -> None:
         """Take note of the size of the conditions, for the report."""
-        self.factor = pixels_a_latent
+        self.pixels_a_latent = pixels_a_latent
 
     def look_at_arguments(self, found: tuple[Any, ...]) -> list[Verdict]:
         """What follows where the UNet is given other things than ``found`` before: all that its

@@ -117,8 +117,8 @@ class Schedules:
         config = self.config
         if config.adaptive or not config.forecasts_x0:
             return config.forecasts_x0
-        if config.steps is not None and config.key_steps is None:
-            return total == config.num_evaluations
+        if not config.plans(total):
+            return False
         return any(step.damping is not None for step in self._of(total, "x0").plan)
 
     def key_evaluations(self, total: int) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
+from hgc.models.structure import adapter_state
+
 __all__ = ["Adapters", "Notice", "lora_scaled", "scales_lora", "take_lora_scale"]
 
 
@@ -77,15 +79,7 @@ def _state(model: torch.nn.Module, layers: list[Any]) -> tuple[Any, ...]:
         # the configs themselves: another adapter may come under the same name
         tuple(config),
         tuple(config.values()),
-        tuple(
-            (
-                tuple(layer.active_adapters),
-                tuple(getattr(layer, "scaling", {}).items()),
-                bool(layer.merged),
-                bool(layer.disable_adapters),
-            )
-            for layer in layers
-        ),
+        tuple(map(adapter_state, layers)),
     )
 
 
