@@ -76,6 +76,13 @@ def _fault(part: str, path: Path) -> str | None:
         reason = _left_out().get(part)
         if reason is not None:
             return f"{path.name} was left out of this install ({reason})"
+        here = Path(__file__).resolve().parent
+        if _FOLDER == here / "lib" and (here.parent / "setup.py").exists():
+            # "pip install ." put them elsewhere, and Python reads this folder first
+            return (
+                f"{path} is not there: this is the source, not what was installed; start Python in "
+                "another folder, or run: pip install -e ."
+            )
         return f"{path} is not there; install the package again"
     try:
         fault = elf.fault(path, Path(torch._C.__file__))

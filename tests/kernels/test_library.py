@@ -146,6 +146,16 @@ def test_damaged_libraries_are_named_and_done_without(copy, damage):
     assert err.count("Warning") == len([name for name in parts if used.get(name)]), err
 
 
+def test_in_a_checkout_the_remedy_is_another_folder(copy):
+    """After "pip install .", where the folder of the source comes first on Python's path."""
+    (copy / "setup.py").touch()
+    shutil.rmtree(copy / "hgc_kernels" / "lib")
+    status, _, err = run(USE, copy)
+    assert status == 0, err
+    assert re.search(r"libhgc_cpu\.so is not there: this is the source, .* pip install -e \.", err)
+    assert "install the package again" not in err
+
+
 @pytest.mark.parametrize("path", libraries(), ids=lambda path: path.name)
 def test_a_library_cut_anywhere_is_noticed(path, tmp_path):
     """Before the loader sees it, which would kill the process."""
