@@ -77,7 +77,7 @@ def _fault(part: str, path: Path) -> str | None:
         if reason is not None:
             return f"{path.name} was left out of this install ({reason})"
         here = Path(__file__).resolve().parent
-        if _FOLDER == here / "lib" and (here.parent / "setup.py").exists():
+        if here / "lib" == _FOLDER and (here.parent / "setup.py").exists():
             # "pip install ." put them elsewhere, and Python reads this folder first
             return (
                 f"{path} is not there: this is the source, not what was installed; start Python in "
