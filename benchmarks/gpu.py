@@ -58,11 +58,11 @@ class Scale:
 
 FULL = Scale(
     "cuda", torch.float16, {"sd15": "sd15", "sdxl": "sdxl"}, {"sd15": 512, "sdxl": 1024},
-    {"sd15": 20, "sdxl": 30}, 5, ("eager", "captured", "compiled"),
+    {"sd15": 20, "sdxl": 30}, 5, ("eager", "captured", "compiled", "fused", "fused-captured"),
 )  # fmt: skip
 TINY = Scale(
     "cpu", torch.float32, {"sd15": "testbed", "sdxl": "testbed"}, {"sd15": 64, "sdxl": 64},
-    {"sd15": 5, "sdxl": 5}, 1, ("eager",),
+    {"sd15": 5, "sdxl": 5}, 1, ("eager", "fused"),
 )  # fmt: skip
 
 
@@ -195,14 +195,22 @@ class Machine:
 # In the order of worth.
 LOSSY = "paper,balanced,fast,turbo"
 BOTH = ("eager", "captured")
+FUSED = (*BOTH, "fused", "fused-captured")
 PARTS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     "sdxl": lambda m: m.bench("sdxl", "paper,fast", repeats=3, modes=BOTH, fewer_steps=True),
     "sdxl-kinds": lambda m: m.kinds("sdxl", "balanced", "captured"),
     "sd15": lambda m: m.bench("sd15", LOSSY, modes=BOTH),
+    "sd15-fused": lambda m: m.bench(
+        "sd15", "fast", layout=torch.channels_last, repeats=3, modes=FUSED
+    ),
     "sd15-kinds": lambda m: m.kinds("sd15", "balanced,turbo", "captured"),
     "sd15-batch8": lambda m: m.bench("sd15", "paper,fast", images=8, repeats=3, modes=BOTH),
     "sd15-batch8-channels-last": lambda m: m.bench(
-        "sd15", "paper,fast", images=8, layout=torch.channels_last, repeats=3, modes=BOTH
+        "sd15", "fast", images=8, layout=torch.channels_last, repeats=3, modes=FUSED
+    ),
+    "sd15-batch8-fused": lambda m: m.bench("sd15", "fast", images=8, repeats=3, modes=FUSED),
+    "sdxl-fused": lambda m: m.bench(
+        "sdxl", "fast", layout=torch.channels_last, repeats=3, modes=FUSED
     ),
     "sd15-compiled": lambda m: m.bench(
         "sd15", "fast", repeats=3, modes=("eager", "captured", "compiled")

@@ -126,6 +126,34 @@ class Installation:
         )
         return self
 
+    def fuse(self) -> Installation:
+        """Run group norms as one op with what stands around them, where that is no compiled
+        network: the sum of a resnet's features and its embedding of time, and the SiLU.
+
+        Made for channels_last, where PyTorch takes each norm to NCHW and back. Convert the models
+        before: ``pipe.unet.to(memory_format=torch.channels_last)``, and ``pipe.controlnet``. Sums
+        have another order, and in half precision the norm is not rounded before the SiLU: the
+        result has not the bits of diffusers, and no larger error. Needs Triton; on a CPU it is
+        PyTorch's own. Layers with hooks, under autocast and where gradients are wanted are
+        diffusers' own. Graphs captured before go.
+
+        Returns:
+            The installation itself.
+
+        Raises:
+            RuntimeError: hgc is not installed any more.
+            ValueError: the configuration is exact, which promises diffusers' bits.
+        """
+        if self._engine.patched is None:
+            raise RuntimeError(_not_installed(self.unet))
+        if self.config.is_exact:
+            raise ValueError(
+                f"config ({self.config.name}) is exact, which promises the bits of diffusers; "
+                "Installation.fuse rounds otherwise"
+            )
+        self._engine.functions.fuse()
+        return self
+
     def _check_stand_in(self, verb: str) -> None:
         """Raise where :meth:`compile` or :meth:`capture` cannot do what it says."""
         if self._engine.patched is None:

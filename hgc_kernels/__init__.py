@@ -9,6 +9,7 @@ from hgc_kernels.map_format import FORMATS, map_bytes, map_probabilities, new_ma
 from hgc_kernels.ops.apply_map import apply_map
 from hgc_kernels.ops.attend_and_store import attend_and_store
 from hgc_kernels.ops.gather_blocks import gather_blocks
+from hgc_kernels.ops.group_norm import group_norm
 
 __all__ = [
     "FORMATS",
@@ -19,6 +20,7 @@ __all__ = [
     "build_info",
     "gather_blocks",
     "get_backend",
+    "group_norm",
     "map_bytes",
     "map_probabilities",
     "new_map",

@@ -23,13 +23,14 @@ def is_channels_last(x: torch.Tensor) -> bool:
     )
 
 
+def dense_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last where x is; NCHW otherwise."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def gathered_format(hidden: torch.Tensor, skip: torch.Tensor) -> torch.memory_format:
     """channels_last where both inputs are, as `torch.cat` would give; NCHW otherwise."""
-    return (
-        torch.channels_last
-        if is_channels_last(hidden) and is_channels_last(skip)
-        else torch.contiguous_format
-    )
+    return dense_format(skip) if is_channels_last(hidden) else torch.contiguous_format
 
 
 def with_fresh_strides(

@@ -7,8 +7,8 @@ it.
 Triton kernels are compiled exactly as the launchers would launch them: the launchers run on meta
 tensors and their launches are recorded. Exits with 1 where a kernel spills or wants more shared
 memory than a block has, an attention kernel leaves the matrix units unused in a 16-bit dtype or
-reads or writes single values of it, a CUDA kernel uses local memory, or one of its 16-byte paths
-lacks 128-bit loads or stores.
+reads or writes single values of it, a norm does not read 16 bytes at a time, a CUDA kernel uses
+local memory, or one of its 16-byte paths lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 import hgc_kernels as hk
 from hgc_kernels.ops.apply_map import launch as apply_map_launch
 from hgc_kernels.ops.attend_and_store import launch as attend_launch
+from hgc_kernels.ops.group_norm import launch as group_norm_launch
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -113,7 +114,10 @@ class Recorder:
 RECORDED = (
     (attend_launch, "attend_and_store_kernel"),
     (apply_map_launch, "apply_map_kernel"),
+    (group_norm_launch, "group_moments_kernel"),
+    (group_norm_launch, "group_norm_kernel"),
 )
+OF_ATTENTION = ("attend_and_store_kernel", "apply_map_kernel")
 
 
 def record(label, dtype, call):
@@ -136,6 +140,35 @@ def heads(batch, tokens, count, size, dtype):
 
 
 def triton_cases(quick):
+    """Every compilation once: many labels come down to one and the same."""
+    unique = {}
+    for case in (*attention_cases(quick), *norm_cases(quick)):
+        unique.setdefault(replace(case, label=""), case)
+    return list(unique.values())
+
+
+def norm_cases(quick):
+    """(channels, height and width): the first, a joined and the widest input of SD1.5's resnets."""
+    found = []
+    for dtype_name, dtype in DTYPES.items():
+        for channels, side in ((320, 64), (960, 64), (2560, 8))[: 1 if quick else None]:
+            for name, memory_format in (
+                ("channels_last", torch.channels_last), ("NCHW", torch.contiguous_format)
+            ):  # fmt: skip
+                x = torch.empty(
+                    2, channels, side, side, dtype=dtype, device="meta", memory_format=memory_format
+                )
+                weight, shift = x.new_empty(channels), x.new_empty(2, channels)
+                for added in (shift, None)[: 1 if quick else None]:
+                    label = f"C={channels} {name}" + ("" if added is None else ", shift")
+                    call = partial(
+                        group_norm_launch.group_norm, x, added, 32, weight, weight, 1e-5, True
+                    )
+                    found += record(label, dtype_name, call)
+    return found
+
+
+def attention_cases(quick):
     """(queries, keys, heads, head size): SD1.5's and SDXL's cross-attentions, and an image prompt
     of 257 tokens.
     """
@@ -162,11 +195,7 @@ def triton_cases(quick):
                 attend = partial(attend_launch.attend_and_store, q, v, v, 0.1, map)
                 found += record(label, dtype_name, attend)
                 found += record(label, dtype_name, partial(apply_map_launch.apply_map, map, v))
-    # Many labels come down to one and the same compilation.
-    unique = {}
-    for case in found:
-        unique.setdefault(replace(case, label=""), case)
-    return list(unique.values())
+    return found
 
 
 def tool(name, *arguments, **options):
@@ -241,6 +270,10 @@ def triton_table(architectures, quick, jobs):
                 problems.append(f"{where}: {result['spills']} spills")
             if result["shared"] > SHARED_BYTES[case.arch]:
                 problems.append(f"{where}: {result['shared']} bytes of shared memory")
+            if case.kernel not in OF_ATTENTION:
+                if 16 not in result["loads"]:
+                    problems.append(f"{where}: no loads of 16 bytes: {result['loads']}")
+                continue
             if case.dtype != "fp32" and not result["matrix"]:
                 problems.append(f"{where}: no matrix instructions")
             for key in ("loads", "stores"):

@@ -48,6 +48,15 @@ def test_modes_are_compared_with_the_uncached_run_of_their_own_and_the_eager_one
     torch._dynamo.reset()
 
 
+def test_fused_runs_are_compared_with_the_eager_uncached_one():
+    pipe = small_pipeline()
+    found = bench(pipe, [SHALLOW], modes=("eager", "fused"))
+    rows = [(row.name, row.mode) for row in found.rows]
+    assert rows == [("uncached", "eager"), ("shallow", "eager"), ("shallow", "fused")]
+    assert found.rows[-1].against.mode == "eager"
+    assert "| shallow, 2 steps, fused |" in found.to_markdown()
+
+
 def test_configurations_share_what_was_compiled():
     """One set of networks a mode: what is of the same kind in two of them is compiled once."""
     pipe = small_pipeline()
@@ -136,12 +145,17 @@ def test_wrong_arguments_are_named(monkeypatch):
         (
             {"modes": ("fast",)},
             ValueError,
-            "modes must be some of eager, captured, compiled, graphs",
+            "modes must be some of eager, fused, captured, fused-captured, compiled, graphs",
         ),
         ({"modes": ()}, ValueError, "modes must be"),
+        (
+            {"modes": ("fused",), "configs": [EXACT]},
+            ValueError,
+            "modes: exact is exact, and fused norms round otherwise",
+        ),
         ({"images": 0}, ValueError, "images must be at least 1"),
         ({"peers": ("tgate",)}, ValueError, "peers must be some of deepcache-2"),
         ({"peers": ("deepcache-3",)}, ConfigError, r"hybrid-grained-cache\[peers\]"),
     ):
         with pytest.raises(error, match=message):
-            bench(pipe, [], **changes)
+            bench(pipe, **{"configs": [], **changes})

@@ -1,13 +1,13 @@
 """What evaluations launch, move and compute, counted on the meta device: no GPU, no weights.
 
     python benchmarks/ops/launches.py                 # SD1.5 512 and SDXL 1024, fp16, one image
-    python benchmarks/ops/launches.py --models sd15 --ops
+    python benchmarks/ops/launches.py --models sd15 --format channels_last --ops
 
 Ops are calls of aten that do work: no views, no allocations. Kernels are those ops by the rule of
-`kernels`, which is read off PyTorch's CUDA sources. What cuDNN launches inside a convolution to
-change the memory format is not seen, and convolutions on the meta device give NCHW whatever they
-get, so that channels_last cannot be counted. Bytes are those of `moved_bytes`: every operand and
-result of an op once. FLOPs are those of hgc's MAC counter. `--ops` prints calls by name too.
+`kernels`, which is read off PyTorch's CUDA sources, and the copies that a convolution makes of an
+input whose memory format is not its own (`of_convolution`). What cuDNN launches inside to change
+formats is not seen. Bytes are those of `moved_bytes`: every operand and result of an op once. FLOPs
+are those of hgc's MAC counter. `--ops` prints calls by name too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UniPCMultistepScheduler
+from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,12 +41,16 @@ KEY, LATER = PAPER.key_steps[1], PAPER.key_steps[1] + 2
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense"}
 
 
+_NORMS = {"native_group_norm": 3, "group_norm": 2}
+
+
 def kernels(name: str, args: tuple) -> int:
     """Kernels of one aten op on CUDA: a group norm is moments, their combination with weights, and
-    a pass; a bias is added to a convolution's result by a launch of its own.
+    a pass; hgc's is moments and a pass. A bias is added to a convolution's result by a launch of
+    its own.
     """
-    if name == "native_group_norm":
-        return 3
+    if name in _NORMS:
+        return _NORMS[name]
     return 2 if name == "convolution" and args[2] is not None else 1
 
 
@@ -59,6 +64,17 @@ def is_view(func: torch._ops.OpOverload) -> bool:
     """Whether the op hands out memory of its argument, which it does not write."""
     returned = [value.alias_info for value in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in returned)
+
+
+def of_convolution(args: tuple, result: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The input where it is copied into the memory format of the convolution, and the result in
+    that format: channels_last where the input or the weight is (cudnn_conv_suggest_memory_format).
+    On the meta device it is NCHW.
+    """
+    formats = {suggest_memory_format(x) for x in args[:2]}
+    wanted = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+    copied = None if args[0].is_contiguous(memory_format=wanted) else args[0]
+    return copied, result.contiguous(memory_format=wanted)
 
 
 class Counted(TorchDispatchMode):
@@ -80,6 +96,11 @@ class Counted(TorchDispatchMode):
         used = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         # the schedule's numbers are on the host
         if not is_view(func) and name not in FREE and any(x.is_meta for x in used):
+            if name == "convolution":
+                copied, result = of_convolution(args, result)
+                if copied is not None:
+                    self.kernels += 1
+                    self.bytes += moved_bytes(copied, None) + moved_bytes(copied, None)
             self.add(name, (*args, *(kwargs or {}).values()), result)
         return result
 
@@ -105,10 +126,11 @@ class Fused(TorchFunctionMode):
 class Pipeline:
     """A UNet and its ControlNet in fp16 on the meta device, and what a pipeline hands to them."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, memory_format: torch.memory_format) -> None:
         shapes = load_shapes(model)
         self.unet, self.net = (
-            torch.nn.Module.to(x, dtype=torch.float16) for x in (shapes.unet, *shapes.controlnets)
+            torch.nn.Module.to(x, dtype=torch.float16, memory_format=memory_format)
+            for x in (shapes.unet, *shapes.controlnets)
         )
         side, width = SIZES[model], self.unet.config.cross_attention_dim
         make = {"device": "meta", "dtype": torch.float16}
@@ -134,7 +156,7 @@ class Pipeline:
             return_dict=False,
         )  # fmt: skip
 
-    def count(self, config: Config | None, wanted: int) -> Counted:
+    def count(self, config: Config | None, wanted: int, fused: bool) -> Counted:
         """What evaluation `wanted` of a run does; without a configuration, without hgc."""
         engine = None
         if config is not None:
@@ -142,6 +164,7 @@ class Pipeline:
                 self.unet, (self.net,), config, scheduler=lambda: self.scheduler, assume_pair=True
             )
             engine.attach(engine)
+            engine.functions.fused = fused
         self.scheduler.set_timesteps(20)
         schedule = self.scheduler.timesteps
         try:
@@ -158,11 +181,15 @@ class Pipeline:
         return counted
 
 
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = (
-    ("full, without hgc", None, 0),
-    ("full, a key evaluation of `balanced`", BALANCED, KEY),
-    ("full, a key evaluation of `paper`", PAPER, KEY),
-    ("shallow, of `paper`", PAPER, LATER),
+    ("full, without hgc", None, 0, False),
+    ("full, a key evaluation of `balanced`", BALANCED, KEY, False),
+    ("the same, fused", BALANCED, KEY, True),
+    ("full, a key evaluation of `paper`", PAPER, KEY, False),
+    ("the same, fused", PAPER, KEY, True),
+    ("shallow, of `paper`", PAPER, LATER, False),
+    ("the same, fused", PAPER, LATER, True),
 )
 
 
@@ -171,20 +198,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=SIZES, default=[*SIZES])
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=[*FORMATS])
     parser.add_argument("--ops", action="store_true", help="calls by name, too")
     options = parser.parse_args()
     rows = []
     for model in options.models:
-        pipeline = Pipeline(model)
-        for name, config, wanted in CASES:
-            found = pipeline.count(config, wanted)
-            if options.ops:
-                print(f"{model}, {name}: {dict(found.ops.most_common())}", flush=True)
-            rows.append(
-                [model, name, found.ops.total(), found.kernels, round(found.bytes / 1e6),
-                 round(found.flops / 1e9)]
-            )  # fmt: skip
-    print(table(["model", "evaluation", "ops", "kernels", "MB", "GFLOP"], rows))
+        for memory_format in options.format:
+            pipeline = Pipeline(model, FORMATS[memory_format])
+            for name, config, wanted, fused in CASES:
+                found = pipeline.count(config, wanted, fused)
+                if options.ops:
+                    print(f"{model}, {name}: {dict(found.ops.most_common())}", flush=True)
+                rows.append(
+                    [model, memory_format, name, found.ops.total(), found.kernels,
+                     round(found.bytes / 1e6), round(found.flops / 1e9)]
+                )  # fmt: skip
+    header = ["model", "format", "evaluation", "ops", "kernels", "MB", "GFLOP"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Times a pipeline with and without hgc, one after the other, and compares with the MACs.
 
-Each variant runs eagerly, captured, compiled, or compiled with CUDA graphs, against the pipeline
-without hgc in the same mode (in eager mode where that is captured: without hgc there is no such
-thing), with fewer steps, and against other packages. The models have their true sizes;
+Each variant runs eagerly, with fused norms, captured, compiled, or compiled with CUDA graphs,
+against the pipeline without hgc in the same mode (in eager mode where without hgc there is no such
+mode), with fewer steps, and against other packages. The models have their true sizes;
 weights may be random, since speed does not depend on them.
 """
 
@@ -34,13 +34,17 @@ __all__ = ["MODES", "PEERS", "bench"]
 
 Tensor = torch.Tensor
 
-# What torch.compile is asked for, by mode. Eager and captured runs compile nothing.
+# What torch.compile is asked for, by mode. The others compile nothing.
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
+    "fused": {},
     "captured": {},
+    "fused-captured": {},
     "compiled": {"mode": "default"},
     "graphs": {"mode": "reduce-overhead"},
 }
+_ONLY_OURS = ("fused", "captured", "fused-captured")
+_WITHOUT_NETWORKS = ("eager", "fused")
 PEERS = ("deepcache-2", "deepcache-3", "deepcache-5")
 
 _GUIDANCE = 5.0
@@ -176,9 +180,11 @@ class _Runner:
             with hgc.install(
                 pipe.unet, nets, config=variant.config, scheduler=pipe.scheduler
             ) as installation:
-                if variant.mode != "eager":
+                if variant.mode.startswith("fused"):
+                    installation.fuse()
+                if variant.mode not in _WITHOUT_NETWORKS:
                     if variant.mode not in self._made:
-                        if variant.mode == "captured":
+                        if variant.mode.endswith("captured"):
                             installation.capture(graphs=_GRAPHS)
                         else:
                             installation.compile(**self._compile(variant.mode))
@@ -234,7 +240,7 @@ def _launches(call: Callable[[], Any], evaluations: int) -> float:
 
 def _mode_of_reference(mode: str) -> str:
     """That of the uncached run beside one in ``mode``."""
-    return "eager" if mode == "captured" else mode
+    return "eager" if mode in _ONLY_OURS else mode
 
 
 def _variants(
@@ -292,7 +298,8 @@ def bench(
         steps: Of the uncached run.
         repeats: Rounds; each runs every variant once, starting one variant later than the last.
         images: Images a call.
-        modes: Of "eager", "captured" (:meth:`hgc.Installation.capture`), "compiled"
+        modes: Of "eager", "fused" (:meth:`hgc.Installation.fuse`), "captured"
+            (:meth:`hgc.Installation.capture`), "fused-captured" (both), "compiled"
             (``torch.compile``) and "graphs" (the same with CUDA graphs).
         fewer_steps: Also the uncached run of the fewest steps that cost at least as many MACs as
             each configuration.
@@ -321,8 +328,10 @@ def bench(
     if set(peers) - set(PEERS):
         raise ValueError(f"peers must be some of {', '.join(PEERS)}; got {', '.join(peers)}")
     cuda = device.startswith("cuda")
-    if {"graphs", "captured"} & set(modes) and not cuda:
+    if {"graphs", "captured", "fused-captured"} & set(modes) and not cuda:
         raise ValueError(f"modes: CUDA graphs need a CUDA device; got {device!r}")
+    if {"fused", "fused-captured"} & set(modes) and (exact := [c for c in configs if c.is_exact]):
+        raise ValueError(f"modes: {exact[0].name} is exact, and fused norms round otherwise")
     if peers:
         deepcache_class()
     nets = list(controlnets(getattr(pipe, "controlnet", None)))
@@ -347,8 +356,9 @@ def bench(
     launches: list[float | None] = [None] * len(variants)
     samples: list[list[tuple[float, float]]] = [[] for _ in variants]
     # On a GPU kernels are chosen at their first use, and a graph is recorded at its second.
+    eager = [1 if cuda or i == 0 else 0 for i in range(len(variants))]
     warm = [
-        {"eager": 1 if cuda or i == 0 else 0, "captured": 2, "compiled": 1, "graphs": 3}[v.mode]
+        {"captured": 2, "fused-captured": 2, "compiled": 1, "graphs": 3}.get(v.mode, eager[i])
         for i, v in enumerate(variants)
     ]
     total, done = repeats * len(variants) + sum(warm), 0
@@ -433,7 +443,7 @@ def bench(
         for i, times in enumerate(warm):
             for _ in range(times):
                 say("warming up")
-                quick = not cuda and variants[i].mode == "eager"
+                quick = not cuda and variants[i].mode in _WITHOUT_NETWORKS
                 run(i, 2 if quick else variants[i].steps)
                 done += 1
         for repeat in range(repeats):

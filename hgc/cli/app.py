@@ -225,7 +225,9 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Images a call")] = 1,
     modes: Annotated[
         str,
-        typer.Option(help="eager, compiled; on CUDA captured, graphs too; with commas between"),
+        typer.Option(
+            help="eager, fused, compiled; on CUDA captured, fused-captured, graphs; with commas"
+        ),
     ] = "eager",
     fewer_steps: Annotated[
         bool, typer.Option("--fewer-steps", help="Also fewer uncached steps at equal MACs")
@@ -238,13 +240,16 @@ def bench(
     scheduler: Annotated[
         str | None, typer.Option(help="unipc, dpm++2m, ddim, deis, euler, or one with -trailing")
     ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Both networks in channels_last")
+    ] = False,
 ) -> None:
     """Time a pipeline with and without hgc, interleaved, and compare with what its MACs promise."""
     from hgc.cli.bench import run
 
     run(
         model, controlnet or [], device, size, steps, presets, repeats, dtype, threads, json_file,
-        batch, modes, fewer_steps, peers, markdown, chart, scheduler,
+        batch, modes, fewer_steps, peers, markdown, chart, scheduler, channels_last,
     )  # fmt: skip
 
 

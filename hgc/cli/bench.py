@@ -49,6 +49,7 @@ def run(
     markdown: Path | None = None,
     chart: Path | None = None,
     scheduler: str | None = None,
+    channels_last: bool = False,
 ) -> None:
     """Time the pipeline and print what arrived of the promised speedup."""
     configs = [read_config(name) for name in split(presets)]
@@ -71,6 +72,7 @@ def run(
     from hgc.bench.pipelines import load_pipeline
     from hgc.bench.runner import bench
     from hgc.evaluation.models import load_shapes
+    from hgc.models.supported import controlnets
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -88,6 +90,9 @@ def run(
     with progress() as bar:
         bar(f"loading {model}", 0, 1)
         pipe = load_pipeline(model, controlnet, device=device, dtype=getattr(torch, DTYPES[dtype]))
+        if channels_last:
+            for network in (pipe.unet, *controlnets(getattr(pipe, "controlnet", None))):
+                network.to(memory_format=torch.channels_last)
         if scheduler is not None:
             pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config, steps)
         with as_usage(ValueError, TypeError):

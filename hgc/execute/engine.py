@@ -123,6 +123,7 @@ class Engine:
         self.registry.clear()
         self.registry.last = last
         self.functions.stand_in(None)
+        self.functions.fused = False
 
     def reset(self) -> None:
         """Forget the calling thread's runs, and what can be made again."""

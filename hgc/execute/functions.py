@@ -21,11 +21,14 @@ class Functions:
 
     Attributes:
         networks: What stands in for the pure functions; None where they are called.
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`), where what
+            computes them is not compiled.
     """
 
     def __init__(self, unet: Any, structure: UNetStructure) -> None:
         self._unet, self._structure = unet, structure
         self.networks: Networks | None = None
+        self.fused = False
         self._factors: dict[Any, Any] = {}  # of what was run in this run
 
     def begin_run(self) -> None:
@@ -50,6 +53,11 @@ class Functions:
         self.clear()
         self.networks = networks
 
+    def fuse(self) -> None:
+        """Fuse from now on."""
+        self.clear()
+        self.fused = True
+
     def clear(self) -> None:
         """Free what can be made again."""
         self._factors = {}
@@ -63,7 +71,9 @@ class Functions:
 
     def of(self, module: Any, half: bool) -> Callable[..., Any]:
         """What computes ``module``; ``half``: its rows are the conditional half of a batch."""
+        is_unet = module is self._unet
+        run: Callable[..., Any] = run_unet if is_unet else control_function(module)
         if self.networks is not None:
-            name = "run_unet" if module is self._unet else "run_controlnet"
-            return functools.partial(getattr(self.networks, name), half)
-        return run_unet if module is self._unet else control_function(module)
+            run = self.networks.run_unet if is_unet else self.networks.run_controlnet
+            run = functools.partial(run, half)
+        return functools.partial(run, fused=True) if self.fused and self.hands_over else run

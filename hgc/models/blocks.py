@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hgc.models.layers import Layers
+
 __all__ = ["children", "embed_time", "has_attention", "mask_bias", "run_encoder", "run_mid_block"]
 
 Tensor = torch.Tensor
@@ -46,7 +48,7 @@ def embed_time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tens
 def run_encoder(
     net: Any,
     sample: Tensor,  # [B, C, H, W], conv_in's output
-    emb: Tensor,  # [B, E]
+    layers: Layers,
     attention: dict[str, Any],
     count: int | None = None,
     intrablock: list[Tensor] | None = None,
@@ -56,7 +58,7 @@ def run_encoder(
     Args:
         net: The model.
         sample: The first skip.
-        emb: Of time and class.
+        layers: How layers are run.
         attention: What blocks with cross-attention are called with.
         count: How many of the outermost skips are computed; None for all.
         intrablock: Residuals of T2I-Adapters; consumed from the front, as diffusers does.
@@ -72,34 +74,45 @@ def run_encoder(
         extra = intrablock.pop(0) if intrablock else None
         resnets = children(block, "resnets")
         own = len(resnets) + len(children(block, "downsamplers"))
-        if count is None or len(skips) + own <= count:
+        whole = count is None or len(skips) + own <= count
+        if whole and (extra is not None or not layers.one_by_one(block)):
             arguments = attention if with_attention else {}
             if with_attention and extra is not None:
                 arguments = {**attention, "additional_residuals": extra}
-            sample, outputs = block(sample, temb=emb, **arguments)
+            sample, outputs = block(sample, temb=layers.emb, **arguments)
             if extra is not None and not with_attention:
                 # diffusers adds in place, so that the last skip of the block changes too
                 sample += extra
             skips += outputs
             continue
         attentions = children(block, "attentions") if with_attention else []
-        for i, resnet in enumerate(resnets[: count - len(skips)]):
-            sample = resnet(sample, emb)
+        for i, resnet in enumerate(resnets if count is None else resnets[: count - len(skips)]):
+            sample = layers.resnet(resnet, sample)
             if with_attention:
-                sample = attentions[i](sample, **attention, return_dict=False)[0]
+                sample = layers.attention(attentions[i], sample, attention)
                 # a block without attention adds it after its downsampler, which is not run here
                 if extra is not None and i == len(resnets) - 1:
                     sample = sample + extra
             skips.append(sample)
+        if whole:
+            for downsampler in children(block, "downsamplers"):
+                sample = downsampler(sample)
+                skips.append(sample)
     if intrablock and count is not None:
         intrablock.clear()
     return sample, skips
 
 
-def run_mid_block(net: Any, sample: Tensor, emb: Tensor, attention: dict[str, Any]) -> Tensor:
+def run_mid_block(net: Any, sample: Tensor, layers: Layers, attention: dict[str, Any]) -> Tensor:
     """The middle block's output, [B, C, H, W]; ``sample`` where there is none."""
     block = net._modules.get("mid_block")
     if block is None:
         return sample
-    out: Tensor = block(sample, emb, **(attention if has_attention(block) else {}))
-    return out
+    if not layers.one_by_one(block):
+        out: Tensor = block(sample, layers.emb, **(attention if has_attention(block) else {}))
+        return out
+    first, *others = children(block, "resnets")
+    sample = layers.resnet(first, sample)
+    for layer, resnet in zip(children(block, "attentions"), others, strict=True):
+        sample = layers.resnet(resnet, layers.attention(layer, sample, attention))
+    return sample

@@ -192,7 +192,7 @@ def _run_at(structure: UNetStructure, depth: int | None, encodes: bool) -> Calla
 
 # -- settings of torch and of hgc -----------------------------------------------------------
 
-_OPS = ("gather_blocks", "attend_and_store", "apply_map")
+_OPS = ("gather_blocks", "attend_and_store", "apply_map", "group_norm")
 _FLAGS = tuple(
     getattr(torch._C, f"_get_{name}")
     for name in (

@@ -10,6 +10,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
 from hgc.models.blocks import children, embed_time, mask_bias, run_encoder, run_mid_block
+from hgc.models.layers import layers_of
 
 __all__ = [
     "control_function",
@@ -45,11 +46,13 @@ def run_controlnet(
     attention_mask: Tensor | None = None,
     added_cond_kwargs: dict[str, Any] | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
+    fused: bool = False,
 ) -> list[Tensor]:
     """One evaluation of a ControlNet, before its scale.
 
     Args:
         hint: :func:`embed_condition`'s result.
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`).
 
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
@@ -59,7 +62,9 @@ def run_controlnet(
     )
     emb = emb if added is None else emb + added
     sample = net._modules["conv_in"](sample) + hint
-    return _residuals(net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs)
+    return _residuals(
+        net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs, fused
+    )
 
 
 def control_function(net: Any) -> Callable[..., list[Tensor]]:
@@ -83,6 +88,7 @@ def run_controlnet_union(
     attention_mask: Tensor | None = None,
     added_cond_kwargs: dict[str, Any] | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
+    fused: bool = False,
 ) -> list[Tensor]:
     """One evaluation of a ControlNet-Union, before the scale of its residuals.
 
@@ -114,12 +120,12 @@ def run_controlnet_union(
     x = torch.cat([*inputs, torch.mean(sample, dim=(2, 3)).unsqueeze(1)], dim=1)
     for layer in net.transformer_layes:
         x = layer(x)
-    fused = sample * 0.0
+    joined = sample * 0.0
     for i, (condition, scale) in enumerate(zip(conditions, scales, strict=False)):
         alpha = net.spatial_ch_projs(x[:, i]).unsqueeze(-1).unsqueeze(-1)
-        fused = fused + (condition + (alpha if scale is None else alpha * scale))
+        joined = joined + (condition + (alpha if scale is None else alpha * scale))
     return _residuals(
-        net, sample + fused, emb, text, wrap_text, attention_mask, cross_attention_kwargs
+        net, sample + joined, emb, text, wrap_text, attention_mask, cross_attention_kwargs, fused
     )
 
 
@@ -159,6 +165,7 @@ def _residuals(
     wrap_text: Any,
     attention_mask: Tensor | None,
     cross_attention_kwargs: dict[str, Any] | None,
+    fused: bool,
 ) -> list[Tensor]:
     """The encoder of a ControlNet and its zero convolutions."""
     attention = {
@@ -166,8 +173,9 @@ def _residuals(
         "attention_mask": mask_bias(attention_mask, sample.dtype),
         "cross_attention_kwargs": cross_attention_kwargs,
     }
-    sample, outputs = run_encoder(net, sample, emb, attention)
-    sample = run_mid_block(net, sample, emb, attention)
+    layers = layers_of(emb, fused)
+    sample, outputs = run_encoder(net, sample, layers, attention)
+    sample = run_mid_block(net, sample, layers, attention)
     residuals = [
         zero_conv(output)
         for output, zero_conv in zip(outputs, children(net, "controlnet_down_blocks"), strict=True)

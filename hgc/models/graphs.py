@@ -137,7 +137,7 @@ def _wrap_in_graph(key: GraphKey, exchange: _Exchange) -> Callable[[Any], Any] |
     return wrap
 
 
-def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey) -> Function:
+def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey, fused: bool) -> Function:
     def evaluate(
         sample: Tensor,
         timestep: Any,
@@ -158,14 +158,14 @@ def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey) -> Functi
         out, captured = run_unet(
             unet, structure, sample, timestep, text, _wrap_in_graph(key, exchange),
             depth=key.depth, hidden=hidden, skips=skips, residuals=residuals,
-            capture=key.capture, intrablock_residuals=extra, **arguments,
+            capture=key.capture, fused=fused, intrablock_residuals=extra, **arguments,
         )  # fmt: skip
         return out, captured, exchange.taken, exchange.watched, len(extra or ())
 
     return evaluate
 
 
-def _control_function(net: Any, key: GraphKey) -> Function:
+def _control_function(net: Any, key: GraphKey, fused: bool) -> Function:
     run_network = control_function(net)
 
     def evaluate(
@@ -178,7 +178,7 @@ def _control_function(net: Any, key: GraphKey) -> Function:
     ) -> Any:
         exchange = _Exchange(given)
         wrap = _wrap_in_graph(key, exchange)
-        residuals = run_network(net, sample, timestep, text, hint, wrap, **arguments)
+        residuals = run_network(net, sample, timestep, text, hint, wrap, fused=fused, **arguments)
         return residuals, exchange.taken, exchange.watched
 
     return evaluate
@@ -237,6 +237,7 @@ class Networks:
         skips: list[Tensor] | None = None,
         residuals: Residuals | None = None,
         capture: tuple[str, ...] = (),
+        fused: bool = False,
         intrablock_residuals: list[Tensor] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,7 +268,7 @@ class Networks:
             shape=self._shape(sample),
             **of_text,
         )
-        function = self._function(key, lambda: _unet_function(unet, structure, key))
+        function = self._function(key, lambda: _unet_function(unet, structure, key, fused))
         out, captured, taken, watched, left = function(
             sample, timestep, text, given, hidden, skips, down, mid, extra, arguments
         )
@@ -286,6 +287,8 @@ class Networks:
         text: Any,
         hint: Tensor | list[Tensor],
         wrap_text: Callable[[Any], Any] | None = None,
+        *,
+        fused: bool = False,
         **arguments: Any,
     ) -> list[Tensor]:
         """See :func:`hgc.models.controlnet.run_controlnet` and, for a ControlNet-Union,
@@ -295,7 +298,7 @@ class Networks:
         key = GraphKey(
             network=self._networks[id(net)], half=half, shape=self._shape(sample), **of_text
         )
-        function = self._function(key, lambda: _control_function(net, key))
+        function = self._function(key, lambda: _control_function(net, key, fused))
         residuals, taken, watched = function(sample, timestep, text, given, hint, arguments)
         self._write(spec, taken, watched)
         return list(residuals)

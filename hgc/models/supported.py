@@ -13,6 +13,8 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets import unet_2d_blocks as blocks
 from packaging.specifiers import SpecifierSet
 
@@ -38,18 +40,24 @@ _MID = (blocks.UNetMidBlock2DCrossAttn, blocks.UNetMidBlock2D, type(None))
 # hgc steps through parts of these forwards itself, so it must know them: the first 16 hex digits
 # of the SHA-256 of their source, one set a diffusers release that the bitwise tests passed on.
 _STEPPED_THROUGH = (
-    UNet2DConditionModel,
-    ControlNetModel,
-    ControlNetUnionModel,
-    blocks.CrossAttnDownBlock2D,
-    blocks.DownBlock2D,
-    blocks.CrossAttnUpBlock2D,
-    blocks.UpBlock2D,
+    UNet2DConditionModel.forward,
+    ControlNetModel.forward,
+    ControlNetUnionModel.forward,
+    blocks.CrossAttnDownBlock2D.forward,
+    blocks.DownBlock2D.forward,
+    blocks.CrossAttnUpBlock2D.forward,
+    blocks.UpBlock2D.forward,
+    blocks.UNetMidBlock2DCrossAttn.forward,
+    ResnetBlock2D.forward,
+    Transformer2DModel.forward,
+    Transformer2DModel._operate_on_continuous_inputs,
+    Transformer2DModel._get_output_for_continuous_inputs,
 )
 _KNOWN_SOURCES = (
-    "0d684b977c9c59dc",  # diffusers 0.35 and 0.36
-    "1ecc9e20acd7bbee",  # 0.37 and 0.38
-    "e9a305c817facb88",  # 0.39 to 0.42
+    "65161280e745a874",  # diffusers 0.35 and 0.36
+    "0a9d1321c21e2117",  # 0.37 and 0.38
+    "46080f0e472fc026",  # 0.39 and 0.40
+    "673eb8dd166d11c1",  # 0.41 and 0.42
 )
 
 # Those that scripts/check_matrix.sh was run with, as pyproject.toml has them.
@@ -59,7 +67,7 @@ RELEASES = {"torch": ">=2.10,<2.15", "diffusers": ">=0.35.2,<0.43"}
 def _fingerprint() -> str:
     """A hash of the diffusers forwards that hgc steps through; "" where their source is missing."""
     try:
-        sources = [inspect.getsource(cls.forward) for cls in _STEPPED_THROUGH]
+        sources = [inspect.getsource(function) for function in _STEPPED_THROUGH]
     except OSError:  # a frozen application
         return ""
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@ from hgc.models.blocks import (
     run_encoder,
     run_mid_block,
 )
+from hgc.models.layers import Layers, layers_of
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 from hgc_kernels.backend import is_chosen
@@ -101,6 +102,7 @@ def run_unet(
     skips: list[Tensor] | None = None,
     residuals: Residuals | None = None,
     capture: tuple[str, ...] = (),
+    fused: bool = False,
     class_labels: Tensor | None = None,
     timestep_cond: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -123,6 +125,7 @@ def run_unet(
         skips: Cached encoder skips from the outermost on; ``None`` computes them.
         residuals: Of the ControlNets; only those of skips that are read are used.
         capture: Names of the intermediate tensors to return, ``feature/k`` and ``skip/j``.
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`).
         intrablock_residuals: Of T2I-Adapters; consumed from the front, as diffusers does.
 
     Returns:
@@ -148,6 +151,7 @@ def run_unet(
         emb = emb + aug_emb if aug_emb is not None else emb
     if part("time_embed_act") is not None:
         emb = part("time_embed_act")(emb)
+    layers = layers_of(emb, fused)
     if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
@@ -167,13 +171,13 @@ def run_unet(
 
     if skips is None:
         sample = part("conv_in")(sample)
-        sample, skips = run_encoder(unet, sample, emb, attention, depth, intrablock_residuals)
+        sample, skips = run_encoder(unet, sample, layers, attention, depth, intrablock_residuals)
     count = len(skips) if depth is None else depth
     captured = {name: skips[int(name[5:])] for name in capture if name.startswith("skip/")}
 
     down = [[]] * count if residuals is None else residuals.down
     if depth is None:
-        sample = run_mid_block(unet, sample, emb, attention)
+        sample = run_mid_block(unet, sample, layers, attention)
         # T2I-Adapter-XL; adds into a tensor nobody else holds yet
         extra = intrablock_residuals if part("mid_block") is not None else None
         if extra and sample.shape == extra[0].shape:
@@ -184,11 +188,11 @@ def run_unet(
         structure.boundary(int(name[8:])): name for name in capture if name.startswith("feature/")
     }
     out = _decode(
-        unet, structure.boundary(count), hidden, skips[:count], down[:count], emb, attention, size,
-        wanted, captured,
+        unet, structure.boundary(count), hidden, skips[:count], down[:count], layers, attention,
+        size, wanted, captured,
     )  # fmt: skip
     if part("conv_norm_out") is not None:
-        out = part("conv_act")(part("conv_norm_out")(out))
+        out = layers.norm_out(part("conv_norm_out"), part("conv_act"), out)
     return part("conv_out")(out), captured
 
 
@@ -198,7 +202,7 @@ def _decode(
     hidden: Tensor,  # [B, C, h, w]
     skips: list[Tensor],
     residuals: list[list[tuple[Tensor, float]]],
-    emb: Tensor,  # [B, E]
+    layers: Layers,
     attention: dict[str, Any],
     size: torch.Size,
     wanted: dict[tuple[int, int], str],
@@ -215,34 +219,37 @@ def _decode(
         if b < first[0]:
             continue
         resnets = children(block, "resnets")
-        layers = len(resnets)
+        count = len(resnets)
         start = first[1] if b == first[0] else 0
-        begin = end - (layers - start)
+        begin = end - (count - start)
         here, terms, end = skips[begin:end], residuals[begin:end], begin
         upsample_size = skips[end - 1].shape[2:] if uneven and end > 0 else None
         freeu = freeu_of(block)
         with_attention = has_attention(block)
-        if start == 0 and not any((b, layer) in wanted for layer in range(1, layers)):
+        cut = start > 0 or any((b, layer) in wanted for layer in range(1, count))
+        if not cut and not layers.one_by_one(block):
             if (b, 0) in wanted:
                 captured[wanted[b, 0]] = _kept(hidden, freeu)
             summed = tuple(map(_add, here, terms))
             arguments = attention if with_attention else {}
-            hidden = block(hidden, summed, temb=emb, upsample_size=upsample_size, **arguments)
+            hidden = block(
+                hidden, summed, temb=layers.emb, upsample_size=upsample_size, **arguments
+            )
             continue
         attentions = children(block, "attentions") if with_attention else []
-        for layer in range(start, layers):
+        for layer in range(start, count):
             if (b, layer) in wanted:
                 captured[wanted[b, layer]] = _kept(hidden, freeu)
-            skip, added = here[layers - 1 - layer], terms[layers - 1 - layer]
+            skip, added = here[count - 1 - layer], terms[count - 1 - layer]
             if freeu is not None:
                 s1, s2, b1, b2 = freeu
                 hidden, skip = apply_freeu(
                     block.resolution_idx, hidden, _add(skip, added), s1=s1, s2=s2, b1=b1, b2=b2
                 )
                 added = []
-            hidden = resnets[layer](_join(hidden, skip, added), emb)
+            hidden = layers.resnet(resnets[layer], _join(hidden, skip, added))
             if with_attention:
-                hidden = attentions[layer](hidden, **attention, return_dict=False)[0]
+                hidden = layers.attention(attentions[layer], hidden, attention)
         for upsampler in children(block, "upsamplers"):
             hidden = upsampler(hidden, upsample_size)
     return hidden

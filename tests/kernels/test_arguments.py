@@ -21,6 +21,9 @@ def good(op):
 
     if op == "gather_blocks":
         return {name: torch.randn(1, 3, 4, 4) for name in ("hidden", "skip", "residual")}
+    if op == "group_norm":
+        x, shift, ones = torch.randn(1, 6, 4, 4), torch.randn(1, 6), torch.ones(6)
+        return {"x": x, "groups": 2, "weight": ones, "bias": ones, "shift": shift, "silu": True}
     map = hk.new_map(1, 6, HEADS, KEYS)
     if op == "apply_map":
         return {"map": map, "v": heads(KEYS)}
@@ -117,6 +120,39 @@ FAULTS = [
         ValueError,
         "map: expected a contiguous tensor, got strides (192, 16, 96, 1)",
     ),
+    (
+        "group_norm",
+        lambda: {"x": torch.zeros(6, 4, 4)},
+        ValueError,
+        "x: expected 4 dimensions, got shape (6, 4, 4)",
+    ),
+    ("group_norm", lambda: {"groups": 2.0}, TypeError, "groups: expected an int, got float"),
+    (
+        "group_norm",
+        lambda: {"groups": 4},
+        ValueError,
+        "groups: expected a divisor of 6 channels, got 4",
+    ),
+    (
+        "group_norm",
+        lambda: {"weight": torch.ones(6).half()},
+        TypeError,
+        "weight: expected the dtype of x (torch.float32), got torch.float16",
+    ),
+    (
+        "group_norm",
+        lambda: {"bias": torch.ones(5)},
+        ValueError,
+        "bias: expected shape (6,), got (5,)",
+    ),
+    (
+        "group_norm",
+        lambda: {"shift": torch.ones(6)},
+        ValueError,
+        "shift: expected 2 dimensions, got shape (6,)",
+    ),
+    ("group_norm", lambda: {"eps": "1"}, TypeError, "eps: expected a float, got str"),
+    ("group_norm", lambda: {"silu": 1}, TypeError, "silu: expected a bool, got int"),
     (
         "map_probabilities",
         lambda: {"map": torch.zeros(1, 6, HEADS, 16, dtype=torch.int8)},

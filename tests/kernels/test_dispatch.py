@@ -23,6 +23,7 @@ def arguments(op, batch=2, tokens=10):
         "gather_blocks": (hidden, skip, torch.randn_like(skip), 0.7),
         "attend_and_store": (q, k, k, 0.3, map),
         "apply_map": (map, k),
+        "group_norm": (hidden, hidden[:, :, 0, 0], 2, torch.rand(6), torch.rand(6), 1e-5, True),
     }[op]
 
 
@@ -30,14 +31,17 @@ def public(op, args):
     if op == "attend_and_store":
         q, k, v, scale, map = args
         return hk.attend_and_store(q, k, v, map, scale), map
+    if op == "group_norm":
+        x, shift, groups, weight, bias, eps, silu = args
+        return (hk.group_norm(x, groups, weight, bias, eps, shift=shift, silu=silu),)
     return (getattr(hk, op)(*args),)
 
 
 OPS = list(hk.backends())
 
 
-def test_there_are_three():
-    assert OPS == ["apply_map", "attend_and_store", "gather_blocks"]
+def test_there_are_four():
+    assert OPS == ["apply_map", "attend_and_store", "gather_blocks", "group_norm"]
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
@@ -49,6 +53,8 @@ def test_opcheck(op, choice):
 
 def test_opcheck_channels_last_and_no_residual():
     hidden = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    norm = (hidden[:1], None, 3, torch.rand(6), torch.rand(6), 1e-5, False)
+    torch.library.opcheck(torch.ops.hgc.group_norm.default, norm)
     op = torch.ops.hgc.gather_blocks.default
     torch.library.opcheck(op, (hidden, hidden, None, 1.0))
     torch.library.opcheck(op, (hidden[:1], hidden[1:], hidden[1:], 1.0))

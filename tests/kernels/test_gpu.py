@@ -40,6 +40,14 @@ ATTENTION = {
     "primes": (3, 37, 5, 13, 37),
     "four_keys": (1, 129, 2, 4, 40),
 }
+NORMS = {
+    "sd15_level0": ((2, 320, 64, 64), 32),
+    "sd15_up3_0": ((2, 960, 64, 64), 32),
+    "sd15_mid": ((2, 1280, 8, 8), 32),
+    "sdxl": ((1, 640, 64, 64), 32),
+    "odd": ((3, 21, 7, 5), 7),
+    "one_pixel": ((2, 12, 1, 1), 4),
+}
 KINDS = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -116,12 +124,33 @@ def test_attention_ops(shape, dtype, format):
     assert_within_rule(applied, apply64(peaked, v), apply_eager(peaked, v), kind)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("around", [(True, True), (False, False)], ids=["shift-silu", "norm"])
+@KINDS
+@pytest.mark.parametrize("shape", NORMS.values(), ids=NORMS)
+def test_group_norm(shape, dtype, around, memory_format):
+    (sizes, groups), kind, (shifted, silu) = shape, DTYPES[dtype], around
+    x = on_gpu(*sizes, dtype=kind).contiguous(memory_format=memory_format)
+    weight, bias = (on_gpu(sizes[1], dtype=kind) for _ in "wb")
+    shift = on_gpu(*sizes[:2], dtype=kind) if shifted else None
+    with hk.use_backend("triton"):
+        out = hk.group_norm(x, groups, weight, bias, shift=shift, silu=silu)
+    assert out.stride() == x.stride()
+    shifted = x if shift is None else x + shift[:, :, None, None]
+    found = []
+    for of in (torch.Tensor.double, torch.Tensor.contiguous):
+        y = torch.nn.functional.group_norm(of(shifted), groups, of(weight), of(bias))
+        found.append(torch.nn.functional.silu(y) if silu else y)
+    assert_within_rule(out, *found, kind)
+
+
 def test_backends_and_kernel_attributes():
     table = hk.backends()
     assert {op: devices["cuda"][0] for op, devices in table.items()} == {
         "gather_blocks": "native",
         "apply_map": "triton",
         "attend_and_store": "triton",
+        "group_norm": "triton",
     }
     kernels = hk.build_info()["kernels"]
     assert len(kernels) == 30
@@ -139,6 +168,7 @@ def test_tensors_of_another_gpu_than_the_current_one():
             hk.attend_and_store(q, v, v, map),
             hk.apply_map(map, v),
             hk.gather_blocks(x, x, x, 0.3),
+            hk.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 0, 1], shift=x[:, :, 0, 0], silu=True),
         )
 
     with torch.cuda.device(0):
@@ -157,6 +187,8 @@ def test_empty_tensors_launch_nothing(dtype):
     map, v = hk.new_map(0, 3, 2, 5, device="cuda"), on_gpu(0, 5, 2, 8, dtype=kind)
     assert hk.apply_map(map, v).shape == (0, 3, 2, 8)
     assert hk.attend_and_store(v[:, :3], v, v, map).shape == (0, 3, 2, 8)
+    ones = on_gpu(3, dtype=kind)
+    assert hk.group_norm(none, 3, ones, ones).shape == (0, 3, 4, 4)
 
 
 def test_compiled_on_the_gpu():
@@ -176,6 +208,7 @@ def test_a_cuda_graph_captures_every_op():
             hk.attend_and_store(q, v, v, map),
             hk.apply_map(map, v),
             hk.gather_blocks(x, x, x, 0.3),
+            hk.group_norm(x, 2, x[0, :, 0, 0], x[0, :, 0, 1], shift=x[:, :, 0, 0], silu=True),
         )
 
     expected = step()

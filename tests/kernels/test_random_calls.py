@@ -129,6 +129,35 @@ def test_gather_blocks(
     check("gather_blocks", arguments, names, run_reference, valid=how is None)
 
 
+@random_calls
+@given(
+    small, st.integers(1, 4), st.integers(1, 5), sizes, sizes, st.sampled_from(FLOATS),
+    st.tuples(layouts, layouts, layouts), st.booleans(), st.booleans(), spoils, st.integers(0, 3),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_group_norm(
+    batch, groups, group, height, width, dtype, layout, shifted, silu, how, which, seed
+):
+    channels = groups * group
+    arguments = {
+        "x": tensor((batch, channels, height, width), dtype, layout[0], seed),
+        "weight": tensor((channels,), dtype, layout[1], seed + 1),
+        "bias": tensor((channels,), dtype, layout[2], seed + 2),
+    }
+    if shifted:
+        arguments["shift"] = tensor((batch, channels), dtype, layout[1], seed + 3)
+    names = list(arguments)
+    target = names[which % len(names)]
+    arguments[target] = spoil(arguments[target], how)
+    from hgc_kernels.ops.group_norm.reference import group_norm as reference
+
+    def run_reference(a):
+        return reference(a["x"], a.get("shift"), groups, a["weight"], a["bias"], 1e-5, silu)
+
+    arguments |= {"groups": groups, "silu": silu}
+    check("group_norm", arguments, [*names, "groups"], run_reference, valid=how is None)
+
+
 def map_of(batch, s_q, count, s_kv, format, seed):
     from hgc_kernels.map_format import encode
 
@@ -195,7 +224,7 @@ def test_attend_and_store(batch, s_q, count, s_kv, size, dtype, format, layout, 
         assert torch.isfinite(before.float()).all()
 
 
-@pytest.mark.parametrize("op", ["gather_blocks", "apply_map", "attend_and_store"])
+@pytest.mark.parametrize("op", ["gather_blocks", "apply_map", "attend_and_store", "group_norm"])
 def test_nothing_at_all(op):
     with pytest.raises(TypeError):
         getattr(hk, op)()
