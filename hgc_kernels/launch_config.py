@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -45,6 +46,18 @@ def head_block(size: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products stay fp32: TF32 would lose to eager PyTorch, which computes in full."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def architecture(x: torch.Tensor) -> int:
+    """The compute capability of x's GPU, as 90 for 9.0, on which tiles were measured; that too
+    where x is on none."""
+    return _capability(x.device.index) if x.is_cuda else 90
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def as_bytes(map: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,11 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
@@ -122,13 +124,10 @@ OF_ATTENTION = ("attend_and_store_kernel", "apply_map_kernel")
 
 def record(label, dtype, call):
     recorders = [Recorder(getattr(module, name), module) for module, name in RECORDED]
-    for (module, name), recorder in zip(RECORDED, recorders, strict=True):
-        setattr(module, name, recorder)
-    try:
-        call()
-    finally:
+    with ExitStack() as stack:
         for (module, name), recorder in zip(RECORDED, recorders, strict=True):
-            setattr(module, name, recorder.kernel)
+            stack.enter_context(mock.patch.object(module, name, recorder))
+        call()
     return [case for recorder in recorders for case in recorder.cases(label, dtype)]
 
 
@@ -139,11 +138,14 @@ def heads(batch, tokens, count, size, dtype):
     )
 
 
-def triton_cases(quick):
+def triton_cases(quick, arch):
     """Every compilation once: many labels come down to one and the same."""
     unique = {}
-    for case in (*attention_cases(quick), *norm_cases(quick)):
-        unique.setdefault(replace(case, label=""), case)
+    with ExitStack() as stack:
+        for module in (attend_launch, apply_map_launch):
+            stack.enter_context(mock.patch.object(module, "architecture", lambda x: arch))
+        for case in (*attention_cases(quick), *norm_cases(quick)):
+            unique.setdefault(replace(case, label=""), replace(case, arch=arch))
     return list(unique.values())
 
 
@@ -256,7 +258,7 @@ def compile_case(case):
 
 
 def triton_table(architectures, quick, jobs):
-    cases = [replace(case, arch=arch) for arch in architectures for case in triton_cases(quick)]
+    cases = [case for arch in architectures for case in triton_cases(quick, arch)]
     groups = defaultdict(list)
     problems = []
     with ProcessPoolExecutor(jobs) as pool:

@@ -475,6 +475,21 @@ def test_the_scheduler_of_a_pipeline_is_looked_up_at_every_run():
         assert torch.equal(models.draw(pipe, steps=8), later)
 
 
+@pytest.mark.parametrize("changes", [{"clip_sample": True}, {"thresholding": True}], ids=str)
+def test_x0_that_a_scheduler_clips_is_not_forecast(changes):
+    pipe = models.sd15_pipeline()
+    pipe.scheduler = models.scheduler(DDIMScheduler, **changes)
+    with hgc.install(pipe, config=SKIP), pytest.warns(HgcWarning, match="DDIMScheduler clips x0"):
+        clipped = models.draw(pipe, steps=8)
+    steps = tuple(step.in_output for step in hgc.plan(SKIP, 8))
+    with hgc.install(pipe, config=Config(num_evaluations=8, steps=steps)):
+        assert torch.equal(models.draw(pipe, steps=8), clipped)
+    pipe.scheduler = models.scheduler(DDIMScheduler)  # clips nothing
+    with warnings.catch_warnings(), hgc.install(pipe, config=SKIP):
+        warnings.simplefilter("error", HgcWarning)
+        models.draw(pipe, steps=8)
+
+
 @pytest.mark.parametrize("scheduler", [None, FlowMatchEulerDiscreteScheduler()])
 def test_without_a_scheduler_outputs_are_forecast_and_one_warning_says_so(scheduler):
     pipe = small()

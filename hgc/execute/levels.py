@@ -37,6 +37,16 @@ class Levels:
         if not schedules.forecast_x0(position.total):
             return None
         scheduler = self._scheduler()
+        config = getattr(scheduler, "config", {})
+        if config.get("clip_sample") or config.get("thresholding"):
+            # its steps go by another x0 than the model's, and forecasts in x0 drift from both
+            self._warn(
+                "clipped",
+                f"{type(scheduler).__name__} clips x0 (clip_sample or thresholding, which Stable "
+                "Diffusion's own configurations leave off). Outputs are forecast as the model "
+                "gives them instead of in x0",
+            )
+            return None
         if not NoiseLevels.fits(scheduler):
             unknown = (
                 "the scheduler is not known: install on the pipeline, hgc.install(pipe), or pass "
