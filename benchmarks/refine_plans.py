@@ -133,7 +133,7 @@ def main() -> None:
         def say(distance):
             print(f"{time.monotonic() - since:5.0f}s {distance:.4f}", flush=True)
 
-        refined = refine(rule, errors, on_run=say)
+        refined = refine(rule, errors, on_run=say).config
         found = {config: trials[1].distances(config, steps, which) for config in (rule, refined)}
         best = min(found, key=lambda config: sum(found[config]))
         record = calibration_of(best, found[best], trials[1], options.steps, subject)

@@ -137,18 +137,46 @@ def test_the_least_squares_of_a_linear_run():
         runs.append(plan)
         return list(torch.einsum("p,spx->sx", values(plan) - start - best, columns))
 
-    refined = refine(config, errors, rounds=1)
+    refined = refine(config, errors, rounds=1).config
     assert len(runs) == 1 + len(best) + 1
     # damped a little, and rounded to five digits
     assert values(refined).sub(start + best).norm() < 0.01 * best.norm()
     assert refined.key_steps == config.key_steps
 
 
+def test_what_is_expected_of_an_input_is_what_the_others_make_of_it(monkeypatch):
+    """Against a refinement that leaves it out, of runs whose errors are mostly noise."""
+    from hgc.tune import refine as refining
+
+    monkeypatch.setattr(refining, "_DAMPING", (1e-2,))
+    config = widened(Config(num_evaluations=4, key_steps=(0, 2), guidance="both"))
+    noise = torch.Generator().manual_seed(0)
+    errors_at = torch.randn(8, 20, generator=noise)
+    columns = torch.randn(8, coefficients(config), 20, generator=noise)
+
+    def values(plan):
+        return torch.tensor([c for step in plan.steps[1:] for c in step.output_forecast])
+
+    def errors(plan, which=range(8)):
+        moved = torch.einsum("p,spx->sx", values(plan) - values(config), columns)
+        return [(errors_at + moved)[i] for i in which]
+
+    refined = refine(config, errors)
+    assert refined.config is not config
+    measured = [float(error.norm()) for error in errors(refined.config)]
+    for i in range(8):
+        others = [j for j in range(8) if j != i]
+        without = refine(config, lambda plan, others=others: errors(plan, others)).config
+        assert refined.distances[i] == pytest.approx(float(errors(without)[i].norm()), rel=1e-2)
+    assert sum(refined.distances) > 1.02 * sum(measured)
+
+
 def test_what_gains_nothing_is_given_back():
     config = Config(num_evaluations=4, key_steps=(0, 2), guidance="both", feature_damping=0.5)
-    assert refine(config, lambda plan: [torch.ones(3)] * 4) is config
+    found = refine(config, lambda plan: [torch.ones(3)] * 4)
+    assert found.config is config and found.distances == pytest.approx([3**0.5] * 4)
     exact = Config.preset("exact")
-    assert refine(exact, lambda plan: [torch.zeros(3)]) is exact
+    assert refine(exact, lambda plan: [torch.zeros(3)]).config is exact
 
 
 @pytest.mark.parametrize("slope", [1e-4, float("nan")])
@@ -161,7 +189,7 @@ def test_steps_that_no_plan_can_take_are_not_tried(slope):
         total = sum(sum(step.output_forecast[1:]) for step in plan.steps)
         return [torch.tensor([1.0 + (slope * total if moved else 0.0), 0.3])] * 2
 
-    assert refine(config, errors) is config
+    assert refine(config, errors).config is config
 
 
 def test_corrections_of_x0_are_found_again():
@@ -184,7 +212,7 @@ def test_corrections_of_x0_are_found_again():
     def mean(config):
         return sum(float(error.norm()) for error in errors(config)) / 3
 
-    refined = refine(rule, errors, rounds=1)
+    refined = refine(rule, errors, rounds=1).config
     assert Config.from_json(refined.to_json()) == refined
     assert any(any(step.x0_correction) for step in refined.steps)
     # the least squares of a run that is nearly linear: what is left is of second order
@@ -213,7 +241,7 @@ def test_real_runs_come_nearer_on_their_inputs_and_on_others(name):
     trial = Trial(items, STEPS)
     rule = RULES[name]
     steps = rule.num_evaluations
-    refined = refine(rule, lambda plan: trial.errors(plan, steps, range(4)), rounds=1)
+    refined = refine(rule, lambda plan: trial.errors(plan, steps, range(4)), rounds=1).config
     assert Config.from_json(refined.to_json()) == refined
 
     def mean(config, which):

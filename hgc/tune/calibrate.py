@@ -11,7 +11,7 @@ from typing import Any
 from hgc.models.supported import controlnets
 from hgc.planning.config import Calibration, Config, model_name
 from hgc.report.macs import MacCount, count_macs, pixels_a_latent
-from hgc.tune.refine import coefficients, refine
+from hgc.tune.refine import Refined, coefficients, refine
 from hgc.tune.search import Costs, Search, hand_made
 from hgc.tune.trial import Trial
 from hgc.warn import HgcWarning
@@ -53,10 +53,13 @@ def calibrate(
     only; the depth) from the best so far. The dearest presets within ``max_macs`` are tried first.
     Then coefficients of the outputs of the plan that was found, and of the dearest preset's, are
     refined on whole runs (`hgc.tune.refine`), which takes one run for each of them. Of presets,
-    plan and refined ones the nearest on inputs the search did not see is returned, with a warning
-    where it is a preset. The distance
-    is the relative L2 of the final latents to those of ``steps`` steps without hgc. Of four inputs
-    or more the last quarter is kept out of the search, and the distance that is reported is theirs.
+    plan and refined ones that is returned which is expected to be nearest on other inputs, with a
+    warning where it is a preset. The distance is the relative L2 of the final latents to those of
+    ``steps`` steps without hgc. Of four inputs or more the last quarter is kept out of search and
+    refinement, and the distance that is reported is theirs. What is expected of a preset is its
+    distance on all inputs; of a plan that was searched for, as much more or less as it is farther
+    or nearer than the dearest preset on those kept out; and of a refined one, as much more or less
+    than before as cross-validation says on the inputs it was refined on, and those kept out.
 
     Args:
         pipe: A pipeline with ``unet`` and, or not, ``controlnet``; hgc must not be installed on it.
@@ -145,10 +148,6 @@ def calibrate(
         held_out = range(len(inputs) - kept, len(inputs)) if kept else which
         return trial.distances(rule, lengths[rule.num_evaluations], held_out)
 
-    def mean(rule: Config) -> float:
-        distances = measured(rule)
-        return sum(distances) / len(distances)
-
     if chosen is not None:
         counted = count(chosen)
         max_macs = counted.total / (counted.full_evaluation.total * _PRESET_STEPS)
@@ -164,30 +163,43 @@ def calibrate(
         presets = []
         best = _cheapest(search, full, max_distance, trials, measured)
 
-    def refined(rule: Config) -> Config:
+    def refined(rule: Config) -> Refined:
         number = lengths[rule.num_evaluations]
         return refine(
             rule, lambda config: trial.errors(config, number, which), rounds=rounds,
             on_run=lambda distance: step(f"refining, distance {distance:.4f}"),
         )  # fmt: skip
 
-    candidates = [best, *presets]
+    def seen(rule: Config) -> list[float]:
+        """On the inputs of the search, and on those kept out where there are such."""
+        found = trial.distances(rule, lengths[rule.num_evaluations], which)
+        return [*found, *measured(rule)] if kept else found
+
+    expected = {rule: _mean(seen(rule)) for rule in presets}
+    if best not in expected:
+        known = presets[0] if presets else best
+        of_known = expected.get(known) or _mean(seen(known))
+        expected[best] = of_known * _mean(measured(best)) / _mean(measured(known))
     if rounds:
         # what the search found on few inputs may be farther on others than a preset
         started = list(dict.fromkeys([best, *presets[:1]]))
         tried = next(done) - 1
         total = tried + sum(rounds * (coefficients(one) + 1) + 1 for one in started)
-        candidates += map(refined, started)
-    means = {candidate: mean(candidate) for candidate in candidates}
-    best = min(means, key=means.__getitem__)
+        for rule in started:
+            found = refined(rule)
+            if found.config is not rule:
+                others = measured(found.config) if kept else []
+                ratio = _mean([*found.distances, *others]) / _mean(seen(rule))
+                expected[found.config] = expected[rule] * ratio
+    best = min(expected, key=expected.__getitem__)
     if best in presets:
         warnings.warn(
-            f"on the inputs kept out of the search the preset {best.name!r} is nearer than "
-            "any plan that was found: it is returned",
+            f"the preset {best.name!r} is expected to be nearer on other inputs than any plan "
+            "that was found: it is returned",
             HgcWarning,
             stacklevel=2,
         )
-    found = measured(best)
+    distances = measured(best)
     timesteps = _timesteps(pipe, best)
     macs = count(best).total
     # What a sceptic asks for: the same pipeline with as many steps as these MACs pay for.
@@ -201,14 +213,18 @@ def calibrate(
         steps=lengths[best.num_evaluations],
         uncached_steps=steps,
         macs_share=round(macs / full, 6),
-        distance=round(sum(found) / len(found), 6),
-        distance_worst=round(max(found), 6),
+        distance=round(_mean(distances), 6),
+        distance_worst=round(max(distances), 6),
         fewer_steps=fewer,
-        fewer_steps_distance=round(sum(plain) / len(plain), 6),
+        fewer_steps_distance=round(_mean(plain), 6),
         inputs=len(inputs),
         timesteps=timesteps,
     )
     return best.replace(name=name, calibration=record)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _timesteps(pipe: Any, config: Config) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ import torch
 from hgc.planning.config import Config, StepPlan
 from hgc.planning.rule import plan
 
-__all__ = ["coefficients", "refine"]
+__all__ = ["Refined", "coefficients", "refine"]
 
 Tensor = torch.Tensor
 
@@ -133,20 +133,39 @@ def _mean(errors: Sequence[Tensor]) -> float:
     return sum(float(e.norm()) for e in errors) / len(errors)
 
 
-def _damping(normal: _Normal) -> float:
-    """The damping whose steps, found on all folds but one, are best for that one."""
+def _left_out(normal: _Normal, damping: float, share: float = 1.0) -> Tensor:
+    """What the linearised run says of each input after ``share`` of the change that is found on
+    all folds but its own."""
     count = len(normal.c)
     folds = torch.arange(count) * min(_FOLDS, count) // count
-    if int(folds[-1]) == 0:
+    found = torch.empty(count, dtype=normal.c.dtype)
+    for fold in folds.unique():
+        change = normal.step((folds != fold).nonzero().flatten(), damping)
+        found[folds == fold] = normal.distances(share * change)[folds == fold]
+    return found
+
+
+def _damping(normal: _Normal) -> float:
+    """The damping whose changes are best for the inputs that they are not found on."""
+    if len(normal.c) == 1:
         return _DAMPING[-2]
-    totals = []
-    for damping in _DAMPING:
-        total = 0.0
-        for fold in folds.unique():
-            change = normal.step((folds != fold).nonzero().flatten(), damping)
-            total += float(normal.distances(change)[folds == fold].sum())
-        totals.append(total)
+    totals = [float(_left_out(normal, damping).sum()) for damping in _DAMPING]
     return _DAMPING[totals.index(min(totals))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refined:
+    """What :func:`refine` found.
+
+    Attributes:
+        config: The nearest plan on its inputs, with ``steps``; what it began with where nothing was
+            gained.
+        distances: Of each input, estimated by the linearised runs as though it had been left out;
+            as measured where nothing was gained, and of one input alone.
+    """
+
+    config: Config
+    distances: tuple[float, ...]
 
 
 def coefficients(config: Config) -> int:
@@ -160,7 +179,7 @@ def refine(
     *,
     rounds: int = 1,
     on_run: Callable[[float], None] = lambda distance: None,
-) -> Config:
+) -> Refined:
     """``config`` with coefficients of outputs that bring whole runs nearer to the uncached ones.
 
     Args:
@@ -170,16 +189,14 @@ def refine(
         on_run: Called after each run with the mean distance so far.
 
     Returns:
-        ``config`` with ``steps``: the nearest plan on these inputs; ``config`` itself where nothing
-        was gained.
+        The plan, and what it is expected to be on inputs that it was not refined on.
     """
     best = widened(config)
     assert best.steps is not None
     where = _coefficients(best.steps)
     now = errors(best)
-    start = _mean(now)
-    on_run(start)
-    gained = False
+    on_run(_mean(now))
+    gained, distances = False, [float(e.norm()) for e in now]
     for _ in range(rounds if where else 0):
         values = [_value(best.steps or (), one) for one in where]
         columns = []
@@ -188,7 +205,8 @@ def refine(
             columns.append([(m - n) / _CHANGE for m, n in zip(moved, now, strict=True)])
             on_run(_mean(now))
         normal = _normal(columns, now)
-        change = normal.step(torch.arange(len(now)), _damping(normal))
+        damping = _damping(normal)
+        change = normal.step(torch.arange(len(now)), damping)
         before = _mean(now)
         for share in (1.0, 0.5, 0.25):
             moved_to = [v + share * float(c) for v, c in zip(values, change, strict=True)]
@@ -199,7 +217,10 @@ def refine(
             on_run(min(before, _mean(found)))
             if _mean(found) < before:
                 best, now, gained = tried, found, True
+                distances = [float(e.norm()) for e in found]
+                if len(found) > 1:
+                    distances = _left_out(normal, damping, share).tolist()
                 break
         if _mean(now) > 0.97 * before:
             break
-    return best if gained else config
+    return Refined(best if gained else config, tuple(distances))
