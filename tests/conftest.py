@@ -48,3 +48,17 @@ def grad_mode_is_left_alone():
     after = torch.is_grad_enabled()
     torch.set_grad_enabled(before)
     assert after == before
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Triton's interpreter, repaired. Fails rather than skips where the test extra is not
+    installed.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip(
+            "a GPU is here, where the gpu tests run the kernels; set TRITON_INTERPRET=1 for these"
+        )
+    import triton_interpreter
+
+    triton_interpreter.repair()

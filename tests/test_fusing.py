@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hgc
 import hgc_kernels as hk
 from hgc import Config
-from hgc.models import layers
+from hgc.models import layer_calls
 from hgc.models.captured import CapturedNetworks
 
 STEPS = 6
@@ -90,12 +90,10 @@ def test_a_union_of_controlnets():
     assert torch.equal(*found)
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_kernels_in_the_engine(memory_format):
     """The whole of a run by the Triton kernels, in their interpreter."""
-    import triton_interpreter
-
-    triton_interpreter.repair()
     pipe = models.pipeline(Pipeline, models.small_unet(), models.small_controlnet())
     expected, _ = draw(pipe, fuse=False, size=16)
     for model in (pipe.unet, pipe.controlnet):
@@ -208,8 +206,8 @@ def test_autocast_and_gradients_are_left_to_diffusers(sd15):
 
 
 def test_a_captured_run_has_the_bits_of_a_fused_one(sd15, monkeypatch):
-    calls, norm = [], layers._norm
-    monkeypatch.setattr(layers, "_norm", lambda *a, **kw: calls.append(a) or norm(*a, **kw))
+    calls, norm = [], layer_calls._norm
+    monkeypatch.setattr(layer_calls, "_norm", lambda *a, **kw: calls.append(a) or norm(*a, **kw))
     with hgc.install(sd15, config=SHALLOW) as installed:
         engine = installed.fuse()._engine
         expected = models.draw(sd15, steps=STEPS)
@@ -229,7 +227,7 @@ def test_a_captured_run_has_the_bits_of_a_fused_one(sd15, monkeypatch):
 
 def test_compiled_networks_are_not_fused(sd15, monkeypatch):
     calls = []
-    monkeypatch.setattr(layers, "_norm", lambda *a, **kw: calls.append(a))
+    monkeypatch.setattr(layer_calls, "_norm", lambda *a, **kw: calls.append(a))
     with hgc.install(sd15, config="balanced") as installed:
         installed.compile(backend="eager").fuse()
         models.draw(sd15, steps=2)

@@ -21,8 +21,8 @@ class Functions:
 
     Attributes:
         networks: What stands in for the pure functions; None where they are called.
-        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`), where what
-            computes them is not compiled.
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`), where
+            what computes them is not compiled.
     """
 
     def __init__(self, unet: Any, structure: UNetStructure) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hgc.models.layers import Layers
+from hgc.models.layer_calls import LayerCalls
 
 __all__ = ["children", "embed_time", "has_attention", "mask_bias", "run_encoder", "run_mid_block"]
 
@@ -48,7 +48,7 @@ def embed_time(net: Any, sample: Tensor, timestep: Tensor | float | int) -> Tens
 def run_encoder(
     net: Any,
     sample: Tensor,  # [B, C, H, W], conv_in's output
-    layers: Layers,
+    layers: LayerCalls,
     attention: dict[str, Any],
     count: int | None = None,
     intrablock: list[Tensor] | None = None,
@@ -103,7 +103,9 @@ def run_encoder(
     return sample, skips
 
 
-def run_mid_block(net: Any, sample: Tensor, layers: Layers, attention: dict[str, Any]) -> Tensor:
+def run_mid_block(
+    net: Any, sample: Tensor, layers: LayerCalls, attention: dict[str, Any]
+) -> Tensor:
     """The middle block's output, [B, C, H, W]; ``sample`` where there is none."""
     block = net._modules.get("mid_block")
     if block is None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
 from hgc.models.blocks import children, embed_time, mask_bias, run_encoder, run_mid_block
-from hgc.models.layers import layers_of
+from hgc.models.layer_calls import layer_calls
 
 __all__ = [
     "control_function",
@@ -52,7 +52,7 @@ def run_controlnet(
 
     Args:
         hint: :func:`embed_condition`'s result.
-        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`).
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
 
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
@@ -173,7 +173,7 @@ def _residuals(
         "attention_mask": mask_bias(attention_mask, sample.dtype),
         "cross_attention_kwargs": cross_attention_kwargs,
     }
-    layers = layers_of(emb, fused)
+    layers = layer_calls(emb, fused)
     sample, outputs = run_encoder(net, sample, layers, attention)
     sample = run_mid_block(net, sample, layers, attention)
     residuals = [

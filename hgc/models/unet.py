@@ -24,7 +24,7 @@ from hgc.models.blocks import (
     run_encoder,
     run_mid_block,
 )
-from hgc.models.layers import Layers, layers_of
+from hgc.models.layer_calls import LayerCalls, layer_calls
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 from hgc_kernels.backend import is_chosen
@@ -125,7 +125,7 @@ def run_unet(
         skips: Cached encoder skips from the outermost on; ``None`` computes them.
         residuals: Of the ControlNets; only those of skips that are read are used.
         capture: Names of the intermediate tensors to return, ``feature/k`` and ``skip/j``.
-        fused: Group norms take in what stands around them (:mod:`hgc.models.layers`).
+        fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
         intrablock_residuals: Of T2I-Adapters; consumed from the front, as diffusers does.
 
     Returns:
@@ -151,7 +151,7 @@ def run_unet(
         emb = emb + aug_emb if aug_emb is not None else emb
     if part("time_embed_act") is not None:
         emb = part("time_embed_act")(emb)
-    layers = layers_of(emb, fused)
+    layers = layer_calls(emb, fused)
     if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
@@ -202,7 +202,7 @@ def _decode(
     hidden: Tensor,  # [B, C, h, w]
     skips: list[Tensor],
     residuals: list[list[tuple[Tensor, float]]],
-    layers: Layers,
+    layers: LayerCalls,
     attention: dict[str, Any],
     size: torch.Size,
     wanted: dict[tuple[int, int], str],

@@ -23,17 +23,3 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(20)
-
-
-@pytest.fixture(scope="session")
-def interpreted():
-    """Triton's interpreter, repaired. Fails rather than skips where the test extra is not
-    installed.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip(
-            "a GPU is here, where the gpu tests run the kernels; set TRITON_INTERPRET=1 for these"
-        )
-    import triton_interpreter
-
-    triton_interpreter.repair()

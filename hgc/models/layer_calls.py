@@ -25,7 +25,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 
 from hgc_kernels.layout import is_channels_last
 
-__all__ = ["Layers", "layers_of"]
+__all__ = ["LayerCalls", "layer_calls"]
 
 Tensor = torch.Tensor
 # Blocks that run their resnets and attentions one after the other, and nothing else.
@@ -39,8 +39,8 @@ _FORWARDS = {
 }
 
 
-class Layers:
-    """The layers of one evaluation of a network, as diffusers has them.
+class LayerCalls:
+    """Calls the layers of a network in one evaluation, as diffusers does.
 
     Args:
         emb: Of time and class, [B, E].
@@ -69,7 +69,7 @@ class Layers:
         return out
 
 
-class _Fused(Layers):
+class _FusedCalls(LayerCalls):
     @functools.cached_property
     def _active(self) -> Tensor:
         return F.silu(self.emb)
@@ -133,12 +133,12 @@ class _Fused(Layers):
         return _norm(norm, x, silu=True)
 
 
-def layers_of(emb: Tensor, fused: bool) -> Layers:
-    """The layers of an evaluation. Fused ones have no gradients and do not follow autocast: there
-    they are diffusers' own."""
+def layer_calls(emb: Tensor, fused: bool) -> LayerCalls:
+    """What calls the layers of an evaluation. Fused ones have no gradients and do not follow
+    autocast: there they are diffusers' own."""
     if fused and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-        return _Fused(emb)
-    return Layers(emb)
+        return _FusedCalls(emb)
+    return LayerCalls(emb)
 
 
 def _norm(norm: Any, x: Tensor, shift: Tensor | None = None, *, silu: bool = False) -> Tensor:
