@@ -8,7 +8,7 @@
 # it is switched off.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
-small="primes or four_keys or odd_pixels or one_pixel or mixed"
+small="primes or four_keys or odd or one_pixel or mixed"
 tools=""
 while [ "${1:-}" = memcheck ] || [ "${1:-}" = racecheck ]; do
     tools="$tools $1"

@@ -62,7 +62,7 @@ def parts(pipelines: str) -> list[Part]:
     test = (python, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider")
     ops, engine = "tests/kernels/test_gpu.py", "tests/test_engine_gpu.py"
     memcheck = ("sh", "scripts/check_memory.sh", "memcheck")
-    chosen = "(gather and (odd or mixed)) or (attention and primes-fp16)"
+    chosen = "((gather or group_norm) and (odd or mixed)) or (attention and primes-fp16)"
     compiled = "compiled and torch.float16"
     goals = (python, "benchmarks/ops/gpu_goals.py")
     whole = (python, "benchmarks/gpu.py")

@@ -8,7 +8,8 @@ gather_blocks: 85% of the measured copy bandwidth where 64 MiB or more move, and
 ratio to eager. A whole cached cross-attention: 2 times as fast as diffusers in eager mode, 1.2
 times as fast as diffusers compiled. attend_and_store: at most 1.25 times the time of attention that
 stores nothing, or the time in which its bytes move at 70% of the copy bandwidth where that is
-longer: a map that is written cannot take less. Exits with 1 where a goal is missed.
+longer: a map that is written cannot take less. group_norm: as fast as eager in either memory
+format. Exits with 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -113,6 +114,28 @@ def attention_rows() -> Iterator[Row]:
             yield case, applied, floor, floor / applied, 0.0, "copy bandwidth"
 
 
+def norm_rows() -> Iterator[Row]:
+    """x + shift, group norm and SiLU of SD1.5's resnets, in both memory formats. torch's result is
+    taken back to the format of x, as the convolution behind it does."""
+    for channels, side in ((320, 64), (960, 64), (640, 32), (1280, 16), (2560, 8)):
+        x = torch.randn(BATCH, channels, side, side, device="cuda").to(FP16)
+        shift, weight = torch.randn_like(x[:, :, 0, 0]), torch.randn_like(x[0, :, 0, 0])
+        for layout in (torch.contiguous_format, torch.channels_last):
+            of = x.contiguous(memory_format=layout)
+
+            def eager(of: torch.Tensor = of, layout: torch.memory_format = layout) -> torch.Tensor:
+                y = torch.nn.functional.group_norm(of + shift[:, :, None, None], 32, weight, weight)
+                return torch.nn.functional.silu(y).contiguous(memory_format=layout)
+
+            ours, other = device_seconds(
+                [partial(hk.group_norm, of, 32, weight, weight, shift=shift, silu=True), eager]
+            )
+            case = f"group_norm {channels} x {side} x {side} {str(layout).removeprefix('torch.')}"
+            yield case, ours, other, other / ours, 1.0, "eager"
+            floor = 3 * x.nbytes / copy_bandwidth()
+            yield case, ours, floor, floor / ours, 0.0, "copy bandwidth, three passes"
+
+
 def matmul_rate() -> float:
     """FLOP a second of an 8192-cubed fp16 product on random data."""
     size = 8192
@@ -163,7 +186,7 @@ def main() -> int:
         "against the copy bandwidth and the byte ratio, the share of them. A goal of 0 is none.\n\n"
     )
     with torch.no_grad():
-        for measured in (gather_rows(), attention_rows()):
+        for measured in (gather_rows(), attention_rows(), norm_rows()):
             for case, ours, other, reached, goal, what in measured:
                 rows.append([case, what, ours * 1e6, other * 1e6, reached, goal])
                 cells.append([case, what, f"{ours * 1e6:.1f}", f"{other * 1e6:.1f}",
