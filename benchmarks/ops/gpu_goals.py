@@ -114,6 +114,13 @@ def attention_rows() -> Iterator[Row]:
             yield case, applied, floor, floor / applied, 0.0, "copy bandwidth"
 
 
+def eager_norm(
+    x: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, layout: torch.memory_format
+) -> torch.Tensor:
+    y = torch.nn.functional.group_norm(x + shift[:, :, None, None], 32, weight, weight)
+    return torch.nn.functional.silu(y).contiguous(memory_format=layout)
+
+
 def norm_rows() -> Iterator[Row]:
     """x + shift, group norm and SiLU of SD1.5's resnets, in both memory formats. torch's result is
     taken back to the format of x, as the convolution behind it does."""
@@ -122,13 +129,11 @@ def norm_rows() -> Iterator[Row]:
         shift, weight = torch.randn_like(x[:, :, 0, 0]), torch.randn_like(x[0, :, 0, 0])
         for layout in (torch.contiguous_format, torch.channels_last):
             of = x.contiguous(memory_format=layout)
-
-            def eager(of: torch.Tensor = of, layout: torch.memory_format = layout) -> torch.Tensor:
-                y = torch.nn.functional.group_norm(of + shift[:, :, None, None], 32, weight, weight)
-                return torch.nn.functional.silu(y).contiguous(memory_format=layout)
-
             ours, other = device_seconds(
-                [partial(hk.group_norm, of, 32, weight, weight, shift=shift, silu=True), eager]
+                [
+                    partial(hk.group_norm, of, 32, weight, weight, shift=shift, silu=True),
+                    partial(eager_norm, of, shift, weight, layout),
+                ]
             )
             case = f"group_norm {channels} x {side} x {side} {str(layout).removeprefix('torch.')}"
             yield case, ours, other, other / ours, 1.0, "eager"
