@@ -177,9 +177,10 @@ def calibrate(
 
     expected = {rule: _mean(seen(rule)) for rule in presets}
     if best not in expected:
-        known = presets[0] if presets else best
-        of_known = expected.get(known) or _mean(seen(known))
-        expected[best] = of_known * _mean(measured(best)) / _mean(measured(known))
+        # the search chose it by its own inputs: what it is on the others is to be believed
+        base = _mean(measured(presets[0])) if presets else 0.0
+        share = expected[presets[0]] / base if base else 1.0
+        expected[best] = share * _mean(measured(best))
     if rounds:
         # what the search found on few inputs may be farther on others than a preset
         started = list(dict.fromkeys([best, *presets[:1]]))
