@@ -51,8 +51,9 @@ def draw(pipe, config=SHALLOW, *, fuse=True, trust=(), **changes):
 
 
 def alike(found, expected):
-    """Rounding alone: the errors of a run grow."""
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    """Other kernels round otherwise at every layer of a run."""
+    bound = 64 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    assert (found - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("config", ["paper", "balanced", SHALLOW], ids=str)

@@ -122,13 +122,13 @@ def test_nan_stays_in_its_group_and_nothing_is_written_beside(memory_format):
 
 @pytest.mark.usefixtures("interpreted")
 def test_views():
-    """Half a batch, a slice of channels, a shift that is a column of something."""
+    """Half a batch, a slice of channels, a shift that is a half of something."""
     x, weight, bias, _ = operands((4, 32, 6, 5), torch.float16, torch.channels_last)
-    column = guarded(torch.randn(2, 64).half())[:, ::2]
+    half = guarded(torch.randn(2, 64).half())[:, 32:]
     with hk.use_backend("triton"):
-        out = hk.group_norm(x[2:], 4, weight, bias, shift=column, silu=True)
+        out = hk.group_norm(x[2:], 4, weight, bias, shift=half, silu=True)
         sliced = hk.group_norm(x.contiguous()[:, 8:24], 4, weight[8:24], bias[8:24])
-    arguments = (x[2:], 4, weight, bias, column, True)
+    arguments = (x[2:], 4, weight, bias, half, True)
     assert_within_rule(out, plain64(*arguments), plain(*arguments), x.dtype)
     arguments = (x[:, 8:24], 4, weight[8:24], bias[8:24], None, False)
     assert_within_rule(sliced, plain64(*arguments), plain(*arguments), x.dtype)
@@ -138,6 +138,11 @@ def test_what_the_kernels_do_not_cover_is_left_to_the_reference():
     x, weight, bias, _ = operands((1, 8, 6, 10), torch.float32)
     with pytest.raises(backend.Unsupported, match="pixels of an image have gaps"):
         launch.group_norm(x[..., ::2], None, 2, weight, bias, 1e-5, False)
+    wide = torch.ones(1, 16)
+    with pytest.raises(backend.Unsupported, match="shift has gaps"):
+        launch.group_norm(x, wide[:, ::2], 2, weight, bias, 1e-5, False)
+    with pytest.raises(backend.Unsupported, match="weight has gaps"):
+        launch.group_norm(x, None, 2, wide[0, ::2], bias, 1e-5, False)
     with pytest.raises(backend.Unsupported, match="5000 channels a group"):
         launch.heuristic(4, 5000, 1, False)
     out = hk.group_norm(x[..., ::2], 2, weight, bias)

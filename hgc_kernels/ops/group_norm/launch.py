@@ -61,9 +61,9 @@ def group_norm(
         if (width > 1 and stride_p != 1) or (height > 1 and x.stride(2) != width):
             raise Unsupported(f"pixels of an image have gaps, strides {x.stride()}")
         stride_p = 1
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if shift is not None and channels > 1 and shift.stride(1) != 1:
-        shift = shift.contiguous()
+    for name, value in (("weight", weight), ("bias", bias), ("shift", shift)):
+        if value is not None and channels > 1 and value.stride(-1) != 1:
+            raise Unsupported(f"{name} has gaps, strides {value.stride()}")
     tiles = heuristic(max(pixels, 1), channels // groups, groups, channels_last)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=dense_format(x))
     if out.numel() == 0:
