@@ -499,5 +499,7 @@ def test_a_calibrated_plan_runs_as_it_was_measured(name, recwarn):
 
 def test_calibrated_plans_are_rows_of_the_testbed_only():
     assert {c.name for c in candidates(["calibrated"])} == {"uncached", *testbed.plans()}
-    with pytest.raises(ConfigError, match=r"paper-calibrated-50\.json is not there; bench"):
-        candidates(["calibrated"], 50)
+    at_50 = {c.name for c in candidates(["calibrated"], 50)}
+    assert at_50 == {"uncached", *(f"{name}-50" for name in testbed.plans())}
+    with pytest.raises(ConfigError, match=r"paper-calibrated-30\.json is not there; bench"):
+        candidates(["calibrated"], 30)
