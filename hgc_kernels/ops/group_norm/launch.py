@@ -9,7 +9,7 @@ from hgc_kernels.launch_config import next_power_of_two, on_device_of
 from hgc_kernels.layout import dense_format, is_channels_last
 from hgc_kernels.ops.group_norm.triton_kernel import group_moments_kernel, group_norm_kernel
 
-# Values of a tile, of which each thread of four warps holds 32 and as many sums and squares.
+# Values of a tile: in half precision each thread holds 32 and as many sums and squares.
 TILE = 4096
 # Chunks of pixels whose moments are kept apart: each program of the second kernel reads them all.
 CHUNKS = 32
@@ -74,7 +74,8 @@ def group_norm(
     shape = {
         "GROUP": channels // groups, "GROUPS_A_TILE": tiles.groups, "BLOCK_P": tiles.block_p,
         "BLOCK_C": tiles.block_c, "HAS_SHIFT": shift is not None, "CHANNELS_LAST": channels_last,
-        "num_warps": 4, "num_stages": 2,
+        # with four Triton 3.6.0 spills in fp32 on sm_120
+        "num_warps": 8 if x.dtype == torch.float32 else 4, "num_stages": 2,
     }  # fmt: skip
     added = weight if shift is None else shift  # never read where there is none
     with on_device_of(out):
