@@ -133,9 +133,9 @@ class Installation:
         Made for channels_last, where PyTorch takes each norm to NCHW and back. Convert the models
         before: ``pipe.unet.to(memory_format=torch.channels_last)``, and ``pipe.controlnet``. Sums
         have another order, and in half precision the norm is not rounded before the SiLU: the
-        result has not the bits of diffusers, and no larger error. Needs Triton; on a CPU it is
-        PyTorch's own. Layers with hooks, under autocast and where gradients are wanted are
-        diffusers' own. Graphs captured before go.
+        result has not the bits of diffusers. Needs Triton; on a CPU it is PyTorch's own. Layers
+        with hooks, under autocast and where gradients are wanted are diffusers' own. Graphs
+        captured before go.
 
         Returns:
             The installation itself.

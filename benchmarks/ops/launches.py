@@ -100,7 +100,7 @@ class Counted(TorchDispatchMode):
                 copied, result = of_convolution(args, result)
                 if copied is not None:
                     self.kernels += 1
-                    self.bytes += moved_bytes(copied, None) + moved_bytes(copied, None)
+                    self.bytes += 2 * moved_bytes(copied, None)  # read and written
             self.add(name, (*args, *(kwargs or {}).values()), result)
         return result
 

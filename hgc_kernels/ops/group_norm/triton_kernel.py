@@ -12,11 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _channel_offset(tile, GROUPS_A_TILE: tl.constexpr, GROUP: tl.constexpr):
-    return tile * (GROUPS_A_TILE * GROUP)
-
-
-@triton.jit
 def _members(GROUPS_A_TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     """Whether a channel of a tile is of a group of it, [BLOCK_C, GROUPS_A_TILE]."""
     c = tl.arange(0, BLOCK_C)
@@ -70,7 +65,7 @@ def group_moments_kernel(
     b = tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
-    first = _channel_offset(tile, GROUPS_A_TILE, GROUP)
+    first = tile * (GROUPS_A_TILE * GROUP)
     in_c = (c < GROUPS_A_TILE * GROUP) & (c < channels - first)
     begin = chunk * chunk_pixels
     count = tl.minimum(chunk_pixels, pixels - begin)
@@ -153,7 +148,7 @@ def group_norm_kernel(
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, GROUPS_A_TILE)
     k = tl.arange(0, BLOCK_K)
-    first = _channel_offset(tile, GROUPS_A_TILE, GROUP)
+    first = tile * (GROUPS_A_TILE * GROUP)
     in_c = (c < GROUPS_A_TILE * GROUP) & (c < channels - first)
 
     groups = channels // GROUP
