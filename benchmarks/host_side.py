@@ -101,7 +101,7 @@ def gaps_of_a_run(unet, net, scheduler):
 
 def measure(unet, net, config, repeats):
     """Gaps of evaluations by what they compute: everything, some layers or nothing."""
-    scheduler, found = diffusers.DDIMScheduler(), collections.defaultdict(list)
+    scheduler, found = diffusers.DDIMScheduler(clip_sample=False), collections.defaultdict(list)
     plain = config == WITHOUT
     installed = None if plain else hgc.install(unet, net, config=config, scheduler=scheduler)
     with contextlib.nullcontext() if plain else installed:

@@ -128,13 +128,14 @@ class Installation:
 
     def fuse(self) -> Installation:
         """Run group norms as one op with what stands around them, where that is no compiled
-        network: the sum of a resnet's features and its embedding of time, and the SiLU.
+        network: the sum of a resnet's features and its embedding of time, and the SiLU. On a GPU
+        time is embedded for all timesteps of a run at once.
 
         Made for channels_last, where PyTorch takes each norm to NCHW and back. Convert the models
         before: ``pipe.unet.to(memory_format=torch.channels_last)``, and ``pipe.controlnet``. Sums
-        have another order, and in half precision the norm is not rounded before the SiLU: the
-        result has not the bits of diffusers. Needs Triton; on a CPU it is PyTorch's own. Layers
-        with hooks, under autocast and where gradients are wanted are diffusers' own. Graphs
+        and products have another order, and in half precision the norm is not rounded before the
+        SiLU: the result has not the bits of diffusers. Needs Triton; on a CPU it is PyTorch's own.
+        Layers with hooks, under autocast and where gradients are wanted are diffusers' own. Graphs
         captured before go.
 
         Returns:

@@ -366,12 +366,17 @@ def test_a_skipped_evaluation_launches_its_forecast_and_nothing_else(dtype):
             sample = sample - 0.1 * out.mean(0, keepdim=True)
         macs = [row.macs.total for row in installed.report().rows]
     assert out.dtype == dtype
+    follows_key = False
     for step, ops, done in zip(hgc.plan(SKIP, 8), launched, macs, strict=True):
         if step.depth == 0:
-            assert len(ops) <= 6 and set(ops) <= {"lerp", "mul", "add_", "_to_copy"}
+            # what the last two key evaluations differ by is made once
+            once = {"sub"} if follows_key else set()
+            assert len(ops) <= 5 + len(once)
+            assert set(ops) <= {"lerp", "mul", "add_", "_to_copy"} | once
             assert done == 0
         else:
             assert len(ops) > 100 and done > 0
+        follows_key = step.is_key
 
 
 def test_residuals_that_somebody_reads_are_the_fresh_ones():

@@ -11,6 +11,7 @@ from diffusers import ControlNetUnionModel
 from hgc.execute.call import ControlCall, cut
 from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain, may_be_kept
+from hgc.execute.time_path import TimePath
 from hgc.models.controlnet import embed_condition, scale_residuals
 from hgc.run.cache import conditional_half
 from hgc.run.evaluation import ControlSlot, Evaluation
@@ -35,9 +36,11 @@ class ControlExecutor:
         self,
         functions: Functions,
         prompt: PromptGrain,
+        time: TimePath,
         fresh: Callable[[ControlCall], list[Tensor]],
     ) -> None:
-        self._functions, self._prompt, self._fresh = functions, prompt, fresh
+        self._functions, self._prompt, self._time = functions, prompt, time
+        self._fresh = fresh
 
     def zeros(self, slot: ControlSlot, call: ControlCall) -> Sequence[Tensor]:
         """Zeros, for a ControlNet whose scale is 0."""
@@ -112,6 +115,7 @@ class ControlExecutor:
             return self._functions.of(net, half)(
                 net, sample, call.timestep, text,
                 hints if isinstance(net, ControlNetUnionModel) else hints[0], wrap,
+                time=self._time.row(run, net, call, slot.prefix, half),
                 **call.constants, **arguments,
             )  # fmt: skip
 

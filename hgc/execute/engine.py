@@ -18,6 +18,7 @@ from hgc.execute.functions import Functions
 from hgc.execute.levels import Levels
 from hgc.execute.patch import PatchedModels
 from hgc.execute.prompt import PromptGrain
+from hgc.execute.time_path import TimePath
 from hgc.execute.unet import UNetExecutor
 from hgc.models.structure import UNetStructure
 from hgc.models.supported import untested
@@ -82,8 +83,9 @@ class Engine:
         )  # fmt: skip
         self.functions = Functions(unet, structure)
         prompt = PromptGrain(unet, structure, config, self.watch)
-        self._unet = UNetExecutor(structure, self.functions, prompt)
-        self._control = ControlExecutor(self.functions, prompt, self._fresh_residuals)
+        time_path = TimePath(self.functions)
+        self._unet = UNetExecutor(structure, self.functions, prompt, time_path)
+        self._control = ControlExecutor(self.functions, prompt, time_path, self._fresh_residuals)
         self._fitted = FittedSteps(config, scheduler, self.warn)
         self._schedules = Schedules(config, structure.num_layers)
         self._schedules.of(config.num_evaluations)
@@ -404,6 +406,7 @@ class Engine:
                 run.now.attention = self._unet.attention(run, run.now)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
+                    assert whole is not None
                     run.record(captured, call.sample, whole)
                 out = call.output(out)
             if run.cache.refused and not self.config.is_exact:

@@ -69,6 +69,11 @@ class Functions:
         """Whether what is computed is in memory that nobody else holds."""
         return self.networks is None or self.networks.hands_over
 
+    @property
+    def fuses(self) -> bool:
+        """Whether what computes is asked to fuse."""
+        return self.fused and self.hands_over
+
     def of(self, module: Any, half: bool) -> Callable[..., Any]:
         """What computes ``module``; ``half``: its rows are the conditional half of a batch."""
         is_unet = module is self._unet
@@ -76,4 +81,4 @@ class Functions:
         if self.networks is not None:
             run = self.networks.run_unet if is_unet else self.networks.run_controlnet
             run = functools.partial(run, half)
-        return functools.partial(run, fused=True) if self.fused and self.hands_over else run
+        return functools.partial(run, fused=True) if self.fuses else run

@@ -10,6 +10,7 @@ import torch
 from hgc.execute.call import UNetCall, cut
 from hgc.execute.functions import Functions
 from hgc.execute.prompt import PromptGrain
+from hgc.execute.time_path import TimePath
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals
 from hgc.run.cache import conditional_half
@@ -26,8 +27,11 @@ Tensor = torch.Tensor
 class UNetExecutor:
     """Computes and forecasts outputs of the UNet."""
 
-    def __init__(self, structure: UNetStructure, functions: Functions, prompt: PromptGrain) -> None:
+    def __init__(
+        self, structure: UNetStructure, functions: Functions, prompt: PromptGrain, time: TimePath
+    ) -> None:
         self._structure, self._functions, self._prompt = structure, functions, prompt
+        self._time = time
 
     def forecast(self, run: Run, sample: Tensor) -> Tensor:
         """The output of an evaluation that computes nothing; new."""
@@ -38,8 +42,9 @@ class UNetExecutor:
             return run.cache.read("output", step.forecast).clone()
         return self._forecast_in_x0(run, sample).to(run.output_dtype)
 
-    def _forecast_in_x0(self, run: Run, sample: Tensor) -> Tensor:
-        """The output that says of ``sample`` the x0 that is forecast, in float32 at least; new."""
+    def _forecast_in_x0(self, run: Run, sample: Tensor, weight: float = 1.0) -> Tensor:
+        """``weight`` times the output that says of ``sample`` the x0 that is forecast, in float32
+        at least; new."""
         now = run.now
         assert now is not None and run.noise is not None
         step = now.plan
@@ -48,7 +53,26 @@ class UNetExecutor:
             run.cache, now.index, step.damping, step.guidance_damping, step.x0_correction,
             is_pair=now.is_pair,
         )  # fmt: skip
-        return run.noise.output(sample, x0, now.index)
+        return run.noise.output(sample, x0, now.index, weight)
+
+    def _correct(self, run: Run, sample: Tensor, out: Tensor) -> Tensor:
+        """The forecast in x0 plus a gain times what ``out``, of the half that was computed or of
+        the whole batch, says beyond it; new."""
+        now = run.now
+        assert now is not None and run.noise is not None
+        step, cache = now.plan, run.cache
+        gain = step.gain * run.noise.spacing
+        total = self._forecast_in_x0(run, sample, 1.0 - gain)
+        own, *others = step.output_forecast
+        if len(cache.values("output")) < len(others):
+            own, others = 1.0, []
+        halves = total.unflatten(0, (2, -1)) if now.half else total
+        halves.add_(out, alpha=gain * own)
+        if now.half and step.guidance == "reuse":
+            cache.add_to(halves[0], "guidance", step.guidance_forecast, -gain * own)
+        for value, coefficient in zip(cache.values("output"), others, strict=False):
+            total.add_(value, alpha=gain * coefficient)
+        return total.to(out.dtype)
 
     def attention(self, run: Run, now: Evaluation) -> str:
         """Whether ``now`` reuses cross-attention: ``"compute"`` or ``"reuse"``."""
@@ -56,9 +80,10 @@ class UNetExecutor:
 
     def compute(
         self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The output of an evaluation that computes the UNet, in part or in full; what the networks
-        say of the whole batch, without a forecast; and the intermediate tensors that are kept.
+        say of the whole batch, None where that corrects a forecast; and the intermediate tensors
+        that are kept.
 
         halves: Those of the sample, where it was cut already.
         """
@@ -102,23 +127,19 @@ class UNetExecutor:
                 call.unet, self._structure, sample, call.timestep, text,
                 self._prompt.wrapper(run, call.unet, "unet/", half),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
-                intrablock_residuals=intrablock, **arguments,
+                intrablock_residuals=intrablock,
+                time=self._time.row(run, call.unet, call, "unet/", half), **arguments,
             )  # fmt: skip
-        if not half:
-            whole = out
-        elif step.guidance == "off":
-            whole = torch.cat([out, out])
-        else:
-            whole = run.cache.subtract("guidance", step.guidance_forecast, out)
-        if step.output_forecast == (1.0,):
-            blend = whole
-        else:
-            blend = run.cache.blend(whole, "output", step.output_forecast)
         if step.gain != 1.0:
-            assert run.noise is not None
-            forecast = self._forecast_in_x0(run, call.sample)
-            gain = step.gain * run.noise.spacing
-            blend = forecast.lerp_(blend.to(forecast.dtype), gain).to(whole.dtype)
+            return self._correct(run, call.sample, out), None, captured
+        whole = out
+        if half and step.guidance == "off":
+            whole = torch.cat([out, out])
+        elif half:
+            whole = run.cache.subtract("guidance", step.guidance_forecast, out)
+        blend = whole
+        if step.output_forecast != (1.0,):
+            blend = run.cache.blend(whole, "output", step.output_forecast)
         return blend, whole, captured
 
 

@@ -10,10 +10,11 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
 from hgc.models.blocks import children, embed_time, mask_bias, run_encoder, run_mid_block
-from hgc.models.layer_calls import layer_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
 
 __all__ = [
     "control_function",
+    "embed",
     "embed_condition",
     "run_controlnet",
     "run_controlnet_union",
@@ -47,24 +48,25 @@ def run_controlnet(
     added_cond_kwargs: dict[str, Any] | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     fused: bool = False,
+    time: TimeRow | None = None,
 ) -> list[Tensor]:
     """One evaluation of a ControlNet, before its scale.
 
     Args:
         hint: :func:`embed_condition`'s result.
         fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
+        time: :func:`embed`'s result and what follows of it, where it was made before.
 
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
     """
-    emb, added = _embedding(
-        net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
-    )
-    emb = emb if added is None else emb + added
+    emb = time.emb(sample.shape[0]) if time is not None else embed(
+        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+        added_cond_kwargs=added_cond_kwargs,
+    )  # fmt: skip
     sample = net._modules["conv_in"](sample) + hint
-    return _residuals(
-        net, sample, emb, text, wrap_text, attention_mask, cross_attention_kwargs, fused
-    )
+    layers = layer_calls(emb, fused, time)
+    return _residuals(net, sample, layers, text, wrap_text, attention_mask, cross_attention_kwargs)
 
 
 def control_function(net: Any) -> Callable[..., list[Tensor]]:
@@ -89,6 +91,7 @@ def run_controlnet_union(
     added_cond_kwargs: dict[str, Any] | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     fused: bool = False,
+    time: TimeRow | None = None,
 ) -> list[Tensor]:
     """One evaluation of a ControlNet-Union, before the scale of its residuals.
 
@@ -102,13 +105,10 @@ def run_controlnet_union(
     Returns:
         As :func:`run_controlnet`.
     """
-    emb, added = _embedding(
-        net, sample, timestep, text, class_labels, timestep_cond, added_cond_kwargs
-    )
-    kinds = net.control_type_proj(control_type.flatten()).reshape((sample.shape[0], -1))
-    emb = emb + net.control_add_embedding(kinds.to(emb.dtype))
-    emb = emb if added is None else emb + added
-
+    emb = time.emb(sample.shape[0]) if time is not None else embed(
+        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+        added_cond_kwargs=added_cond_kwargs, control_type=control_type,
+    )  # fmt: skip
     sample = net.conv_in(sample)
     scales: Sequence[float | None] = [None] * len(hints) if weights is None else weights
     inputs, conditions = [], []
@@ -124,21 +124,24 @@ def run_controlnet_union(
     for i, (condition, scale) in enumerate(zip(conditions, scales, strict=False)):
         alpha = net.spatial_ch_projs(x[:, i]).unsqueeze(-1).unsqueeze(-1)
         joined = joined + (condition + (alpha if scale is None else alpha * scale))
-    return _residuals(
-        net, sample + joined, emb, text, wrap_text, attention_mask, cross_attention_kwargs, fused
-    )
+    layers = layer_calls(emb, fused, time)
+    sample = sample + joined
+    return _residuals(net, sample, layers, text, wrap_text, attention_mask, cross_attention_kwargs)
 
 
-def _embedding(
+def embed(
     net: Any,
     sample: Tensor,
     timestep: Tensor | float | int,
     text: Any,
-    class_labels: Tensor | None,
-    timestep_cond: Tensor | None,
-    added_cond_kwargs: dict[str, Any] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The embedding of time and class, and what is to be added to it."""
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+    control_type: Tensor | None = None,
+) -> Tensor:
+    """The embedding of time, class and what else there is, [B, E], in the dtype of ``sample``, of
+    which the rows are all that is read beside. ``control_type``: of a ControlNet-Union."""
     part = net._modules.get
     emb = part("time_embedding")(embed_time(net, sample, timestep), timestep_cond)
     if part("class_embedding") is not None:
@@ -147,25 +150,28 @@ def _embedding(
         if net.config.class_embed_type == "timestep":
             class_labels = net.time_proj(class_labels)
         emb = emb + net.class_embedding(class_labels).to(dtype=net.dtype)
+    if control_type is not None:
+        kinds = net.control_type_proj(control_type.flatten()).reshape((sample.shape[0], -1))
+        emb = emb + net.control_add_embedding(kinds.to(emb.dtype))
     if net.config.addition_embed_type == "text":
-        return emb, net.add_embedding(text)
+        emb = emb + net.add_embedding(text)
     if net.config.addition_embed_type == "text_time":
         assert added_cond_kwargs is not None
         pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
         time_embeds = net.add_time_proj(ids.flatten()).reshape((pooled.shape[0], -1))
-        return emb, net.add_embedding(torch.concat([pooled, time_embeds], dim=-1).to(emb.dtype))
-    return emb, None
+        joined = torch.concat([pooled, time_embeds], dim=-1)
+        emb = emb + net.add_embedding(joined.to(emb.dtype))
+    return emb
 
 
 def _residuals(
     net: Any,
     sample: Tensor,
-    emb: Tensor,
+    layers: LayerCalls,
     text: Any,
     wrap_text: Any,
     attention_mask: Tensor | None,
     cross_attention_kwargs: dict[str, Any] | None,
-    fused: bool,
 ) -> list[Tensor]:
     """The encoder of a ControlNet and its zero convolutions."""
     attention = {
@@ -173,7 +179,6 @@ def _residuals(
         "attention_mask": mask_bias(attention_mask, sample.dtype),
         "cross_attention_kwargs": cross_attention_kwargs,
     }
-    layers = layer_calls(emb, fused)
     sample, outputs = run_encoder(net, sample, layers, attention)
     sample = run_mid_block(net, sample, layers, attention)
     residuals = [

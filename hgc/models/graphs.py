@@ -16,6 +16,7 @@ import torch
 
 from hgc.models.attention import Processor, Text, cross_attentions
 from hgc.models.controlnet import control_function
+from hgc.models.layer_calls import TimeColumns, TimeRow
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals, run_unet
 
@@ -137,10 +138,13 @@ def _wrap_in_graph(key: GraphKey, exchange: _Exchange) -> Callable[[Any], Any] |
     return wrap
 
 
-def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey, fused: bool) -> Function:
+def _unet_function(
+    unet: Any, structure: UNetStructure, key: GraphKey, fused: bool, columns: TimeColumns | None
+) -> Function:
     def evaluate(
         sample: Tensor,
         timestep: Any,
+        row: Tensor | None,
         text: Any,
         given: dict[str, Tensor],
         hidden: Tensor | None,
@@ -158,19 +162,27 @@ def _unet_function(unet: Any, structure: UNetStructure, key: GraphKey, fused: bo
         out, captured = run_unet(
             unet, structure, sample, timestep, text, _wrap_in_graph(key, exchange),
             depth=key.depth, hidden=hidden, skips=skips, residuals=residuals,
-            capture=key.capture, fused=fused, intrablock_residuals=extra, **arguments,
+            capture=key.capture, fused=fused, time=_time_row(row, columns),
+            intrablock_residuals=extra, **arguments,
         )  # fmt: skip
         return out, captured, exchange.taken, exchange.watched, len(extra or ())
 
     return evaluate
 
 
-def _control_function(net: Any, key: GraphKey, fused: bool) -> Function:
+def _time_row(row: Tensor | None, columns: TimeColumns | None) -> TimeRow | None:
+    return None if row is None or columns is None else TimeRow(row, columns)
+
+
+def _control_function(
+    net: Any, key: GraphKey, fused: bool, columns: TimeColumns | None
+) -> Function:
     run_network = control_function(net)
 
     def evaluate(
         sample: Tensor,
         timestep: Any,
+        row: Tensor | None,
         text: Any,
         given: dict[str, Tensor],
         hint: Tensor | list[Tensor],
@@ -178,7 +190,10 @@ def _control_function(net: Any, key: GraphKey, fused: bool) -> Function:
     ) -> Any:
         exchange = _Exchange(given)
         wrap = _wrap_in_graph(key, exchange)
-        residuals = run_network(net, sample, timestep, text, hint, wrap, fused=fused, **arguments)
+        residuals = run_network(
+            net, sample, timestep, text, hint, wrap,
+            fused=fused, time=_time_row(row, columns), **arguments,
+        )  # fmt: skip
         return residuals, exchange.taken, exchange.watched
 
     return evaluate
@@ -238,6 +253,7 @@ class Networks:
         residuals: Residuals | None = None,
         capture: tuple[str, ...] = (),
         fused: bool = False,
+        time: TimeRow | None = None,
         intrablock_residuals: list[Tensor] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -268,9 +284,10 @@ class Networks:
             shape=self._shape(sample),
             **of_text,
         )
-        function = self._function(key, lambda: _unet_function(unet, structure, key, fused))
+        row, columns = (None, None) if time is None else (time.row, time.columns)
+        function = self._function(key, lambda: _unet_function(unet, structure, key, fused, columns))
         out, captured, taken, watched, left = function(
-            sample, timestep, text, given, hidden, skips, down, mid, extra, arguments
+            sample, timestep, row, text, given, hidden, skips, down, mid, extra, arguments
         )
         if extra is not None and intrablock_residuals is not None:
             # diffusers takes them out of the caller's list
@@ -289,6 +306,7 @@ class Networks:
         wrap_text: Callable[[Any], Any] | None = None,
         *,
         fused: bool = False,
+        time: TimeRow | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
         """See :func:`hgc.models.controlnet.run_controlnet` and, for a ControlNet-Union,
@@ -298,8 +316,9 @@ class Networks:
         key = GraphKey(
             network=self._networks[id(net)], half=half, shape=self._shape(sample), **of_text
         )
-        function = self._function(key, lambda: _control_function(net, key, fused))
-        residuals, taken, watched = function(sample, timestep, text, given, hint, arguments)
+        row, columns = (None, None) if time is None else (time.row, time.columns)
+        function = self._function(key, lambda: _control_function(net, key, fused, columns))
+        residuals, taken, watched = function(sample, timestep, row, text, given, hint, arguments)
         self._write(spec, taken, watched)
         return list(residuals)
 

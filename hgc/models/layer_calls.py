@@ -3,16 +3,19 @@ what stands around them.
 
 A fused layer is the same function in other kernels: the sum of a resnet and its embedding of time,
 the group norm and the SiLU are one op (:func:`hgc_kernels.group_norm`), which keeps channels_last
-where torch's own goes to NCHW and back. The embedding's SiLU is made once an evaluation.
+where torch's own goes to NCHW and back. The embedding's SiLU is made once an evaluation, or with
+what the resnets make of it once a run (:class:`TimeRow`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
@@ -23,20 +26,88 @@ from diffusers.models.unets.unet_2d_blocks import (
     UpBlock2D,
 )
 
+from hgc.models.structure import modules_inside
 from hgc_kernels.layout import is_channels_last
 
-__all__ = ["LayerCalls", "layer_calls"]
+__all__ = [
+    "EMBEDDING", "LayerCalls", "TimeColumns", "TimeRow", "can_fuse", "is_plain", "layer_calls",
+    "project_time", "projections",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 # Blocks that run their resnets and attentions one after the other, and nothing else.
 _IN_A_ROW = (
     CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D,
 )  # fmt: skip
+# What embeds time, class and other settings of an evaluation.
+EMBEDDING = (
+    Timesteps, TimestepEmbedding, torch.nn.Linear, torch.nn.SiLU, torch.nn.Embedding,
+    torch.nn.Identity,
+)  # fmt: skip
 # As they are shipped: of a class that somebody vouches for, it may be replaced.
 _FORWARDS = {
     cls: cls.forward
-    for cls in (*_IN_A_ROW, ResnetBlock2D, Transformer2DModel, torch.nn.GroupNorm, torch.nn.SiLU)
+    for cls in (*_IN_A_ROW, *EMBEDDING, ResnetBlock2D, Transformer2DModel, torch.nn.GroupNorm)
 }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TimeColumns:
+    """Where things are in a :class:`TimeRow`.
+
+    Attributes:
+        width: Of the embedding of time and class, which comes first.
+        shifts: What resnets project of it, by their id.
+    """
+
+    width: int
+    shifts: dict[int, slice]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TimeRow:
+    """What a timestep is to the layers of a network, made before the evaluation.
+
+    Attributes:
+        row: [B, ...], or [1, ...] where it is the same for the whole batch.
+        columns: What is where in it.
+    """
+
+    row: Tensor
+    columns: TimeColumns
+
+    def emb(self, batch: int) -> Tensor:
+        """The embedding, [B, E]; read-only."""
+        return self.row[:, : self.columns.width].expand(batch, -1)
+
+    def shift(self, resnet: Any, batch: int) -> Tensor | None:
+        """What ``resnet`` adds before its second norm, [B, C]; None where it is not known."""
+        found = self.columns.shifts.get(id(resnet))
+        return None if found is None else self.row[:, found].expand(batch, -1)
+
+
+def projections(net: torch.nn.Module) -> list[Any]:
+    """The resnets of ``net`` of which a :class:`TimeRow` can hold what they project."""
+    return [
+        part
+        for part in modules_inside(net)
+        if is_plain(part, ResnetBlock2D)
+        and is_plain(part.time_emb_proj, torch.nn.Linear)
+        and _projects(part)
+    ]
+
+
+def project_time(resnets: list[Any], emb: Tensor) -> tuple[Tensor, TimeColumns]:
+    """Of embeddings of time and class, [R, E], the rows of their :class:`TimeRow`, [R, ...], with
+    what each of ``resnets`` projects of them."""
+    active = F.silu(emb)
+    parts, shifts, end = [emb], {}, emb.shape[1]
+    for resnet in resnets:
+        projected = resnet.time_emb_proj(active)
+        parts.append(projected)
+        shifts[id(resnet)] = slice(end, end + projected.shape[1])
+        end += projected.shape[1]
+    return torch.cat(parts, dim=1), TimeColumns(emb.shape[1], shifts)
 
 
 class LayerCalls:
@@ -70,19 +141,26 @@ class LayerCalls:
 
 
 class _FusedCalls(LayerCalls):
+    def __init__(self, emb: Tensor, time: TimeRow | None) -> None:
+        super().__init__(emb)
+        self._time = time
+
     @functools.cached_property
     def _active(self) -> Tensor:
         return F.silu(self.emb)
 
     def one_by_one(self, block: torch.nn.Module) -> bool:
-        return _is_plain(block, *_IN_A_ROW)
+        return is_plain(block, *_IN_A_ROW)
 
     def resnet(self, resnet: Any, x: Tensor) -> Tensor:
         if not self._is_known_resnet(resnet, x):
             return super().resnet(resnet, x)
         part = resnet._modules
         hidden = part["conv1"](_norm(part["norm1"], x, silu=True))
-        hidden = _norm(part["norm2"], hidden, part["time_emb_proj"](self._active), silu=True)
+        shift = None if self._time is None else self._time.shift(resnet, x.shape[0])
+        if shift is None:
+            shift = part["time_emb_proj"](self._active)
+        hidden = _norm(part["norm2"], hidden, shift, silu=True)
         hidden = part["conv2"](part["dropout"](hidden))
         shortcut = resnet.conv_shortcut
         out: Tensor = (x if shortcut is None else shortcut(x)) + hidden
@@ -90,13 +168,10 @@ class _FusedCalls(LayerCalls):
 
     def _is_known_resnet(self, resnet: Any, x: Tensor) -> bool:
         return (
-            _is_plain(resnet, ResnetBlock2D)
-            and resnet.time_embedding_norm == "default"
+            is_plain(resnet, ResnetBlock2D)
+            and _projects(resnet)
             and resnet.upsample is None
             and resnet.downsample is None
-            and resnet.time_emb_proj is not None
-            and not resnet.skip_time_act
-            and _is_silu(resnet.nonlinearity)
             and self.emb.dtype == x.dtype
             and _is_known_norm(resnet.norm1, x)
             and _is_known_norm(resnet.norm2, x)
@@ -104,7 +179,7 @@ class _FusedCalls(LayerCalls):
 
     def attention(self, layer: Any, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         if not (
-            _is_plain(layer, Transformer2DModel)
+            is_plain(layer, Transformer2DModel)
             and layer.is_input_continuous
             and _is_known_norm(layer.norm, x)
         ):
@@ -133,12 +208,14 @@ class _FusedCalls(LayerCalls):
         return _norm(norm, x, silu=True)
 
 
-def layer_calls(emb: Tensor, fused: bool) -> LayerCalls:
-    """What calls the layers of an evaluation. Fused ones have no gradients and do not follow
-    autocast: there they are diffusers' own."""
-    if fused and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-        return _FusedCalls(emb)
-    return LayerCalls(emb)
+def layer_calls(emb: Tensor, fused: bool, time: TimeRow | None = None) -> LayerCalls:
+    """What calls the layers of an evaluation; ``time``: what was made of it before."""
+    return _FusedCalls(emb, time) if fused and can_fuse() else LayerCalls(emb)
+
+
+def can_fuse() -> bool:
+    """Whether layers may be fused: they have no gradients and do not follow autocast."""
+    return not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
 
 
 def _norm(norm: Any, x: Tensor, shift: Tensor | None = None, *, silu: bool = False) -> Tensor:
@@ -149,7 +226,7 @@ def _norm(norm: Any, x: Tensor, shift: Tensor | None = None, *, silu: bool = Fal
     return out
 
 
-def _is_plain(module: torch.nn.Module, *classes: type) -> bool:
+def is_plain(module: torch.nn.Module, *classes: type) -> bool:
     """Whether ``module`` is of one of ``classes``, and calling it is the forward that is shipped,
     and nothing else: no hooks, which move weights among others, and no forward of its own."""
     cls, own = type(module), module.__dict__
@@ -165,7 +242,7 @@ def _is_plain(module: torch.nn.Module, *classes: type) -> bool:
 
 def _is_known_norm(norm: Any, x: Tensor) -> bool:
     return (
-        _is_plain(norm, torch.nn.GroupNorm)
+        is_plain(norm, torch.nn.GroupNorm)
         and type(norm.weight) is torch.nn.Parameter
         and norm.weight.dtype == x.dtype
         and norm.weight.device == x.device
@@ -173,5 +250,15 @@ def _is_known_norm(norm: Any, x: Tensor) -> bool:
     )
 
 
+def _projects(resnet: Any) -> bool:
+    """Whether a resnet adds a projection of the embedding's SiLU, and nothing else of it."""
+    return (
+        resnet.time_embedding_norm == "default"
+        and resnet.time_emb_proj is not None
+        and not resnet.skip_time_act
+        and _is_silu(resnet.nonlinearity)
+    )
+
+
 def _is_silu(module: Any) -> bool:
-    return _is_plain(module, torch.nn.SiLU)
+    return is_plain(module, torch.nn.SiLU)

@@ -24,12 +24,12 @@ from hgc.models.blocks import (
     run_encoder,
     run_mid_block,
 )
-from hgc.models.layer_calls import LayerCalls, layer_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 from hgc_kernels.backend import is_chosen
 
-__all__ = ["UP_BLOCKS", "Residuals", "freeu_of", "run_unet"]
+__all__ = ["UP_BLOCKS", "Residuals", "embed", "freeu_of", "run_unet"]
 
 Tensor = torch.Tensor
 UP_BLOCKS = {CrossAttnUpBlock2D, UpBlock2D}
@@ -89,6 +89,35 @@ def freeu_of(block: torch.nn.Module) -> tuple[float, ...] | None:
     return factors if all(factors) else None
 
 
+def embed(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Any,
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    added_cond_kwargs: dict[str, Any] | None = None,
+) -> Tensor:
+    """The embedding of time, class and what else there is, [B, E], in the dtype of ``sample``, of
+    which the rows are all that is read beside."""
+    part: Callable[[str], Any] = unet._modules.get
+    config = unet.config
+    emb = part("time_embedding")(embed_time(unet, sample, timestep), timestep_cond)
+    if part("class_embedding") is not None:
+        class_emb = unet.get_class_embed(sample=sample, class_labels=class_labels)
+        concat = config.class_embeddings_concat
+        emb = torch.cat([emb, class_emb], dim=-1) if concat else emb + class_emb
+    if config.addition_embed_type is not None:
+        aug_emb = unet.get_aug_embed(
+            emb=emb, encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
+        )
+        emb = emb + aug_emb if aug_emb is not None else emb
+    if part("time_embed_act") is not None:
+        emb = part("time_embed_act")(emb)
+    return emb
+
+
 def run_unet(
     unet: UNet2DConditionModel,
     structure: UNetStructure,
@@ -103,6 +132,7 @@ def run_unet(
     residuals: Residuals | None = None,
     capture: tuple[str, ...] = (),
     fused: bool = False,
+    time: TimeRow | None = None,
     class_labels: Tensor | None = None,
     timestep_cond: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -126,6 +156,7 @@ def run_unet(
         residuals: Of the ControlNets; only those of skips that are read are used.
         capture: Names of the intermediate tensors to return, ``feature/k`` and ``skip/j``.
         fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
+        time: :func:`embed`'s result and what follows of it, where it was made before.
         intrablock_residuals: Of T2I-Adapters; consumed from the front, as diffusers does.
 
     Returns:
@@ -139,19 +170,14 @@ def run_unet(
     if config.center_input_sample:
         sample = 2 * sample - 1.0
 
-    emb = part("time_embedding")(embed_time(unet, sample, timestep), timestep_cond)
-    if part("class_embedding") is not None:
-        class_emb = unet.get_class_embed(sample=sample, class_labels=class_labels)
-        concat = config.class_embeddings_concat
-        emb = torch.cat([emb, class_emb], dim=-1) if concat else emb + class_emb
-    if config.addition_embed_type is not None:
-        aug_emb = unet.get_aug_embed(
-            emb=emb, encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
-        )
-        emb = emb + aug_emb if aug_emb is not None else emb
-    if part("time_embed_act") is not None:
-        emb = part("time_embed_act")(emb)
-    layers = layer_calls(emb, fused)
+    if time is None:
+        emb = embed(
+            unet, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+            added_cond_kwargs=added_cond_kwargs,
+        )  # fmt: skip
+    else:
+        emb = time.emb(sample.shape[0])
+    layers = layer_calls(emb, fused, time)
     if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs

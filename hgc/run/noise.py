@@ -89,6 +89,8 @@ class NoiseLevels:
         self._log_snr: list[float] = []
         self._keys = list(keys)
         self._spacing = 1.0
+        # by which key evaluations, and what lies between their x0 of the conditional half
+        self._moved: tuple[list[int], Tensor] | None = None
         self.first_channels: Tensor | None = None  # of the run's first sample, to be compared
 
     @staticmethod
@@ -151,12 +153,13 @@ class NoiseLevels:
         x0 = out.to(wide) * of_output
         return x0.add_(sample[:, : out.shape[1]], alpha=of_sample) if of_sample else x0
 
-    def output(self, sample: Tensor, x0: Tensor, evaluation: int) -> Tensor:
-        """The inverse of :meth:`x0`: the output that says ``x0`` of ``sample``; new."""
+    def output(self, sample: Tensor, x0: Tensor, evaluation: int, weight: float = 1.0) -> Tensor:
+        """The inverse of :meth:`x0`: ``weight`` times the output that says ``x0`` of ``sample``;
+        new."""
         of_sample, of_output = self._at(evaluation)
-        out = x0 * (1.0 / of_output)
+        out = x0 * (weight / of_output)
         if of_sample:
-            out.add_(sample[:, : x0.shape[1]], alpha=-of_sample / of_output)
+            out.add_(sample[:, : x0.shape[1]], alpha=-weight * of_sample / of_output)
         return out
 
     @property
@@ -223,7 +226,8 @@ class NoiseLevels:
         x0 = cache.read("x0", (1.0 + apart, -apart))
         if apart == slope or math.isclose(apart, slope):
             return x0
-        halves, more = x0.unflatten(0, (2, -1)), slope - apart
-        newest, previous = map(conditional_half, cache.values("x0")[:2])
-        halves.add_(newest, alpha=more).add_(previous, alpha=-more)
+        if self._moved is None or self._moved[0] != keys:
+            newest, previous = map(conditional_half, cache.values("x0")[:2])
+            self._moved = keys, newest - previous
+        x0.unflatten(0, (2, -1)).add_(self._moved[1], alpha=slope - apart)
         return x0

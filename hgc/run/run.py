@@ -55,7 +55,7 @@ class Run:
         "_timesteps", "broken", "by_diffusers", "cache", "changed", "changes_in_a_row",
         "completed", "config", "ended", "finished", "gaps_in_a_row", "last_seen", "latent_size",
         "maps", "mean_maps", "noise", "now", "output_dtype", "pair", "pixels_a_latent",
-        "plain_text", "position", "report", "schedule", "slots", "text", "tokens",
+        "plain_text", "position", "report", "schedule", "slots", "text", "time_tables", "tokens",
         "unet_signature", "was_pair",
     )  # fmt: skip
 
@@ -85,6 +85,7 @@ class Run:
         self._called: list[int] | None = None  # slots of the ControlNets, before the UNet
         self.last_seen = LastSeen()
         self.plain_text: dict[str, Any] = {}  # by the prefix of the network
+        self.time_tables: dict[str, Any] = {}  # the same
         self._timesteps: tuple[Tensor, Any] | None = None  # on their way to the host
         self.noise = noise  # where outputs are forecast in x0
         self._in_x0 = noise is not None
@@ -368,6 +369,7 @@ class Run:
         self.pair = PairCheck(self._assume)
         self.position = dataclasses.replace(self.position, timestep=None, base=None)
         self.plain_text.clear()
+        self.time_tables.clear()
         self.cache.clear()
         self.unet_signature = None
         self._timesteps = None
