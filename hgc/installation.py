@@ -129,7 +129,7 @@ class Installation:
     def fuse(self) -> Installation:
         """Run group norms as one op with what stands around them, where that is no compiled
         network: the sum of a resnet's features and its embedding of time, and the SiLU. On a GPU
-        time is embedded for all timesteps of a run at once.
+        time is embedded for all timesteps of a run at once, where what embeds is diffusers' own.
 
         Made for channels_last, where PyTorch takes each norm to NCHW and back. Convert the models
         before: ``pipe.unet.to(memory_format=torch.channels_last)``, and ``pipe.controlnet``. Sums

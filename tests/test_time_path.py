@@ -8,6 +8,7 @@ change.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 
 import models
@@ -27,6 +28,7 @@ from hgc.models.captured import CapturedNetworks
 
 STEPS = 6
 SHALLOW = Config(num_evaluations=STEPS, key_steps=(0, 3), depth=1)
+HALF = Config(num_evaluations=STEPS, key_steps=(0, 1, 4), depth=1, guidance="reuse")
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ PIPELINES = {
 
 @pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("config", ["paper", SHALLOW], ids=str)
+@pytest.mark.parametrize("config", ["paper", SHALLOW, HALF], ids=["paper", "shallow", "half"])
 def test_no_bit_changes_and_time_is_embedded_once_a_run(name, config):
     make, in_a_run = PIPELINES[name]
     images = {"image": [models.picture(1), models.picture(2)]} if name == "several" else {}
@@ -149,6 +151,11 @@ def ones(pipe):
     layer.forward = lambda x: x.new_ones(len(x), layer.out_features)
 
 
+class Doubling(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 CHANGES = {
     "a weight of the embedding is written to": lambda pipe: write(
         pipe.unet.time_embedding.linear_1.weight
@@ -166,6 +173,24 @@ CHANGES = {
         louder
     ),
     "a forward of a projection": ones,
+    "a layer where there was none": lambda pipe: setattr(
+        pipe.unet.time_embedding, "post_act", torch.nn.SiLU()
+    ),
+    "an activation where there was none": lambda pipe: setattr(
+        pipe.unet, "time_embed_act", torch.nn.SiLU()
+    ),
+    "a weight that is no parameter": lambda pipe: resnet_of(pipe).time_emb_proj.__dict__.update(
+        weight=2 * resnet_of(pipe).time_emb_proj.weight.detach()
+    ),
+    "a weight by .data": lambda pipe: setattr(
+        resnet_of(pipe).time_emb_proj.weight,
+        "data",
+        2 * resnet_of(pipe).time_emb_proj.weight.detach(),
+    ),
+    "a class": lambda pipe: setattr(resnet_of(pipe).time_emb_proj, "__class__", Doubling),
+    "a resnet": lambda pipe: pipe.unet.up_blocks[-1].resnets.__setitem__(
+        -1, copy.deepcopy(pipe.unet.up_blocks[-1].resnets[-2])
+    ),
     "a setting": lambda pipe: setattr(pipe.unet.time_proj, "flip_sin_to_cos", False),
     "a kind of projection": lambda pipe: setattr(
         resnet_of(pipe), "nonlinearity", torch.nn.ReLU()
@@ -183,6 +208,84 @@ def test_a_change_in_the_middle_of_a_run_is_seen(name):
     ]
     assert torch.equal(*found)
     assert not torch.equal(found[0], unchanged)
+
+
+@pytest.mark.usefixtures("rows_alike")
+@pytest.mark.parametrize("which", ["a class's forward", "a hook on all modules"])
+def test_code_of_all_modules_exchanged_in_the_middle_of_a_run(which):
+    def hook(module, args, out):
+        return 1.5 * out if isinstance(module, torch.nn.Linear) else None
+
+    unchanged, _ = draw(models.sd15_pipeline(), batched=True)
+    found = []
+    for batched in (False, True):
+        own, handles = torch.nn.Linear.forward, []
+
+        def change(pipe, own=own, handles=handles):
+            if which == "a class's forward":
+                torch.nn.Linear.forward = lambda self, x: 1.5 * own(self, x)
+            else:
+                handles.append(torch.nn.modules.module.register_module_forward_hook(hook))
+
+        try:
+            found.append(draw(models.sd15_pipeline(), batched=batched, **at(1, change))[0])
+        finally:
+            torch.nn.Linear.forward = own
+            for handle in handles:
+                handle.remove()
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], unchanged)
+
+
+def loop(unet, schedule, *, batched, batch=2, **arguments):
+    """Samples after a loop of one's own."""
+    sample = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0)).repeat(batch, 1, 1, 1)
+    text = models.text(0, batch)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        if batched:
+            patched.setattr(TimePath, "pays", staticmethod(lambda device: True))
+        with hgc.install(unet, config=SHALLOW, scheduler=models.scheduler()) as each:
+            each.fuse()
+            for t in schedule:
+                sample = sample - 0.1 * unet(sample, t, text, return_dict=False, **arguments)[0]
+    return sample
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return models.small_unet()
+
+
+OTHERS = {
+    "weights made in inference mode": (in_inference_mode, {}),
+    "labels without a row a sample": (
+        lambda: models.small_unet(num_class_embeds=4), {"class_labels": torch.tensor(3)},
+    ),
+    "labels": (
+        lambda: models.small_unet(num_class_embeds=4), {"class_labels": torch.tensor([3, 1])},
+    ),
+    "an activation that writes into its input": (
+        lambda: in_place(models.small_unet(resnet_time_scale_shift="scale_shift")), {},
+    ),
+    "no projection": (lambda: models.small_unet(resnet_skip_time_act=True), {}),
+}  # fmt: skip
+
+
+def in_place(unet):
+    for module in unet.modules():
+        if isinstance(module, torch.nn.SiLU):
+            module.inplace = True
+    return unet
+
+
+@pytest.mark.usefixtures("rows_alike")
+@pytest.mark.parametrize("name", OTHERS)
+def test_networks_of_other_kinds(name):
+    make, arguments = OTHERS[name]
+    # each timestep twice: what the first evaluation wrote into, the second would read
+    schedule = torch.arange(30.0, 0.0, -10.0).repeat_interleave(2)
+    expected, found = (loop(make(), schedule, batched=b, **arguments) for b in (False, True))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("rows_alike")

@@ -8,8 +8,8 @@ rows may be rounded otherwise, so this goes with :meth:`hgc.Installation.fuse`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,9 +26,9 @@ from hgc.models.layer_calls import (
     project_time,
     projections,
 )
-from hgc.models.structure import modules_inside
 from hgc.run.run import Run
-from hgc.watch.weights import Sighting
+from hgc.watch.trust import hook_on_all_modules
+from hgc.watch.weights import Place, Sighting
 
 __all__ = ["TimePath"]
 
@@ -39,6 +39,8 @@ _PARTS = (
     "time_proj", "time_embedding", "time_embed_act", "class_embedding", "add_time_proj",
     "add_embedding", "control_type_proj", "control_add_embedding",
 )  # fmt: skip
+_METHODS = ("get_class_embed", "get_aug_embed")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Of a table: 50 steps of 40 pictures under guidance. One of SD1.5's UNet has 43 KB in
 # half precision.
 _MOST_ROWS = 4096
@@ -49,18 +51,15 @@ class _Table:
     """The rows of all timesteps of a run.
 
     Attributes:
-        rows: [N, B, ...], or [N, 1, ...] where a batch's are all alike; None where they cannot be
-            made.
-        made_by: Layers and weights that made them, as they were; None of what cannot change.
-        hooks: Of these layers.
-        version: How often the timesteps were written to.
+        rows: [N, B, ...], or [N, 1, ...] where a batch's are all alike.
+        made_by: What made them, as it was.
+        timesteps: How often they were written to.
     """
 
-    rows: Tensor | None = None
-    columns: TimeColumns | None = None
-    made_by: Sighting | None = None
-    hooks: Sequence[dict[int, Any]] = ()
-    version: int = 0
+    rows: Tensor
+    columns: TimeColumns
+    made_by: _Makers
+    timesteps: int
 
 
 class TimePath:
@@ -83,20 +82,29 @@ class TimePath:
             and can_fuse()
             and run.config.max_cache_bytes is None  # which is for what saves more
             and not torch.is_inference_mode_enabled()
+            and not hook_on_all_modules()
         ):
             return None
         timestep, name = run.position.timestep, f"{prefix}time"
         assert timestep is not None and run.now is not None
         if timestep.is_inference():
             return None
-        table: _Table | None = run.time_tables.get(prefix)
-        if table is None or not _holds(table, run.cache.kept(name), timestep):
-            run.cache.drop_kept(name)
-            table = run.time_tables[prefix] = _table(run, net, call)
-            if table.rows is not None:
-                run.cache.keep(name, table.rows)
-        if table.rows is None or table.columns is None:
+        # False: it cannot be made in this run
+        table: _Table | Literal[False] | None = run.time_tables.get(prefix)
+        if table is False:
             return None
+        if not (
+            table is not None
+            and run.cache.kept(name) is table.rows
+            and table.timesteps == timestep._version
+            and table.made_by.are_as_they_were()
+        ):
+            run.cache.drop_kept(name)
+            table = _table(run, net, call)
+            run.time_tables[prefix] = table or False
+            if table is None:
+                return None
+            run.cache.keep(name, table.rows)
         row = table.rows[run.now.index]
         return TimeRow(row[len(row) // 2 :] if half else row, table.columns)
 
@@ -106,52 +114,82 @@ class TimePath:
         return device.type != "cpu"
 
 
-def _holds(table: _Table, kept: Tensor | None, timestep: Tensor) -> bool:
-    if table.made_by is None:
-        return True
-    return (
-        kept is table.rows
-        and table.version == timestep._version
-        and not any(table.hooks)
-        and table.made_by.is_same()
-    )
+class _Makers:
+    """What makes the rows of a network: the layers that embed, and the projections of resnets."""
+
+    def __init__(self, net: Any) -> None:
+        self.resnets = projections(net)
+        self._own = own = net.__dict__
+        within = [(net, name, net._modules.get(name)) for name in _PARTS]
+        for _, _, layer in within:  # grows while it is walked
+            if layer is not None:
+                within += [(layer, name, child) for name, child in layer._modules.items()]
+        within += [(resnet, "time_emb_proj", resnet.time_emb_proj) for resnet in self.resnets]
+        self._layers = [layer for _, _, layer in within if layer is not None]
+        self.weights = [w for x in self._layers for w in x._parameters.values() if w is not None]
+        self._places: list[Place] = [
+            (parent._modules, name, layer) for parent, name, layer in within
+        ]
+        self._places.append((own, "_internal_dict", own["_internal_dict"]))  # the configuration
+        self._places += [(own, name, None) for name in _METHODS]
+
+    def are_plain(self, device: torch.device) -> bool:
+        """Whether each layer is one that torch or diffusers ship, called as they call it, with its
+        weights on ``device`` and writes to them counted."""
+        return (
+            not any(name in self._own for name in _METHODS)
+            and all(is_plain(x, *EMBEDDING) and not x._buffers for x in self._layers)
+            and all(
+                "weight" in x._parameters and not {"weight", "bias"} & x.__dict__.keys()
+                for x in self._layers
+                if isinstance(x, (torch.nn.Linear, torch.nn.Embedding))
+            )
+            and all(
+                type(w) is torch.nn.Parameter and w.device == device and not w.is_inference()
+                for w in self.weights
+            )
+        )
+
+    def look(self) -> None:
+        """Take note of how they are."""
+        for layer in self._layers:
+            own = layer.__dict__
+            self._places += [
+                (own, key, value)
+                for key, value in own.items()
+                if key[0] != "_" and not isinstance(layer, torch.nn.Linear)
+            ]
+            self._places += [(layer._parameters, *item) for item in layer._parameters.items()]
+            self._places += [(own, key, own[key]) for key in ("_parameters", "_buffers", *_HOOKS)]
+        self._hooks = [layer.__dict__[key] for layer in self._layers for key in _HOOKS]
+        self._seen = Sighting(0, self._places, self.weights, [w._version for w in self.weights])
+        self._state = self._now()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        """What no place shows: classes, attributes that came, forwards, where weights are."""
+        return (
+            [*map(type, self._layers)],
+            [*map(len, map(vars, self._layers))],
+            [cls.forward for cls in EMBEDDING],
+            [*map(Tensor.data_ptr, self.weights)],
+        )
+
+    def are_as_they_were(self) -> bool:
+        """Whether nobody changed them, or put a hook on them, since they were looked at."""
+        return self._seen.is_same() and not any(self._hooks) and self._now() == self._state
 
 
-def _table(run: Run, net: Any, call: UNetCall | ControlCall) -> _Table:
+def _table(run: Run, net: Any, call: UNetCall | ControlCall) -> _Table | None:
     sample, timestep, total = call.sample, run.position.timestep, run.position.total
     assert timestep is not None
     version = timestep._version
-    given = _given(net, call.arguments)
+    given, makers = _given(net, call), _Makers(net)
+    if given is None or not makers.are_plain(sample.device):
+        return None
     rows = sample.shape[0] if given else 1
-    parts = [
-        (net, name, net._modules[name]) for name in _PARTS if net._modules.get(name) is not None
-    ]
-    inside = [
-        (part, name, child)
-        for _, _, top in parts
-        for part in (top, *modules_inside(top))
-        for name, child in part._modules.items()
-        if child is not None
-    ]
-    resnets = projections(net)
-    layers = [
-        *parts, *inside, *((resnet, "time_emb_proj", resnet.time_emb_proj) for resnet in resnets)
-    ]  # fmt: skip
-    weights = [w for _, _, layer in layers for w in layer._parameters.values() if w is not None]
-    if (
-        given is None
-        or total * rows > _MOST_ROWS
-        or not all(is_plain(layer, *EMBEDDING) for _, _, layer in layers)
-        or not all(type(w) is torch.nn.Parameter and w.device == sample.device for w in weights)
-        or not all(x.shape[0] == rows and not x.is_inference() for x in _tensors(given))
-    ):
-        return _Table()
-    made_by = Sighting(
-        0,
-        [place for layer in layers for place in _places(*layer)],
-        weights,
-        [w._version for w in weights],
-    )
+    if total * rows > _MOST_ROWS:
+        return None
+    makers.look()
     timesteps = timestep.as_strided((total,), (1,), 0).to(sample.device)
     embed: Callable[..., Tensor] = (
         unet.embed if isinstance(net, UNet2DConditionModel) else controlnet.embed
@@ -160,33 +198,38 @@ def _table(run: Run, net: Any, call: UNetCall | ControlCall) -> _Table:
         net, sample.new_empty((total * rows, 0)),
         timesteps[:, None].expand(total, rows).reshape(-1), None, **_repeated(given, total),
     )  # fmt: skip
-    found, columns = project_time(resnets, emb)
-    hooks = [h for _, _, each in layers for h in (each._forward_hooks, each._forward_pre_hooks)]
-    return _Table(found.unflatten(0, (total, rows)), columns, made_by, hooks, version)
+    found, columns = project_time(makers.resnets, emb)
+    return _Table(found.unflatten(0, (total, rows)), columns, makers, version)
 
 
-def _given(net: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """What an embedding is made of beside the timestep, with a row a sample; None where it has
-    other things in it."""
-    kind, found = net.config.addition_embed_type, {}
+def _given(net: Any, call: UNetCall | ControlCall) -> dict[str, Any] | None:
+    """What an embedding is made of beside the timestep, with a row a sample; None where that is
+    other things, or writes to it are not counted."""
+    kind, batch, arguments = net.config.addition_embed_type, call.sample.shape[0], call.arguments
     if kind not in (None, "text_time"):
         return None
-    if net._modules.get("class_embedding") is not None:
+    found: dict[str, Any] = {}
+    tables = []  # tensors, and how many dimensions they have where each row is of a sample
+    classes = net._modules.get("class_embedding")
+    if classes is not None:
+        by_number = (
+            isinstance(classes, torch.nn.Embedding) or net.config.class_embed_type == "timestep"
+        )
         found["class_labels"] = arguments["class_labels"]
+        tables.append((found["class_labels"], 1 if by_number else 2))
     if kind == "text_time":
         added = arguments["added_cond_kwargs"] or {}
-        found["added_cond_kwargs"] = {
-            name: added[name] for name in ("text_embeds", "time_ids") if name in added
-        }
+        found["added_cond_kwargs"] = {name: added.get(name) for name in ("text_embeds", "time_ids")}
+        tables += [(value, 2) for value in found["added_cond_kwargs"].values()]
     for name in ("timestep_cond", "control_type"):
         if arguments.get(name) is not None:
             found[name] = arguments[name]
-    return found
-
-
-def _tensors(given: dict[str, Any]) -> list[Tensor]:
-    nested = [x.values() if isinstance(x, dict) else (x,) for x in given.values()]
-    return [x for values in nested for x in values]
+            tables.append((found[name], 2))
+    fits = all(
+        isinstance(x, Tensor) and x.dim() == dims and len(x) == batch and not x.is_inference()
+        for x, dims in tables
+    )
+    return found if fits else None
 
 
 def _repeated(given: dict[str, Any], times: int) -> dict[str, Any]:
@@ -197,15 +240,3 @@ def _repeated(given: dict[str, Any], times: int) -> dict[str, Any]:
         else value.repeat(times, *[1] * (value.dim() - 1))
         for name, value in given.items()
     }
-
-
-def _places(parent: Any, name: str, layer: Any) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where a layer, its weights and settings are, and what is there."""
-    own = layer.__dict__
-    settings = [key for key in own if key[0] != "_" and key != "training"]
-    return [
-        (parent._modules, name, layer),
-        (own, "forward", None),
-        *((layer._parameters, key, value) for key, value in layer._parameters.items()),
-        *((own, key, own[key]) for key in settings if not isinstance(layer, torch.nn.Linear)),
-    ]

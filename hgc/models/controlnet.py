@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
 from hgc.models.blocks import children, embed_time, mask_bias, run_encoder, run_mid_block
-from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls, timed_calls
 
 __all__ = [
     "control_function",
@@ -55,17 +55,20 @@ def run_controlnet(
     Args:
         hint: :func:`embed_condition`'s result.
         fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
-        time: :func:`embed`'s result and what follows of it, where it was made before.
+        time: :func:`embed`'s result and what follows of it, where it was made before; fused.
 
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
     """
-    emb = time.emb(sample.shape[0]) if time is not None else embed(
-        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
-        added_cond_kwargs=added_cond_kwargs,
-    )  # fmt: skip
+    if time is None:
+        emb = embed(
+            net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+            added_cond_kwargs=added_cond_kwargs,
+        )  # fmt: skip
+        layers = layer_calls(emb, fused)
+    else:
+        layers = timed_calls(time, sample.shape[0])
     sample = net._modules["conv_in"](sample) + hint
-    layers = layer_calls(emb, fused, time)
     return _residuals(net, sample, layers, text, wrap_text, attention_mask, cross_attention_kwargs)
 
 
@@ -105,10 +108,14 @@ def run_controlnet_union(
     Returns:
         As :func:`run_controlnet`.
     """
-    emb = time.emb(sample.shape[0]) if time is not None else embed(
-        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
-        added_cond_kwargs=added_cond_kwargs, control_type=control_type,
-    )  # fmt: skip
+    if time is None:
+        emb = embed(
+            net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+            added_cond_kwargs=added_cond_kwargs, control_type=control_type,
+        )  # fmt: skip
+        layers = layer_calls(emb, fused)
+    else:
+        layers = timed_calls(time, sample.shape[0])
     sample = net.conv_in(sample)
     scales: Sequence[float | None] = [None] * len(hints) if weights is None else weights
     inputs, conditions = [], []
@@ -124,7 +131,6 @@ def run_controlnet_union(
     for i, (condition, scale) in enumerate(zip(conditions, scales, strict=False)):
         alpha = net.spatial_ch_projs(x[:, i]).unsqueeze(-1).unsqueeze(-1)
         joined = joined + (condition + (alpha if scale is None else alpha * scale))
-    layers = layer_calls(emb, fused, time)
     sample = sample + joined
     return _residuals(net, sample, layers, text, wrap_text, attention_mask, cross_attention_kwargs)
 

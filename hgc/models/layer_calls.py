@@ -31,7 +31,7 @@ from hgc_kernels.layout import is_channels_last
 
 __all__ = [
     "EMBEDDING", "LayerCalls", "TimeColumns", "TimeRow", "can_fuse", "is_plain", "layer_calls",
-    "project_time", "projections",
+    "project_time", "projections", "timed_calls",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -57,11 +57,11 @@ class TimeColumns:
 
     Attributes:
         width: Of the embedding of time and class, which comes first.
-        shifts: What resnets project of it, by their id.
+        shifts: What resnets project of it.
     """
 
     width: int
-    shifts: dict[int, slice]
+    shifts: dict[torch.nn.Module, slice]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,12 +77,13 @@ class TimeRow:
     columns: TimeColumns
 
     def emb(self, batch: int) -> Tensor:
-        """The embedding, [B, E]; read-only."""
-        return self.row[:, : self.columns.width].expand(batch, -1)
+        """The embedding, [B, E], new: a layer may write to it."""
+        return self.row[:, : self.columns.width].expand(batch, -1).clone()
 
     def shift(self, resnet: Any, batch: int) -> Tensor | None:
-        """What ``resnet`` adds before its second norm, [B, C]; None where it is not known."""
-        found = self.columns.shifts.get(id(resnet))
+        """What ``resnet`` adds before its second norm, [B, C], read-only; None where it is not
+        known."""
+        found = self.columns.shifts.get(resnet)
         return None if found is None else self.row[:, found].expand(batch, -1)
 
 
@@ -92,8 +93,8 @@ def projections(net: torch.nn.Module) -> list[Any]:
         part
         for part in modules_inside(net)
         if is_plain(part, ResnetBlock2D)
-        and is_plain(part.time_emb_proj, torch.nn.Linear)
         and _projects(part)
+        and is_plain(part.time_emb_proj, torch.nn.Linear)
     ]
 
 
@@ -105,7 +106,7 @@ def project_time(resnets: list[Any], emb: Tensor) -> tuple[Tensor, TimeColumns]:
     for resnet in resnets:
         projected = resnet.time_emb_proj(active)
         parts.append(projected)
-        shifts[id(resnet)] = slice(end, end + projected.shape[1])
+        shifts[resnet] = slice(end, end + projected.shape[1])
         end += projected.shape[1]
     return torch.cat(parts, dim=1), TimeColumns(emb.shape[1], shifts)
 
@@ -116,6 +117,8 @@ class LayerCalls:
     Args:
         emb: Of time and class, [B, E].
     """
+
+    emb: Tensor
 
     def __init__(self, emb: Tensor) -> None:
         self.emb = emb
@@ -141,9 +144,7 @@ class LayerCalls:
 
 
 class _FusedCalls(LayerCalls):
-    def __init__(self, emb: Tensor, time: TimeRow | None) -> None:
-        super().__init__(emb)
-        self._time = time
+    _time: TimeRow | None = None
 
     @functools.cached_property
     def _active(self) -> Tensor:
@@ -172,7 +173,7 @@ class _FusedCalls(LayerCalls):
             and _projects(resnet)
             and resnet.upsample is None
             and resnet.downsample is None
-            and self.emb.dtype == x.dtype
+            and (self.emb if self._time is None else self._time.row).dtype == x.dtype
             and _is_known_norm(resnet.norm1, x)
             and _is_known_norm(resnet.norm2, x)
         )
@@ -208,9 +209,27 @@ class _FusedCalls(LayerCalls):
         return _norm(norm, x, silu=True)
 
 
-def layer_calls(emb: Tensor, fused: bool, time: TimeRow | None = None) -> LayerCalls:
-    """What calls the layers of an evaluation; ``time``: what was made of it before."""
-    return _FusedCalls(emb, time) if fused and can_fuse() else LayerCalls(emb)
+class _TimedCalls(_FusedCalls):
+    """Fused, with what the timestep is to the layers made before. The embedding itself is copied
+    where a layer wants it."""
+
+    def __init__(self, time: TimeRow, batch: int) -> None:
+        self._time, self._batch = time, batch
+
+    @functools.cached_property
+    def emb(self) -> Tensor:  # type: ignore[override]
+        assert self._time is not None
+        return self._time.emb(self._batch)
+
+
+def layer_calls(emb: Tensor, fused: bool) -> LayerCalls:
+    """What calls the layers of an evaluation."""
+    return _FusedCalls(emb) if fused and can_fuse() else LayerCalls(emb)
+
+
+def timed_calls(time: TimeRow, batch: int) -> LayerCalls:
+    """The same, fused, of an evaluation of ``batch`` rows at ``time``."""
+    return _TimedCalls(time, batch)
 
 
 def can_fuse() -> bool:
@@ -261,4 +280,4 @@ def _projects(resnet: Any) -> bool:
 
 
 def _is_silu(module: Any) -> bool:
-    return is_plain(module, torch.nn.SiLU)
+    return is_plain(module, torch.nn.SiLU) and not module.inplace

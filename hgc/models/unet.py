@@ -24,7 +24,7 @@ from hgc.models.blocks import (
     run_encoder,
     run_mid_block,
 )
-from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls, timed_calls
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 from hgc_kernels.backend import is_chosen
@@ -156,7 +156,7 @@ def run_unet(
         residuals: Of the ControlNets; only those of skips that are read are used.
         capture: Names of the intermediate tensors to return, ``feature/k`` and ``skip/j``.
         fused: Group norms take in what stands around them (:mod:`hgc.models.layer_calls`).
-        time: :func:`embed`'s result and what follows of it, where it was made before.
+        time: :func:`embed`'s result and what follows of it, where it was made before; fused.
         intrablock_residuals: Of T2I-Adapters; consumed from the front, as diffusers does.
 
     Returns:
@@ -175,9 +175,9 @@ def run_unet(
             unet, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
             added_cond_kwargs=added_cond_kwargs,
         )  # fmt: skip
+        layers = layer_calls(emb, fused)
     else:
-        emb = time.emb(sample.shape[0])
-    layers = layer_calls(emb, fused, time)
+        layers = timed_calls(time, sample.shape[0])
     if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs

@@ -90,36 +90,33 @@ class Cache:
 
         Where fewer values are held than coefficients are given, the newest alone is returned.
         """
-        newest, *earlier = self._readable(name, len(coefficients), half)
-        count = 1 + len(earlier)
-        if count < len(coefficients) or (count == 1 and coefficients[0] == 1.0):
+        values = self._entries[name]
+        first, count = values[0], len(coefficients)
+        if first.half and not half:
+            raise KeyError(f"{name} holds the conditional half only")
+        newest = first.rows(half)
+        if count == 1 and coefficients[0] == 1.0:
+            return newest
+        if len(values) < count or not (half or all(not v.half for v in values[:count])):
             return newest
         if count == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-6:
             # one rounding, in float32 inside the kernel
-            return torch.lerp(newest, earlier[0], coefficients[1])
+            return torch.lerp(newest, values[1].rows(half), coefficients[1])
         total = newest.float() * coefficients[0]
-        for value, coefficient in zip(earlier, coefficients[1:], strict=True):
-            total = torch.add(total, value.float(), alpha=coefficient)
+        for value, coefficient in zip(values[1:], coefficients[1:], strict=False):
+            total = torch.add(total, value.rows(half).float(), alpha=coefficient)
         return total.to(newest.dtype)
-
-    def _readable(self, name: str, count: int, half: bool) -> list[Tensor]:
-        """The last ``count`` values, newest first; the newest alone where fewer are held."""
-        values = self._entries[name]
-        if values[0].half and not half:
-            raise KeyError(f"{name} holds the conditional half only")
-        if len(values) < count or not (half or all(not v.half for v in values[:count])):
-            count = 1
-        return [value.rows(half) for value in values[:count]]
 
     def add_to(
         self, total: Tensor, name: str, coefficients: Sequence[float], weight: float
     ) -> None:
-        """``total += weight * read(name, coefficients)``, rounded in ``total``'s dtype alone."""
-        values = self._readable(name, len(coefficients), half=False)
+        """``total += weight * read(name, coefficients)``, rounded in ``total``'s dtype alone. For
+        values of the whole batch."""
+        values = self._entries[name]
         if len(values) < len(coefficients):
             coefficients = (1.0,)
-        for value, coefficient in zip(values, coefficients, strict=True):
-            total.add_(value, alpha=weight * coefficient)
+        for value, coefficient in zip(values, coefficients, strict=False):
+            total.add_(value.tensor, alpha=weight * coefficient)
 
     def values(self, name: str) -> list[Tensor]:
         """The values held of ``name`` as they were written, newest first; read-only."""

@@ -370,6 +370,7 @@ class Run:
         self.position = dataclasses.replace(self.position, timestep=None, base=None)
         self.plain_text.clear()
         self.time_tables.clear()
+        self.noise = None
         self.cache.clear()
         self.unet_signature = None
         self._timesteps = None

@@ -27,7 +27,7 @@ from hgc.models.attention import PLAIN_PROCESSORS, unwrapped
 from hgc.models.structure import modules_inside
 from hgc.models.supported import PACKAGES
 
-__all__ = ["Trust"]
+__all__ = ["Trust", "hook_on_all_modules"]
 
 # Other packages add methods of their own to all modules; of these a call is made.
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")
@@ -93,10 +93,9 @@ class Trust:
 
     def stranger(self) -> str:
         """What is not known in the models now, and where; "" where everything is."""
-        for kind in ("forward_hook", "forward_pre_hook"):
-            hooks = getattr(all_modules, f"_global_{kind}s")
-            if not all(map(_is_shipped, hooks.values())):  # torch's own count work
-                return f"a hook on all modules is in place (register_module_{kind})"
+        hook = hook_on_all_modules()
+        if hook:
+            return f"a hook on all modules is in place ({hook})"
         classes: dict[type, str] = {}  # of this walk: what is not known in each
         known = self._watched
         for model in self._models:
@@ -228,6 +227,15 @@ def _moves_weights(module: Any) -> bool:
 @functools.cache
 def _folder(package: str) -> str:
     return os.path.dirname(sys.modules[package].__file__ or "") + os.sep
+
+
+def hook_on_all_modules() -> str:
+    """The function that registered one that is not shipped; "" where there is none."""
+    for kind in ("forward_hook", "forward_pre_hook"):
+        hooks = getattr(all_modules, f"_global_{kind}s")
+        if not all(map(_is_shipped, hooks.values())):  # torch's own count work
+            return f"register_module_{kind}"
+    return ""
 
 
 def _is_shipped(function: Any) -> bool:
