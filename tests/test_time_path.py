@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionControlNetPipeline as Pipeline
 from diffusers import StableDiffusionXLControlNetUnionPipeline as UnionPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from test_capturing import OnCpu
@@ -22,6 +23,7 @@ from test_fusing import alike
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hgc
+import hgc_kernels as hk
 from hgc import Config
 from hgc.execute.time_path import TimePath
 from hgc.models.captured import CapturedNetworks
@@ -107,6 +109,17 @@ def test_products_of_all_timesteps_round_otherwise_and_no_more():
     pipe = models.sd15_pipeline()
     expected, _ = draw(pipe, batched=False)
     found, _ = draw(pipe, batched=True)
+    alike(found, expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernels_take_the_rows():
+    """A run by the Triton kernels, in their interpreter: shifts are views of a wider row."""
+    pipe = models.pipeline(Pipeline, models.small_unet(), models.small_controlnet())
+    expected, _ = draw(pipe, batched=False, size=16)
+    with hk.use_backend("triton", "group_norm"):
+        found, once = draw(pipe, batched=True, size=16)
+    assert once == 2
     alike(found, expected)
 
 

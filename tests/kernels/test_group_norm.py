@@ -122,14 +122,16 @@ def test_nan_stays_in_its_group_and_nothing_is_written_beside(memory_format):
 
 @pytest.mark.usefixtures("interpreted")
 def test_views():
-    """Half a batch, a slice of channels, a shift that is a half of something."""
+    """Half a batch, a slice of channels, a shift that is a half of something, and one row of it."""
     x, weight, bias, _ = operands((4, 32, 6, 5), torch.float16, torch.channels_last)
     half = guarded(torch.randn(2, 64).half())[:, 32:]
     with hk.use_backend("triton"):
         out = hk.group_norm(x[2:], 4, weight, bias, shift=half, silu=True)
         sliced = hk.group_norm(x.contiguous()[:, 8:24], 4, weight[8:24], bias[8:24])
-    arguments = (x[2:], 4, weight, bias, half, True)
-    assert_within_rule(out, plain64(*arguments), plain(*arguments), x.dtype)
+        one = hk.group_norm(x[2:], 4, weight, bias, shift=half[:1].expand(2, -1), silu=True)
+    for found, shift in ((out, half), (one, half[:1].expand(2, -1))):
+        arguments = (x[2:], 4, weight, bias, shift, True)
+        assert_within_rule(found, plain64(*arguments), plain(*arguments), x.dtype)
     arguments = (x[:, 8:24], 4, weight[8:24], bias[8:24], None, False)
     assert_within_rule(sliced, plain64(*arguments), plain(*arguments), x.dtype)
 
