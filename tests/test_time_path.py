@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
 
 import models
 import pytest
@@ -19,8 +18,7 @@ from diffusers import StableDiffusionControlNetPipeline as Pipeline
 from diffusers import StableDiffusionXLControlNetUnionPipeline as UnionPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from test_capturing import OnCpu
-from test_fusing import alike
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_fusing import Norms, alike
 
 import hgc
 import hgc_kernels as hk
@@ -46,16 +44,6 @@ def rows_alike(monkeypatch):
     monkeypatch.setattr(F, "linear", by_row)
 
 
-class Ops(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.found[op.name()] += 1
-        return op(*args, **(kwargs or {}))
-
-
 @contextlib.contextmanager
 def installed(pipe, config=SHALLOW, *, batched, trust=()):
     with pytest.MonkeyPatch.context() as patched:
@@ -67,12 +55,12 @@ def installed(pipe, config=SHALLOW, *, batched, trust=()):
 
 def draw(pipe, config=SHALLOW, *, batched, trust=(), **changes):
     """Latents, and how many sines were taken: one for each embedding of timesteps."""
-    with installed(pipe, config, batched=batched, trust=trust), Ops() as ops:
+    with installed(pipe, config, batched=batched, trust=trust), Norms() as counted:
         request = models.request(pipe, steps=STEPS) if isinstance(pipe, UnionPipeline) else None
         latents = (
             models.draw(pipe, steps=STEPS, **changes) if request is None else pipe(**request).images
         )
-    return latents, ops.found["aten::sin"]
+    return latents, counted.ops["aten::sin"]
 
 
 def several():
