@@ -110,7 +110,8 @@ class ControlExecutor:
         lora_scale = 1.0
         if scales_lora(net):
             arguments, lora_scale = take_lora_scale(arguments)
-        wrap = self._prompt.wrapper(run, net, slot.prefix, half)
+        mode = self._prompt.mode(run, slot.prefix, half)
+        wrap = self._prompt.wrapper(run, net, slot.prefix, half, mode)
         with lora_scaled(net, lora_scale), self._functions.undivided(net):
             return self._functions.of(net, half)(
                 net, sample, call.timestep, text,

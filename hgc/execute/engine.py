@@ -403,7 +403,6 @@ class Engine:
             elif run.now.plan.depth == 0:
                 out = call.output(self._unet.forecast(run, call.sample))
             else:
-                run.now.attention = self._unet.attention(run, run.now)
                 out, whole, captured = self._unet.compute(run, call, halves)
                 if run.now.plan.is_key:
                     assert whole is not None

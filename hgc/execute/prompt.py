@@ -53,10 +53,11 @@ class PromptGrain:
         return may_be_kept(text) and not self._watched.draws(net)
 
     def wrapper(
-        self, run: Run, net: torch.nn.Module, prefix: str, half: bool
+        self, run: Run, net: torch.nn.Module, prefix: str, half: bool, mode: str
     ) -> Callable[[Any], Any] | None:
         """What wraps the text of ``net``, whose cache entries begin with ``prefix``, in the
-        evaluation of ``run`` under way; None where it is passed as it is."""
+        evaluation of ``run`` under way; None where it is passed as it is. ``mode``: :meth:`mode`'s
+        answer."""
         now = run.now
         if not self._processors.wraps or now is None:
             return None
@@ -67,7 +68,7 @@ class PromptGrain:
                 keeps = functools.partial(self.keeps, net)
                 plain = run.plain_text[prefix] = _PlainText(run.cache, prefix, keeps)
             return plain
-        mode, store, map_format = self.mode(run, prefix, half), None, None
+        store, map_format = None, None
         schedule = run.schedule
         reads_attention = step.is_key and "attention" in schedule.will_read(after=now.index)[0]
         if mode != "output" and reads_attention:

@@ -14,7 +14,6 @@ from hgc.execute.time_path import TimePath
 from hgc.models.structure import UNetStructure
 from hgc.models.unet import Residuals
 from hgc.run.cache import conditional_half
-from hgc.run.evaluation import Evaluation
 from hgc.run.residuals import Promise, Terms
 from hgc.run.run import Run
 from hgc.watch.adapters import lora_scaled, take_lora_scale
@@ -74,10 +73,6 @@ class UNetExecutor:
             total.add_(value, alpha=gain * coefficient)
         return total.to(out.dtype)
 
-    def attention(self, run: Run, now: Evaluation) -> str:
-        """Whether ``now`` reuses cross-attention: ``"compute"`` or ``"reuse"``."""
-        return "compute" if self._prompt.mode(run, "unet/", now.half) == "compute" else "reuse"
-
     def compute(
         self, run: Run, call: UNetCall, halves: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -90,6 +85,8 @@ class UNetExecutor:
         now = run.now
         assert now is not None and run.unet_signature is not None
         now.keeps = self._prompt.keeps(call.unet, call.text)
+        mode = self._prompt.mode(run, "unet/", now.half)
+        now.attention = "compute" if mode == "compute" else "reuse"
         step, half, sample, text = now.plan, now.half, call.sample, call.text
         down, arguments, intrablock = call.down, call.arguments, call.intrablock
         depth = step.depth if isinstance(step.depth, int) else None
@@ -125,7 +122,7 @@ class UNetExecutor:
         with lora_scaled(call.unet, lora_scale), layers:
             out, captured = self._functions.of(call.unet, half)(
                 call.unet, self._structure, sample, call.timestep, text,
-                self._prompt.wrapper(run, call.unet, "unet/", half),
+                self._prompt.wrapper(run, call.unet, "unet/", half, mode),
                 depth=depth, hidden=hidden, skips=skips, residuals=residuals, capture=capture,
                 intrablock_residuals=intrablock,
                 time=self._time.row(run, call.unet, call, "unet/", half), **arguments,
