@@ -265,6 +265,12 @@ OTHERS = {
     "labels": (
         lambda: models.small_unet(num_class_embeds=4), {"class_labels": torch.tensor([3, 1])},
     ),
+    "a condition without a row a sample": (
+        lambda: models.small_unet(time_cond_proj_dim=2), {"timestep_cond": torch.ones(2)},
+    ),
+    "a condition": (
+        lambda: models.small_unet(time_cond_proj_dim=2), {"timestep_cond": torch.eye(2)},
+    ),
     "an activation that writes into its input": (
         lambda: in_place(models.small_unet(resnet_time_scale_shift="scale_shift")), {},
     ),
@@ -286,6 +292,23 @@ def test_networks_of_other_kinds(name):
     # each timestep twice: what the first evaluation wrote into, the second would read
     schedule = torch.arange(30.0, 0.0, -10.0).repeat_interleave(2)
     expected, found = (loop(make(), schedule, batched=b, **arguments) for b in (False, True))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("rows_alike")
+def test_resnets_exchanged_again_and_again():
+    """A new one may lie where one lay that is gone, and is another all the same."""
+
+    def exchange(pipe, i, t, kwargs):
+        resnets = pipe.unet.up_blocks[-1].resnets
+        new = copy.deepcopy(resnets[-1])
+        write(new.time_emb_proj.weight)
+        resnets[-1] = new
+        return {}
+
+    changes = {"callback_on_step_end": exchange}
+    expected, _ = draw(models.sd15_pipeline(), batched=False, **changes)
+    found, _ = draw(models.sd15_pipeline(), batched=True, **changes)
     assert torch.equal(found, expected)
 
 
