@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 
 from hgc.models.blocks import children, embed_time, mask_bias, run_encoder, run_mid_block
-from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls, timed_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
 
 __all__ = [
     "control_function",
@@ -60,14 +60,11 @@ def run_controlnet(
     Returns:
         The residual of each skip from the outermost on, and the middle block's last.
     """
-    if time is None:
-        emb = embed(
-            net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
-            added_cond_kwargs=added_cond_kwargs,
-        )  # fmt: skip
-        layers = layer_calls(emb, fused)
-    else:
-        layers = timed_calls(time, sample.shape[0])
+    made = time or embed(
+        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+        added_cond_kwargs=added_cond_kwargs,
+    )  # fmt: skip
+    layers = layer_calls(made, sample.shape[0], fused)
     sample = net._modules["conv_in"](sample) + hint
     return _residuals(net, sample, layers, text, wrap_text, attention_mask, cross_attention_kwargs)
 
@@ -108,14 +105,11 @@ def run_controlnet_union(
     Returns:
         As :func:`run_controlnet`.
     """
-    if time is None:
-        emb = embed(
-            net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
-            added_cond_kwargs=added_cond_kwargs, control_type=control_type,
-        )  # fmt: skip
-        layers = layer_calls(emb, fused)
-    else:
-        layers = timed_calls(time, sample.shape[0])
+    made = time or embed(
+        net, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+        added_cond_kwargs=added_cond_kwargs, control_type=control_type,
+    )  # fmt: skip
+    layers = layer_calls(made, sample.shape[0], fused)
     sample = net.conv_in(sample)
     scales: Sequence[float | None] = [None] * len(hints) if weights is None else weights
     inputs, conditions = [], []

@@ -31,7 +31,7 @@ from hgc_kernels.layout import is_channels_last
 
 __all__ = [
     "EMBEDDING", "LayerCalls", "TimeColumns", "TimeRow", "can_fuse", "is_plain", "layer_calls",
-    "project_time", "projections", "timed_calls",
+    "project_time", "projections",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -222,14 +222,12 @@ class _TimedCalls(_FusedCalls):
         return self._time.emb(self._batch)
 
 
-def layer_calls(emb: Tensor, fused: bool) -> LayerCalls:
-    """What calls the layers of an evaluation."""
-    return _FusedCalls(emb) if fused and can_fuse() else LayerCalls(emb)
-
-
-def timed_calls(time: TimeRow, batch: int) -> LayerCalls:
-    """The same, fused, of an evaluation of ``batch`` rows at ``time``."""
-    return _TimedCalls(time, batch)
+def layer_calls(time: Tensor | TimeRow, batch: int, fused: bool) -> LayerCalls:
+    """What calls the layers of an evaluation of ``batch`` rows: with the embedding of time and
+    class, or with a row that was made of it before, which goes with fused layers."""
+    if isinstance(time, TimeRow):
+        return _TimedCalls(time, batch)
+    return _FusedCalls(time) if fused and can_fuse() else LayerCalls(time)
 
 
 def can_fuse() -> bool:

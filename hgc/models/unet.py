@@ -24,7 +24,7 @@ from hgc.models.blocks import (
     run_encoder,
     run_mid_block,
 )
-from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls, timed_calls
+from hgc.models.layer_calls import LayerCalls, TimeRow, layer_calls
 from hgc.models.structure import UNetStructure
 from hgc_kernels import get_backend
 from hgc_kernels.backend import is_chosen
@@ -170,14 +170,11 @@ def run_unet(
     if config.center_input_sample:
         sample = 2 * sample - 1.0
 
-    if time is None:
-        emb = embed(
-            unet, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
-            added_cond_kwargs=added_cond_kwargs,
-        )  # fmt: skip
-        layers = layer_calls(emb, fused)
-    else:
-        layers = timed_calls(time, sample.shape[0])
+    made = time or embed(
+        unet, sample, timestep, text, class_labels=class_labels, timestep_cond=timestep_cond,
+        added_cond_kwargs=added_cond_kwargs,
+    )  # fmt: skip
+    layers = layer_calls(made, sample.shape[0], fused)
     if part("encoder_hid_proj") is not None:
         text = unet.process_encoder_hidden_states(
             encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs
